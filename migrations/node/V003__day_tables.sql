@@ -1,0 +1,131 @@
+-- Day tables: made, and left behind at midnight. The functions run with their owner's rights, since a
+-- producer's role can't create tables. New objects only.
+
+-- Limits on single keys and headers, for CHECKs. They look at each element only where all together
+-- are longer than one may be.
+create function shardmq.keys_fit(keys text[]) returns boolean
+    language sql immutable
+    as $$ select coalesce(bool_and(octet_length(k) <= 1024), true) from unnest(keys) k $$;
+
+create function shardmq.headers_fit(headers jsonb[]) returns boolean
+    language sql immutable
+    as $$
+        select coalesce(bool_and(jsonb_typeof(h) = 'object' and
+            (select coalesce(sum(octet_length(e.key) + octet_length(e.value)), 0) <= 65536
+               from jsonb_each_text(case when jsonb_typeof(h) = 'object' then h else '{}' end) e)), true)
+          from unnest(headers) h
+    $$;
+
+-- Makes the table of a partition and day if it is missing. lz4 where the server has it: two to four
+-- times as quick as pglz.
+create function shardmq.make_day(p_partition int, p_day int) returns void
+    language plpgsql volatile security definer
+    set search_path = pg_catalog, pg_temp
+    set client_min_messages = warning
+    as $$
+declare
+    compression text := '';
+    first_id bigint := shardmq.first_id(p_partition, p_day);
+begin
+    perform shardmq.lock_partition(p_partition);
+    if to_regclass('shardmq.' || shardmq.table_name(p_partition, p_day)) is not null then
+        return;
+    end if;
+    if exists (select from pg_settings
+                where name = 'default_toast_compression' and 'lz4' = any (enumvals)) then
+        compression := 'compression lz4';
+    end if;
+    execute format($sql$
+        create table shardmq.%1$I (
+            base_id bigint not null primary key,
+            count int not null,
+            bytes int not null,
+            appended_at timestamptz not null,
+            producer uuid not null,
+            sequence bigint not null,
+            keys text[] %2$s,
+            headers jsonb[] %2$s,
+            payloads bytea[] %2$s not null,
+            unique (producer, sequence),
+            check (base_id >= %3$s and base_id + count - 1 <= %4$s),
+            check (count > 0 and count = cardinality(payloads) and array_ndims(payloads) = 1),
+            check (array_position(payloads, null) is null),
+            check (bytes between 0 and 134217728),
+            check (keys is null or cardinality(keys) = count),
+            check (headers is null or cardinality(headers) = count),
+            check (keys is null or pg_column_size(keys) <= 1024 or shardmq.keys_fit(keys)),
+            check (headers is null or shardmq.headers_fit(headers))
+        ) with (autovacuum_vacuum_insert_scale_factor = 1, toast.autovacuum_vacuum_insert_scale_factor = 1)
+        $sql$, shardmq.table_name(p_partition, p_day), compression, first_id, first_id + 99999998);
+end $$;
+
+-- Tables for today and the days ahead, so that midnight finds them made.
+create function shardmq.make_days_ahead(p_partition int, p_days int) returns void
+    language plpgsql volatile security definer
+    set search_path = pg_catalog, pg_temp
+    as $$
+declare
+    today int := shardmq.day_of(shardmq.clock());
+    ahead int;
+begin
+    perform shardmq.lock_partition(p_partition);
+    -- Not while the partition stands on a later day than the clock's: the clock is wrong then.
+    if not exists (select from shardmq.partition p
+                    where p.partition = p_partition and p.state = 'open' and p.day <= today) then
+        return;
+    end if;
+    for ahead in 0 .. least(p_days, 7) loop
+        perform shardmq.make_day(p_partition,
+            shardmq.day_of(shardmq.day_start(today) + ahead * interval '1 day'));
+    end loop;
+end $$;
+
+-- Moves a partition to the server's date: makes the table, records the finished day, then moves
+-- "day". Refused (outcome "clock") when the caller's clock is more than an hour short of that date;
+-- without a caller's clock, when the leap is longer than 31 days: one leap of a server's clock must
+-- not pin a partition to a far day.
+create function shardmq.roll(p_partition int, p_client_clock timestamptz, out outcome text, out day int)
+    language plpgsql volatile security definer
+    set search_path = pg_catalog, pg_temp
+    as $$
+declare
+    p shardmq.partition;
+    today int;
+    finished shardmq.day;
+begin
+    perform shardmq.lock_partition(p_partition);
+    select * into p from shardmq.partition x where x.partition = p_partition;
+    if not found or p.state = 'deleted' then
+        outcome := 'unknown_partition';
+        return;
+    end if;
+    day := p.day;
+    today := shardmq.day_of(shardmq.clock());
+    if today <= p.day then
+        perform shardmq.make_day(p_partition, p.day);
+        outcome := 'current';
+        return;
+    end if;
+    if coalesce(p_client_clock < shardmq.day_start(today) - interval '1 hour',
+                shardmq.day_start(today) > shardmq.day_start(p.day) + interval '31 days') then
+        outcome := 'clock';
+        return;
+    end if;
+    perform shardmq.make_day(p_partition, today);
+    if to_regclass('shardmq.' || shardmq.table_name(p_partition, p.day)) is not null then
+        execute format($sql$
+            select $1, $2, (select base_id from shardmq.%1$I order by base_id limit 1), base_id + count - 1, 0
+              from shardmq.%1$I order by base_id desc limit 1
+            $sql$, shardmq.table_name(p_partition, p.day))
+           into finished using p_partition, p.day;
+        if finished.last_id is not null then
+            finished.count := finished.last_id - finished.first_id + 1;
+            insert into shardmq.day select finished.* on conflict do nothing;
+        end if;
+    end if;
+    -- A late original names the day that is closed now, and is turned away by that.
+    delete from shardmq.refused r where r.partition = p_partition;
+    update shardmq.partition x set day = today where x.partition = p_partition;
+    outcome := 'rolled';
+    day := today;
+end $$;

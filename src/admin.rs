@@ -1,0 +1,537 @@
+//! Looking after a cluster: nodes, topics, lag, and messages for people. The command prints what is
+//! defined here.
+
+use std::collections::BTreeMap;
+use std::time::SystemTime;
+
+use futures_util::future::join_all;
+use serde::{Deserialize, Serialize};
+use tokio_postgres::Row;
+use tokio_postgres::types::ToSql;
+
+use crate::cluster::Cluster;
+use crate::error::{Error, ErrorKind, Result};
+use crate::id::{MessageId, NodeId, PartitionId};
+use crate::message::{Headers, RESERVED_HEADER_PREFIX};
+use crate::migrate::{self, Schema};
+use crate::name::TopicName;
+use crate::store::connect::{self, refused};
+use crate::store::node::{Connection, Durability, Unfinished, query, write};
+use crate::store::{control, sql};
+use crate::topology::{even_slots, interleave, spread};
+
+/// The most partitions of a cluster: 99 nodes of 99.
+pub const MAX_PARTITIONS: usize = 9_801;
+
+/// A node as the control database has it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NodeInfo {
+    /// Its number.
+    pub node: NodeId,
+    /// Its address, a libpq URL without password.
+    pub url: String,
+}
+
+/// How a topic is made.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TopicOptions {
+    partitions: usize,
+    nodes: Option<Vec<NodeId>>,
+    if_missing: bool,
+}
+
+impl TopicOptions {
+    /// A topic of so many partitions, 1 to 9,801, spread evenly over all nodes. Each takes up to
+    /// 99,999,999 messages a day, is written by one commit at a time, and is consumed by one member of
+    /// a group.
+    pub fn partitions(partitions: usize) -> Self {
+        Self {
+            partitions,
+            nodes: None,
+            if_missing: false,
+        }
+    }
+
+    /// Only on these nodes.
+    pub fn nodes(mut self, nodes: impl IntoIterator<Item = NodeId>) -> Self {
+        self.nodes = Some(nodes.into_iter().collect());
+        self
+    }
+
+    /// Takes a topic of that name that is there already, whatever its partitions.
+    pub fn if_missing(mut self) -> Self {
+        self.if_missing = true;
+        self
+    }
+}
+
+/// A topic as lists show it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TopicSummary {
+    /// Its name.
+    pub topic: TopicName,
+    /// How many partitions it has.
+    pub partitions: usize,
+    /// The version of its map from key slots to partitions.
+    pub generation: i32,
+    /// When it was made.
+    pub created_at: SystemTime,
+}
+
+/// A topic with its partitions.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TopicInfo {
+    /// Its name.
+    pub topic: TopicName,
+    /// The version of its map from key slots to partitions.
+    pub generation: i32,
+    /// When it was made.
+    pub created_at: SystemTime,
+    /// Its partitions, in rising order.
+    pub partitions: Vec<PartitionInfo>,
+}
+
+/// A partition of a topic.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PartitionInfo {
+    /// Its number.
+    pub partition: PartitionId,
+    /// The node that stores it.
+    pub node: NodeId,
+    /// `open`, `sealed`, or `unreachable` where the node did not answer.
+    pub state: String,
+    /// The last message, none where there is none.
+    pub last_id: Option<MessageId>,
+    /// Messages that are kept.
+    pub messages: u64,
+}
+
+/// How far a group is in one partition.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct PartitionLag {
+    /// The group.
+    pub group: String,
+    /// The partition.
+    pub partition: PartitionId,
+    /// Everything up to this id is acknowledged; none at the very beginning.
+    pub acked_id: Option<MessageId>,
+    /// The partition's last message.
+    pub last_id: Option<MessageId>,
+    /// Messages that are not acknowledged.
+    pub lag: u64,
+    /// The age of the oldest of them, in seconds.
+    pub lag_secs: Option<f64>,
+    /// The consumer that owns it.
+    pub member: Option<String>,
+}
+
+/// A message as it is stored.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StoredMessage {
+    /// Where it is.
+    pub id: MessageId,
+    /// Its identity.
+    pub uid: String,
+    /// Its topic.
+    pub topic: TopicName,
+    /// The key it was sent with.
+    pub key: Option<String>,
+    /// The headers it was sent with.
+    pub headers: Headers,
+    /// The payload.
+    pub payload: Vec<u8>,
+    /// When it was appended.
+    pub appended_at: SystemTime,
+}
+
+impl Cluster {
+    /// Registers a database as a node, or changes a node's address. Its schema must be up to date
+    /// ([`migrate()`](migrate::migrate)). The password is not stored: every process takes it from
+    /// `PGPASSWORD`.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Conflict`] where the database is another node already, or another cluster's.
+    pub async fn add_node(&self, node: NodeId, url: &str) -> Result<()> {
+        let what = format!("register node {node}");
+        let mut client = connect::connect_once(url, "shardmq node add").await?;
+        migrate::check(&client, Schema::Node).await?;
+        let transaction = client
+            .build_transaction()
+            .read_only(false)
+            .start()
+            .await
+            .map_err(|error| refused(error, &what))?;
+        let params: [&(dyn ToSql + Sync); 2] = [&self.id(), &i32::from(node.number())];
+        transaction
+            .execute(sql::REGISTER_NODE, &params)
+            .await
+            .map_err(|error| refused(error, &what))?;
+        transaction
+            .commit()
+            .await
+            .map_err(|error| refused(error, &what))?;
+        // What is there now is compared by the pool's check: a stranger is refused.
+        let address = connect::without_password(url)?;
+        let check = crate::store::node::Node::new(url, self.id(), node, 1)?;
+        drop(check.get().await?);
+        check.close();
+        let connection = self.inner.control.get().await?;
+        control::add_node(connection, node, &address)
+            .await
+            .map_err(|e| refused(e, &what))?;
+        let connection = self.inner.control.get().await?;
+        control::bump(connection)
+            .await
+            .map_err(|error| refused(error, &what))?;
+        self.inner.nodes.refresh().await.map(drop)
+    }
+
+    /// All nodes, by number.
+    pub async fn nodes(&self) -> Result<Vec<NodeInfo>> {
+        let nodes = self.inner.nodes.refresh().await?;
+        Ok(nodes
+            .into_iter()
+            .map(|(node, url)| NodeInfo { node, url })
+            .collect())
+    }
+
+    /// Makes a topic: its partitions are taken on their nodes first, then recorded in the control
+    /// database. One that was cut off in between is taken up again by the next call.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Conflict`] where the topic exists (but see [`TopicOptions::if_missing`]),
+    /// [`ErrorKind::Full`] where the nodes have no room, [`ErrorKind::Unavailable`] where one of them
+    /// can't be reached.
+    pub async fn create_topic(&self, topic: &str, options: TopicOptions) -> Result<TopicInfo> {
+        let topic = TopicName::new(topic)?;
+        let count = options.partitions;
+        if !(1..=MAX_PARTITIONS).contains(&count) {
+            let what = format!("{count} partitions is not between 1 and {MAX_PARTITIONS}");
+            return Err(Error::invalid(what));
+        }
+        // Dropped on an error, the connection is closed and the change is off.
+        let change = Unfinished::new(self.inner.control.get().await?);
+        let exists = self
+            .change_topology(change.connection(), &topic, &options)
+            .await?;
+        change.finished();
+        if exists && !options.if_missing {
+            return Err(Error::new(
+                ErrorKind::Conflict,
+                format!("topic {topic} exists already"),
+            ));
+        }
+        self.topic(topic.as_str()).await
+    }
+
+    /// Makes the topic inside a change of the topology; true where it was there.
+    async fn change_topology(
+        &self,
+        change: &Connection,
+        topic: &TopicName,
+        options: &TopicOptions,
+    ) -> Result<bool> {
+        let what = format!("create topic {topic}");
+        let refused = |error| refused(error, &what);
+        let (_, version) = control::begin_change(change).await.map_err(refused)?;
+        if control::topic(change, topic)
+            .await
+            .map_err(refused)?
+            .is_some()
+        {
+            change.batch_execute("rollback").await.map_err(refused)?;
+            return Ok(true);
+        }
+        let known = control::nodes(change).await.map_err(refused)?;
+        let nodes: Vec<NodeId> = known.into_iter().map(|(node, _)| node).collect();
+        let chosen = choose_nodes(&nodes, options.nodes.as_deref())?;
+        let taken = control::partition_counts(change).await.map_err(refused)?;
+        let shares = spread(options.partitions, &chosen, &taken)?;
+        let claims = shares
+            .into_iter()
+            .map(|(node, count)| self.claim(topic, node, count, version));
+        let mut by_node: BTreeMap<NodeId, Vec<PartitionId>> = BTreeMap::new();
+        for claimed in join_all(claims).await {
+            let (node, partitions) = claimed?;
+            by_node.insert(node, partitions);
+        }
+        let slots = even_slots(&interleave(&by_node));
+        control::record_topic(change, topic, &slots)
+            .await
+            .map_err(refused)?;
+        control::commit_change(change).await.map_err(refused)?;
+        Ok(false)
+    }
+
+    async fn claim(
+        &self,
+        topic: &TopicName,
+        node: NodeId,
+        count: usize,
+        version: i64,
+    ) -> Result<(NodeId, Vec<PartitionId>)> {
+        let connection = self.inner.nodes.node(node).await?.get().await?;
+        let (name, wanted) = (topic.as_str(), i32::try_from(count).unwrap_or(i32::MAX));
+        let params: [&(dyn ToSql + Sync); 4] = [&name, &1_i32, &wanted, &version];
+        let rows = write(
+            connection,
+            Durability::Durable,
+            sql::CLAIM_PARTITIONS,
+            &params,
+        )
+        .await
+        .map_err(|error| refused(error, &format!("take partitions on node {node}")))?;
+        let partitions: Result<Vec<_>> = rows
+            .iter()
+            .map(|row| PartitionId::from_i32(row.get(0)))
+            .collect();
+        Ok((node, partitions?))
+    }
+
+    /// All topics, by name.
+    pub async fn topics(&self) -> Result<Vec<TopicSummary>> {
+        let connection = self.inner.control.get().await?;
+        let rows = control::topics(&connection)
+            .await
+            .map_err(|e| refused(e, "list the topics"))?;
+        let summary = |row: control::TopicRow| {
+            Ok(TopicSummary {
+                topic: TopicName::new(&row.topic)?,
+                partitions: usize::try_from(row.partitions).unwrap_or(0),
+                generation: row.generation,
+                created_at: row.created_at,
+            })
+        };
+        rows.into_iter().map(summary).collect()
+    }
+
+    /// A topic with its partitions, as their nodes know them.
+    pub async fn topic(&self, topic: &str) -> Result<TopicInfo> {
+        let name = TopicName::new(topic)?;
+        let topology = self.topology(&name).await?;
+        let connection = self.inner.control.get().await?;
+        let what = format!("describe topic {topic}");
+        let found = control::topic(&connection, &name)
+            .await
+            .map_err(|e| refused(e, &what))?;
+        drop(connection);
+        let created_at = found.map_or(SystemTime::UNIX_EPOCH, |found| found.created_at);
+        let by_node = topology.by_node();
+        let asked = by_node.iter().map(|(node, partitions)| async move {
+            let known = self.partitions_on(*node, topic).await;
+            partitions
+                .iter()
+                .map(|partition| described(*partition, known.as_deref().ok()))
+                .collect()
+        });
+        let described: Vec<Vec<PartitionInfo>> = join_all(asked).await;
+        let partitions = described.into_iter().flatten().collect();
+        Ok(TopicInfo {
+            topic: name,
+            generation: topology.generation,
+            created_at,
+            partitions,
+        })
+    }
+
+    async fn partitions_on(&self, node: NodeId, topic: &str) -> Result<Vec<PartitionInfo>> {
+        let connection = self.inner.nodes.node(node).await?.get().await?;
+        let rows = query(&connection, sql::PARTITIONS_OF_TOPIC, &[&topic])
+            .await
+            .map_err(|error| refused(error, &format!("describe topic {topic} on node {node}")))?;
+        rows.iter().map(|row| read_partition(row, node)).collect()
+    }
+
+    /// Deletes a topic with all its messages and cursors.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Conflict`] where a group has messages left to consume and `force` is not set.
+    pub async fn delete_topic(&self, topic: &str, force: bool) -> Result<()> {
+        let name = TopicName::new(topic)?;
+        let topology = self.topology(&name).await?;
+        if !force {
+            self.refuse_if_lagging(topic).await?;
+        }
+        let what = format!("delete topic {topic}");
+        let change = Unfinished::new(self.inner.control.get().await?);
+        let connection = change.connection();
+        control::begin_change(connection)
+            .await
+            .map_err(|error| refused(error, &what))?;
+        for partition in &topology.partitions {
+            let node = self.inner.nodes.node(partition.node()).await?.get().await?;
+            let params: [&(dyn ToSql + Sync); 2] = [&partition.as_i32(), &name.as_str()];
+            write(node, Durability::Durable, sql::DELETE_PARTITION, &params)
+                .await
+                .map_err(|error| refused(error, &format!("{what}: partition {partition}")))?;
+        }
+        control::forget_topic(connection, &name)
+            .await
+            .map_err(|error| refused(error, &what))?;
+        control::commit_change(connection)
+            .await
+            .map_err(|error| refused(error, &what))?;
+        change.finished();
+        Ok(())
+    }
+
+    async fn refuse_if_lagging(&self, topic: &str) -> Result<()> {
+        let mut lags: BTreeMap<String, u64> = BTreeMap::new();
+        for lag in self.lag(topic).await? {
+            *lags.entry(lag.group).or_default() += lag.lag;
+        }
+        lags.retain(|_, lag| *lag > 0);
+        let Some((group, lag)) = lags.first_key_value() else {
+            return Ok(());
+        };
+        Err(Error::new(
+            ErrorKind::Conflict,
+            format!("group {group} has {lag} messages of topic {topic} left to consume"),
+        ))
+    }
+
+    /// How far all groups are in a topic's partitions, by arithmetic: no message is counted.
+    pub async fn lag(&self, topic: &str) -> Result<Vec<PartitionLag>> {
+        let name = TopicName::new(topic)?;
+        let topology = self.topology(&name).await?;
+        let asked = topology
+            .by_node()
+            .into_keys()
+            .map(|node| self.lag_on(node, topic));
+        let mut lags = Vec::new();
+        for on_node in join_all(asked).await {
+            lags.extend(on_node?);
+        }
+        lags.sort_by(|a, b| (&a.group, a.partition).cmp(&(&b.group, b.partition)));
+        Ok(lags)
+    }
+
+    async fn lag_on(&self, node: NodeId, topic: &str) -> Result<Vec<PartitionLag>> {
+        let connection = self.inner.nodes.node(node).await?.get().await?;
+        let rows = query(&connection, sql::LAG, &[&topic])
+            .await
+            .map_err(|error| refused(error, &format!("read the lag on node {node}")))?;
+        rows.iter().map(read_lag).collect()
+    }
+
+    /// A message by its id; none where there is none. Reads the partition's node.
+    pub async fn message(&self, id: MessageId) -> Result<Option<StoredMessage>> {
+        let connection = self
+            .inner
+            .nodes
+            .node(id.partition().node())
+            .await?
+            .get()
+            .await?;
+        let rows = query(&connection, sql::MESSAGE, &[&id.number()])
+            .await
+            .map_err(|error| refused(error, &format!("read message {id}")))?;
+        rows.first().map(read_message).transpose()
+    }
+
+    /// Messages of a partition after an id (none: from the first), in order, at most so many. Moves no
+    /// cursor.
+    pub async fn peek(
+        &self,
+        partition: PartitionId,
+        after: Option<MessageId>,
+        max: u32,
+    ) -> Result<Vec<StoredMessage>> {
+        let connection = self.inner.nodes.node(partition.node()).await?.get().await?;
+        let after = after.map_or(0, MessageId::number);
+        let max = i32::try_from(max).unwrap_or(i32::MAX);
+        let rows = query(&connection, sql::PEEK, &[&partition.as_i32(), &after, &max])
+            .await
+            .map_err(|error| refused(error, &format!("read partition {partition}")))?;
+        rows.iter().map(read_message).collect()
+    }
+}
+
+fn choose_nodes(known: &[NodeId], wanted: Option<&[NodeId]>) -> Result<Vec<NodeId>> {
+    if known.is_empty() {
+        let what = "the cluster has no node yet: register one with `shardmq node add`";
+        return Err(Error::new(ErrorKind::NotFound, what));
+    }
+    let wanted = wanted.unwrap_or(known);
+    match wanted.iter().find(|node| !known.contains(node)) {
+        Some(node) => Err(Error::new(
+            ErrorKind::NotFound,
+            format!("node {node} is not registered"),
+        )),
+        None => Ok(wanted.to_vec()),
+    }
+}
+
+/// What a node said of a partition, or that it did not.
+fn described(partition: PartitionId, known: Option<&[PartitionInfo]>) -> PartitionInfo {
+    let found = known.and_then(|known| known.iter().find(|info| info.partition == partition));
+    let state = if known.is_some() {
+        "missing"
+    } else {
+        "unreachable"
+    };
+    found.cloned().unwrap_or_else(|| PartitionInfo {
+        partition,
+        node: partition.node(),
+        state: state.to_owned(),
+        last_id: None,
+        messages: 0,
+    })
+}
+
+fn read_partition(row: &Row, node: NodeId) -> Result<PartitionInfo> {
+    let partition = PartitionId::from_i32(row.get(0))?;
+    let day: i32 = row.get(3);
+    let last_id = MessageId::try_from(row.get::<_, i64>(4)).ok();
+    let closed = u64::try_from(row.get::<_, i64>(5)).unwrap_or(0);
+    let today = last_id
+        .filter(|id| id.day().as_i32() == day)
+        .map_or(0, MessageId::sequence);
+    let messages = closed + u64::from(today);
+    Ok(PartitionInfo {
+        partition,
+        node,
+        state: row.get(2),
+        last_id,
+        messages,
+    })
+}
+
+fn read_lag(row: &Row) -> Result<PartitionLag> {
+    let oldest: Option<SystemTime> = row.get(5);
+    let age = |at: SystemTime| at.elapsed().unwrap_or_default().as_secs_f64();
+    let member: Option<uuid::Uuid> = row.get(6);
+    Ok(PartitionLag {
+        group: row.get(0),
+        partition: PartitionId::from_i32(row.get(1))?,
+        acked_id: MessageId::try_from(row.get::<_, i64>(2)).ok(),
+        last_id: MessageId::try_from(row.get::<_, i64>(3)).ok(),
+        lag: u64::try_from(row.get::<_, i64>(4)).unwrap_or(0),
+        lag_secs: oldest.map(age),
+        member: member.map(|member| member.to_string()),
+    })
+}
+
+fn read_message(row: &Row) -> Result<StoredMessage> {
+    let headers: Option<serde_json::Value> = row.get(5);
+    let text = |value: &serde_json::Value| match value {
+        serde_json::Value::String(text) => text.clone(),
+        other => other.to_string(),
+    };
+    let object = headers.as_ref().and_then(serde_json::Value::as_object);
+    let headers = object
+        .into_iter()
+        .flatten()
+        .map(|(name, value)| (name.clone(), text(value)));
+    Ok(StoredMessage {
+        id: MessageId::try_from(row.get::<_, i64>(0))?,
+        uid: row.get(1),
+        topic: TopicName::new(row.get(2))?,
+        key: row.get(4),
+        headers: headers
+            .filter(|(name, _)| !name.starts_with(RESERVED_HEADER_PREFIX))
+            .collect(),
+        payload: row.get(6),
+        appended_at: row.get(7),
+    })
+}

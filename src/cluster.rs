@@ -1,0 +1,306 @@
+//! The way in: a cluster is a control database and the nodes that it knows.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use uuid::Uuid;
+
+use crate::consumer::ConsumerBuilder;
+use crate::error::{Error, ErrorKind, Result};
+use crate::id::NodeId;
+use crate::name::TopicName;
+use crate::notifier::{Notifier, PostgresNotifier};
+use crate::producer::ProducerBuilder;
+use crate::store::connect::refused;
+use crate::store::control;
+use crate::store::node::Node;
+use crate::topology::Topology;
+
+/// A cluster: makes producers and consumers, and looks after topics. Cheap to clone; all clones share
+/// their connections, at most three for each node: two for data, and one that listens where something
+/// is consumed.
+#[derive(Clone)]
+pub struct Cluster {
+    pub(crate) inner: Arc<Inner>,
+}
+
+pub(crate) struct Inner {
+    pub(crate) control: Arc<Node>,
+    pub(crate) id: Uuid,
+    pub(crate) nodes: Arc<Nodes>,
+    pub(crate) notifier: Arc<dyn Notifier>,
+    pub(crate) shutdown: CancellationToken,
+    pub(crate) tasks: TaskTracker,
+}
+
+/// Settings of a [`Cluster`].
+#[derive(Debug)]
+#[must_use = "a builder does nothing until connect"]
+pub struct ClusterBuilder {
+    url: String,
+    connections: usize,
+    notifier: Option<Arc<dyn Notifier>>,
+}
+
+impl ClusterBuilder {
+    /// Data connections to each node, shared by appending and fetching, and opened when first needed:
+    /// 2 by default, 1 to 64.
+    pub fn connections_per_node(mut self, connections: usize) -> Self {
+        self.connections = connections.clamp(1, 64);
+        self
+    }
+
+    /// Takes another notifier than Postgres' `LISTEN/NOTIFY`.
+    pub fn notifier(mut self, notifier: impl Notifier) -> Self {
+        self.notifier = Some(Arc::new(notifier));
+        self
+    }
+
+    /// Connects to the control database and reads which nodes there are. Nodes are connected when they
+    /// are first used. Must be called within a tokio runtime. Cancel safe.
+    pub async fn connect(self) -> Result<Cluster> {
+        let control = Arc::new(Node::control(&self.url, 2)?);
+        let what = "read the topology";
+        let connection = control.get().await?;
+        let (id, _) = control::cluster(&connection)
+            .await
+            .map_err(|e| refused(e, what))?;
+        let known = control::nodes(&connection)
+            .await
+            .map_err(|e| refused(e, what))?;
+        drop(connection);
+        let nodes = Arc::new(Nodes {
+            cluster: id,
+            connections: self.connections,
+            control: Arc::clone(&control),
+            known: Mutex::default(),
+        });
+        nodes.learn(known)?;
+        let (shutdown, tasks) = (CancellationToken::new(), TaskTracker::new());
+        let notifier = self.notifier.unwrap_or_else(|| {
+            let nodes = Arc::clone(&nodes);
+            Arc::new(PostgresNotifier::new(
+                nodes,
+                shutdown.child_token(),
+                tasks.clone(),
+            ))
+        });
+        let inner = Inner {
+            control,
+            id,
+            nodes,
+            notifier,
+            shutdown,
+            tasks,
+        };
+        Ok(Cluster {
+            inner: Arc::new(inner),
+        })
+    }
+}
+
+impl Cluster {
+    /// Connects to the cluster of this control database (a libpq URL) with default settings.
+    pub async fn connect(url: &str) -> Result<Self> {
+        Self::builder(url).connect().await
+    }
+
+    /// Settings first: the URL of the control database, then [`ClusterBuilder::connect`].
+    pub fn builder(url: &str) -> ClusterBuilder {
+        ClusterBuilder {
+            url: url.to_owned(),
+            connections: 2,
+            notifier: None,
+        }
+    }
+
+    /// The cluster's id, drawn when its control schema was made.
+    pub fn id(&self) -> Uuid {
+        self.inner.id
+    }
+
+    /// A producer of a topic.
+    pub fn producer(&self, topic: &str) -> ProducerBuilder {
+        ProducerBuilder::new(self.clone(), topic)
+    }
+
+    /// A consumer of a topic, in a group: the group's consumers together see each message once.
+    pub fn consumer(&self, topic: &str, group: &str) -> ConsumerBuilder {
+        ConsumerBuilder::new(self.clone(), topic, group)
+    }
+
+    /// Ends the background tasks and connections that this cluster's clones share. Shut down producers
+    /// and consumers before. Idempotent; waits at most 5 s.
+    pub async fn shutdown(&self) {
+        self.inner.shutdown.cancel();
+        self.inner.tasks.close();
+        let _ = tokio::time::timeout(Duration::from_secs(5), self.inner.tasks.wait()).await;
+        self.inner.nodes.close();
+        self.inner.control.close();
+    }
+
+    /// What producers and consumers need to know of a topic.
+    pub(crate) async fn topology(&self, topic: &TopicName) -> Result<Topology> {
+        let what = format!("look up topic {topic}");
+        let connection = self.inner.control.get().await?;
+        let found = control::topic(&connection, topic)
+            .await
+            .map_err(|e| refused(e, &what))?;
+        let Some(found) = found else {
+            let names = control::topics(&connection)
+                .await
+                .map_err(|e| refused(e, &what))?;
+            let names = names.into_iter().map(|row| row.topic).collect();
+            return Err(unknown_topic(topic, names));
+        };
+        Ok(Topology {
+            topic: topic.clone(),
+            generation: found.generation,
+            partitions: found.partitions,
+            slots: found.slots,
+        })
+    }
+}
+
+impl fmt::Debug for Cluster {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Cluster")
+            .field("id", &self.inner.id)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        self.shutdown.cancel();
+    }
+}
+
+/// Says that there is no such topic, and which ones have the nearest names.
+fn unknown_topic(topic: &TopicName, mut names: Vec<String>) -> Error {
+    names.sort_by_key(|name| distance(name, topic.as_str()));
+    names.truncate(3);
+    let hint = match names.as_slice() {
+        [] => "there is none yet".to_owned(),
+        names => format!("the nearest are {}", names.join(", ")),
+    };
+    Error::new(
+        ErrorKind::NotFound,
+        format!("topic {topic} does not exist; {hint}"),
+    )
+}
+
+/// How many letters must change to make one name of another (Levenshtein).
+fn distance(a: &str, b: &str) -> usize {
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, x) in a.bytes().enumerate() {
+        let mut diagonal = row[0];
+        row[0] = i + 1;
+        for (j, y) in b.bytes().enumerate() {
+            let replaced = diagonal + usize::from(x != y);
+            diagonal = row[j + 1];
+            row[j + 1] = replaced.min(diagonal + 1).min(row[j] + 1);
+        }
+    }
+    row[b.len()]
+}
+
+/// The nodes that this process knows, with their pools.
+pub(crate) struct Nodes {
+    cluster: Uuid,
+    connections: usize,
+    control: Arc<Node>,
+    known: Mutex<BTreeMap<NodeId, (String, Arc<Node>)>>,
+}
+
+impl Nodes {
+    /// How many data connections each node's pool has.
+    pub(crate) fn connections(&self) -> usize {
+        self.connections
+    }
+
+    /// A node's pool. Asks the control database where the node is not known yet.
+    pub(crate) async fn node(&self, id: NodeId) -> Result<Arc<Node>> {
+        self.find(id).await.map(|(_, node)| node)
+    }
+
+    /// A node's address.
+    pub(crate) async fn url(&self, id: NodeId) -> Result<String> {
+        self.find(id).await.map(|(url, _)| url)
+    }
+
+    async fn find(&self, id: NodeId) -> Result<(String, Arc<Node>)> {
+        if let Some(found) = self.lock().get(&id).cloned() {
+            return Ok(found);
+        }
+        self.refresh().await?;
+        self.lock()
+            .get(&id)
+            .cloned()
+            .ok_or_else(|| Error::new(ErrorKind::NotFound, format!("node {id} is not registered")))
+    }
+
+    /// All nodes, as the control database has them now.
+    pub(crate) async fn refresh(&self) -> Result<Vec<(NodeId, String)>> {
+        let connection = self.control.get().await?;
+        let nodes = control::nodes(&connection)
+            .await
+            .map_err(|error| refused(error, "read the nodes"))?;
+        self.learn(nodes.clone())?;
+        Ok(nodes)
+    }
+
+    /// Takes over addresses; a node whose address is another gets a new pool.
+    fn learn(&self, nodes: Vec<(NodeId, String)>) -> Result<()> {
+        for (id, url) in nodes {
+            let same = self.lock().get(&id).is_some_and(|(known, _)| *known == url);
+            if !same {
+                let node = Arc::new(Node::new(&url, self.cluster, id, self.connections)?);
+                self.lock().insert(id, (url, node));
+            }
+        }
+        Ok(())
+    }
+
+    fn close(&self) {
+        for (_, node) in self.lock().values() {
+            node.close();
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<NodeId, (String, Arc<Node>)>> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl fmt::Debug for Nodes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Nodes")
+            .field("cluster", &self.cluster)
+            .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_unknown_topic_names_the_nearest() {
+        let topic = TopicName::new("order").unwrap();
+        let names = ["payments", "orders", "border", "x"]
+            .map(String::from)
+            .to_vec();
+        let text = unknown_topic(&topic, names).to_string();
+        assert!(text.contains("the nearest are orders, border"), "{text}");
+        assert!(
+            unknown_topic(&topic, Vec::new())
+                .to_string()
+                .contains("there is none yet")
+        );
+    }
+}

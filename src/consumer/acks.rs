@@ -1,0 +1,221 @@
+//! What is acknowledged in a partition: a watermark, and runs above it. Pure.
+
+use std::collections::{BTreeMap, VecDeque};
+
+/// Acknowledgements of one holding of a partition, in any order.
+///
+/// ```text
+/// read:   [1 .. 9]   [101 .. 104]        (two days)
+/// acked:   1 2 3   5      102            watermark 3, ahead {5, 102}
+/// ```
+///
+/// Ids are dense inside a day and leap between days, so the watermark steps along what was read.
+#[derive(Debug, Default)]
+pub(crate) struct Tracker {
+    acked_id: i64,
+    /// What was read and is not below the watermark, in order: first and last of dense runs.
+    read: VecDeque<(i64, i64)>,
+    /// Acknowledged above the watermark: first to last, apart from each other.
+    ahead: BTreeMap<i64, i64>,
+    /// Rises with every change.
+    version: u64,
+    flushed: u64,
+}
+
+impl Tracker {
+    /// From what is committed.
+    pub(crate) fn new(acked_id: i64, ahead: impl IntoIterator<Item = (i64, i64)>) -> Self {
+        Self {
+            acked_id,
+            ahead: ahead.into_iter().collect(),
+            ..Self::default()
+        }
+    }
+
+    /// A run of ids was read, later than all before.
+    pub(crate) fn read(&mut self, first: i64, last: i64) {
+        match self.read.back_mut() {
+            Some(run) if run.1 + 1 == first => run.1 = last,
+            _ => self.read.push_back((first, last)),
+        }
+        // Parts of it may be acknowledged since an earlier holding.
+        self.advance();
+    }
+
+    /// An id is acknowledged; again does no harm.
+    pub(crate) fn ack(&mut self, id: i64) {
+        if self.is_acked(id) {
+            return;
+        }
+        self.version += 1;
+        if self.next() == Some(id) && self.ahead.is_empty() {
+            self.step_to(id);
+        } else {
+            self.insert(id);
+            self.advance();
+        }
+    }
+
+    /// Whether an id is acknowledged.
+    pub(crate) fn is_acked(&self, id: i64) -> bool {
+        id <= self.acked_id
+            || self
+                .ahead
+                .range(..=id)
+                .next_back()
+                .is_some_and(|(_, last)| *last >= id)
+    }
+
+    /// Whether anything above the watermark is acknowledged.
+    pub(crate) fn has_acked_ahead(&self) -> bool {
+        !self.ahead.is_empty()
+    }
+
+    /// Everything up to here is acknowledged.
+    pub(crate) fn acked_id(&self) -> i64 {
+        self.acked_id
+    }
+
+    /// What is to be committed, with the version to report back; none where nothing changed.
+    pub(crate) fn pending(&self) -> Option<(i64, Vec<(i64, i64)>, u64)> {
+        let ahead = || {
+            self.ahead
+                .iter()
+                .map(|(first, last)| (*first, *last))
+                .collect()
+        };
+        (self.version > self.flushed).then(|| (self.acked_id, ahead(), self.version))
+    }
+
+    /// That version is committed.
+    pub(crate) fn flushed(&mut self, version: u64) {
+        self.flushed = self.flushed.max(version);
+    }
+
+    /// The first id that was read and is not acknowledged.
+    fn next(&self) -> Option<i64> {
+        self.read
+            .front()
+            .map(|(first, _)| (*first).max(self.acked_id + 1))
+    }
+
+    fn step_to(&mut self, id: i64) {
+        self.acked_id = id;
+        while self.read.front().is_some_and(|(_, last)| *last <= id) {
+            self.read.pop_front();
+        }
+    }
+
+    fn insert(&mut self, id: i64) {
+        let before = self
+            .ahead
+            .range(..id)
+            .next_back()
+            .map(|(first, last)| (*first, *last));
+        let first = before
+            .filter(|(_, last)| last + 1 == id)
+            .map_or(id, |(first, _)| first);
+        let last = self.ahead.remove(&(id + 1)).unwrap_or(id);
+        self.ahead.insert(first, last);
+    }
+
+    /// Moves the watermark over runs that have joined it.
+    fn advance(&mut self) {
+        while let Some(next) = self.next() {
+            let run = self
+                .ahead
+                .range(..=next)
+                .next_back()
+                .map(|(first, last)| (*first, *last));
+            let Some((first, last)) = run.filter(|(_, last)| *last >= next) else {
+                break;
+            };
+            let end = self.read.front().map_or(last, |(_, end)| last.min(*end));
+            self.ahead.remove(&first);
+            if last > end {
+                self.ahead.insert(end + 1, last);
+            }
+            self.version += 1;
+            self.step_to(end);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::collections::BTreeSet;
+
+    #[test]
+    fn the_watermark_steps_over_the_gap_between_days() {
+        let mut tracker = Tracker::new(0, []);
+        tracker.read(101, 103);
+        tracker.read(1001, 1002);
+        for id in [1001, 103, 101] {
+            tracker.ack(id);
+        }
+        assert_eq!(tracker.acked_id(), 101);
+        tracker.ack(102);
+        assert_eq!(tracker.acked_id(), 1001);
+        assert_eq!(
+            tracker.pending().map(|(id, ahead, _)| (id, ahead)),
+            Some((1001, vec![]))
+        );
+    }
+
+    #[test]
+    fn nothing_is_pending_until_something_changed_and_after_it_was_flushed() {
+        let mut tracker = Tracker::new(5, []);
+        tracker.read(6, 10);
+        assert!(tracker.pending().is_none());
+        tracker.ack(6);
+        let (_, _, version) = tracker.pending().unwrap();
+        tracker.ack(8);
+        tracker.flushed(version);
+        let (acked, ahead, version) = tracker.pending().unwrap();
+        assert_eq!((acked, ahead), (6, vec![(8, 8)]));
+        tracker.flushed(version);
+        assert!(tracker.pending().is_none());
+    }
+
+    #[test]
+    fn what_was_acknowledged_ahead_before_is_passed_when_it_is_read() {
+        let mut tracker = Tracker::new(2, [(3, 4), (6, 7)]);
+        assert!(tracker.is_acked(4) && !tracker.is_acked(5));
+        tracker.read(3, 7);
+        assert_eq!(tracker.acked_id(), 4);
+        tracker.ack(5);
+        assert_eq!(tracker.acked_id(), 7);
+    }
+
+    proptest! {
+        /// Against a set of ids: any runs, any order of acknowledgements, some twice.
+        #[test]
+        fn the_watermark_is_the_last_id_before_the_first_gap(
+            runs in proptest::collection::vec(1_i64..12, 1..6),
+            seed in any::<u64>(),
+        ) {
+            let mut tracker = Tracker::new(0, []);
+            let mut ids = Vec::new();
+            for (run, length) in runs.iter().enumerate() {
+                let first = 1_000 * (i64::try_from(run).unwrap() + 1);
+                tracker.read(first, first + length - 1);
+                ids.extend(first..first + length);
+            }
+            let mut order = ids.clone();
+            order.sort_by_key(|id| id.unsigned_abs().wrapping_mul(seed | 1).rotate_left(17));
+            let mut acked = BTreeSet::new();
+            for id in order {
+                tracker.ack(id);
+                tracker.ack(id);
+                acked.insert(id);
+                let watermark = ids.iter().take_while(|id| acked.contains(id)).last().copied();
+                prop_assert_eq!(tracker.acked_id(), watermark.unwrap_or(0));
+                for id in &ids {
+                    prop_assert_eq!(tracker.is_acked(*id), acked.contains(id));
+                }
+            }
+        }
+    }
+}

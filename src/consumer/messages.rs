@@ -1,0 +1,304 @@
+//! The stream of deliveries, and what one can do with a delivery.
+
+use std::fmt;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::{Duration, SystemTime};
+
+use bytes::Bytes;
+use futures_util::Stream;
+use serde::de::DeserializeOwned;
+use tokio::sync::{OwnedSemaphorePermit, mpsc};
+
+use crate::codec::{Codec, Json};
+use crate::consumer::holding::Holding;
+use crate::consumer::{ConsumerHandle, Event};
+use crate::error::{Error, Result};
+use crate::id::{MessageId, PartitionId, Uid};
+use crate::message::{Headers, RESERVED_HEADER_PREFIX};
+use crate::metrics as names;
+use crate::name::TopicName;
+use crate::store::fetch::Batch;
+
+/// The messages of a consumer: an endless [`Stream`] of deliveries, each partition in order.
+///
+/// It goes on through restarts and failures of servers, and ends after
+/// [`shutdown`](ConsumerHandle::shutdown) only. An error in it is news, not its end: of the kind
+/// [`LeaseLost`](crate::ErrorKind::LeaseLost) where a partition went to another consumer.
+///
+/// Dropping it gives its partitions back in the background; what was acknowledged is committed if the
+/// runtime still lives, else it is delivered again.
+#[must_use = "a stream does nothing unless polled"]
+pub struct Messages {
+    events: mpsc::UnboundedReceiver<Event>,
+    current: Option<Current>,
+    topic: TopicName,
+    handle: ConsumerHandle,
+}
+
+/// A batch that is being handed out.
+struct Current {
+    holding: Arc<Holding>,
+    row: Arc<Batch>,
+    next: i64,
+    /// Whether parts of it were acknowledged in an earlier holding.
+    patchy: bool,
+    _permit: Option<OwnedSemaphorePermit>,
+}
+
+impl Messages {
+    pub(crate) fn new(
+        events: mpsc::UnboundedReceiver<Event>,
+        topic: TopicName,
+        handle: ConsumerHandle,
+    ) -> Self {
+        Self {
+            events,
+            current: None,
+            topic,
+            handle,
+        }
+    }
+
+    /// A handle to flush and to shut down with, from anywhere.
+    pub fn handle(&self) -> ConsumerHandle {
+        self.handle.clone()
+    }
+
+    /// The next delivery; `None` after a shutdown. Cancel safe.
+    pub async fn next(&mut self) -> Option<Result<Delivery>> {
+        futures_util::StreamExt::next(self).await
+    }
+
+    /// Commits what was acknowledged; see [`ConsumerHandle::flush`].
+    pub async fn flush(&self) -> Result<()> {
+        self.handle.flush().await
+    }
+
+    /// Ends consuming; see [`ConsumerHandle::shutdown`].
+    pub async fn shutdown(&self, deadline: Duration) -> Result<()> {
+        self.handle.shutdown(deadline).await
+    }
+
+    /// The next message of the current batch.
+    fn hand_out(&mut self) -> Option<Delivery> {
+        let current = self.current.as_mut()?;
+        while current.holding.is_held() && current.next <= current.row.last_id() {
+            let id = current.next;
+            current.next += 1;
+            if current.patchy && current.holding.tracker().is_acked(id) {
+                continue;
+            }
+            current.holding.hand_out();
+            return Some(Delivery {
+                index: usize::try_from(id - current.row.base_id).unwrap_or(0),
+                topic: self.topic.clone(),
+                row: Arc::clone(&current.row),
+                holding: Some(Arc::clone(&current.holding)),
+            });
+        }
+        let handed = u64::try_from(current.next - current.row.base_id).unwrap_or(0);
+        ::metrics::counter!(names::DELIVERED).increment(handed);
+        self.current = None;
+        None
+    }
+}
+
+impl Stream for Messages {
+    type Item = Result<Delivery>;
+
+    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        loop {
+            if let Some(delivery) = self.hand_out() {
+                return Poll::Ready(Some(Ok(delivery)));
+            }
+            match std::task::ready!(self.events.poll_recv(context)) {
+                Some(Event::Batch {
+                    holding,
+                    row,
+                    from,
+                    permit,
+                }) => {
+                    let patchy = {
+                        let tracker = holding.tracker();
+                        tracker.has_acked_ahead()
+                    };
+                    self.current = Some(Current {
+                        holding,
+                        row,
+                        next: from,
+                        patchy,
+                        _permit: permit,
+                    });
+                }
+                Some(Event::Error(error)) => return Poll::Ready(Some(Err(error))),
+                None => return Poll::Ready(None),
+            }
+        }
+    }
+}
+
+impl fmt::Debug for Messages {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Messages")
+            .field("topic", &self.topic)
+            .finish_non_exhaustive()
+    }
+}
+
+/// A message in your hands: owned, `Send`, free to go to another task.
+///
+/// Answer each with [`ack`](Self::ack). One that is dropped without is delivered again, by whoever has
+/// the partition after this consumer; until then the group's position can't pass it.
+pub struct Delivery {
+    row: Arc<Batch>,
+    index: usize,
+    topic: TopicName,
+    /// None once answered.
+    holding: Option<Arc<Holding>>,
+}
+
+impl Delivery {
+    /// Where the message is.
+    pub fn id(&self) -> MessageId {
+        let id = self.row.base_id + i64::try_from(self.index).unwrap_or(0);
+        MessageId::try_from(id).unwrap_or_else(|_| unreachable!("the table's CHECKs see to it"))
+    }
+
+    /// The message's identity, the same however often it is stored.
+    pub fn uid(&self) -> Uid {
+        let first = self.reserved_header("uid").and_then(|uid| uid.parse().ok());
+        first.unwrap_or(Uid {
+            producer: self.row.producer,
+            sequence: self.row.sequence,
+            index: u32::try_from(self.index).unwrap_or(u32::MAX),
+        })
+    }
+
+    /// The topic's name.
+    pub fn topic(&self) -> &TopicName {
+        &self.topic
+    }
+
+    /// The partition it is in.
+    pub fn partition(&self) -> PartitionId {
+        self.id().partition()
+    }
+
+    /// The key it was sent with.
+    pub fn key(&self) -> Option<&str> {
+        let key = self.row.keys.as_ref()?.element(self.index)?;
+        std::str::from_utf8(key).ok()
+    }
+
+    /// The headers it was sent with; a value that is not a string as its JSON text.
+    pub fn headers(&self) -> Headers {
+        let all = self.all_headers();
+        all.into_iter()
+            .filter(|(name, _)| !name.starts_with(RESERVED_HEADER_PREFIX))
+            .collect()
+    }
+
+    /// The value of one header.
+    pub fn header(&self, name: &str) -> Option<String> {
+        self.headers().remove(name)
+    }
+
+    /// The payload, as it was sent.
+    pub fn payload(&self) -> &[u8] {
+        self.row.payloads.element(self.index).unwrap_or_default()
+    }
+
+    /// The payload without a copy. It keeps its whole batch in memory.
+    pub fn payload_bytes(&self) -> Bytes {
+        self.row.payloads.bytes(self.index).unwrap_or_default()
+    }
+
+    /// The payload read as JSON. A payload that is something else is an error of the kind
+    /// [`Decode`](crate::ErrorKind::Decode); the delivery is still there to be acknowledged.
+    pub fn json<T: DeserializeOwned>(&self) -> Result<T> {
+        self.decode(&Json)
+    }
+
+    /// The payload read by a codec.
+    pub fn decode<T: DeserializeOwned>(&self, codec: &impl Codec) -> Result<T> {
+        codec.decode(self.payload())
+    }
+
+    /// When it was appended, by the node's clock; never falls inside a partition.
+    pub fn appended_at(&self) -> SystemTime {
+        self.row.appended_at
+    }
+
+    /// Which attempt this is, from 1.
+    pub fn attempt(&self) -> u32 {
+        1
+    }
+
+    /// Says that the message is done. It is recorded at once and committed within about a second, or by
+    /// [`ConsumerHandle::flush`]; what was not committed may be delivered again.
+    ///
+    /// # Errors
+    /// [`LeaseLost`](crate::ErrorKind::LeaseLost) where the partition is known to be another consumer's
+    /// already: the message is delivered there too.
+    pub fn ack(mut self) -> Result<()> {
+        let Some(holding) = self.holding.take() else {
+            return Ok(());
+        };
+        let id = self.row.base_id + i64::try_from(self.index).unwrap_or(0);
+        let result = holding.ack(id);
+        holding.take_back();
+        result
+    }
+
+    fn all_headers(&self) -> Headers {
+        let json = self
+            .row
+            .headers
+            .as_ref()
+            .and_then(|all| all.element(self.index));
+        let text = json.and_then(|json| json.get(1..)).unwrap_or(b"{}");
+        let values: serde_json::Map<String, serde_json::Value> =
+            serde_json::from_slice(text).unwrap_or_default();
+        let text = |value| match value {
+            serde_json::Value::String(text) => text,
+            other => other.to_string(),
+        };
+        values
+            .into_iter()
+            .map(|(name, value)| (name, text(value)))
+            .collect()
+    }
+
+    fn reserved_header(&self, name: &str) -> Option<String> {
+        self.row.headers.as_ref()?;
+        self.all_headers()
+            .remove(&format!("{RESERVED_HEADER_PREFIX}{name}"))
+    }
+}
+
+impl Drop for Delivery {
+    fn drop(&mut self) {
+        if let Some(holding) = self.holding.take() {
+            ::metrics::counter!(names::UNANSWERED).increment(1);
+            holding.take_back();
+        }
+    }
+}
+
+impl fmt::Debug for Delivery {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Delivery")
+            .field("id", &self.id())
+            .field("key", &self.key())
+            .field("bytes", &self.payload().len())
+            .finish_non_exhaustive()
+    }
+}
+
+impl From<Error> for Event {
+    fn from(error: Error) -> Self {
+        Self::Error(error)
+    }
+}

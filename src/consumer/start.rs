@@ -1,0 +1,144 @@
+//! Where a group starts, resolved once: to a time, kept in control and on each node.
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use futures_util::future::join_all;
+
+use crate::cluster::Cluster;
+use crate::consumer::Start;
+use crate::error::{Error, Result};
+use crate::id::{MessageId, NodeId};
+use crate::name::GroupName;
+use crate::store::connect::refused;
+use crate::store::group::StartAt;
+use crate::store::{control, group, node, sql};
+use crate::topology::Topology;
+
+/// By how much earlier a node starts that could not be asked when the group began at "latest": its
+/// clock may be short of control's.
+const LATEST_MARGIN: Duration = Duration::from_secs(60);
+
+/// What a node is told that does not know the group yet.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct GroupStart(StartAt);
+
+/// Finds out where the group starts, and tells all nodes that can be reached.
+pub(crate) async fn resolve(
+    cluster: &Cluster,
+    topology: &Topology,
+    name: &GroupName,
+    wanted: Start,
+) -> Result<GroupStart> {
+    let what = format!("look up where group {name} starts");
+    let connection = cluster.inner.control.get().await?;
+    let known = control::group_start(&connection, &topology.topic, name).await;
+    drop(connection);
+    let known = known.map_err(|error| refused(error, &what))?;
+    if let Some((start, by_clock)) = known {
+        return Ok(GroupStart(later(start, by_clock)));
+    }
+    // Nodes first: whoever finds the group in control finds it on them too.
+    let start = of(cluster, wanted).await?;
+    let nodes: Vec<NodeId> = topology.by_node().into_keys().collect();
+    let told = nodes
+        .into_iter()
+        .map(|node| tell(cluster, topology, name, node, start));
+    for error in join_all(told).await.into_iter().filter_map(Result::err) {
+        tracing::warn!(group = %name, error = %error.chain(), "a node hears of the group later");
+    }
+    let connection = cluster.inner.control.get().await?;
+    control::make_group(connection, &topology.topic, name, start)
+        .await
+        .map_err(|error| refused(error, &format!("record where group {name} starts")))?;
+    let now = StartAt {
+        at: start.at.or(Some(SystemTime::now())),
+        ..start
+    };
+    Ok(GroupStart(later(now, start.at.is_none())))
+}
+
+/// What a node is told later.
+fn later(start: StartAt, by_clock: bool) -> StartAt {
+    let earlier = |at: SystemTime| at.checked_sub(LATEST_MARGIN).unwrap_or(UNIX_EPOCH);
+    if by_clock {
+        StartAt {
+            at: start.at.map(earlier),
+            ..start
+        }
+    } else {
+        start
+    }
+}
+
+async fn of(cluster: &Cluster, start: Start) -> Result<StartAt> {
+    Ok(match start {
+        Start::Earliest => StartAt {
+            at: Some(UNIX_EPOCH),
+            id: None,
+        },
+        Start::Latest => StartAt { at: None, id: None },
+        Start::At(time) => StartAt {
+            at: Some(time),
+            id: None,
+        },
+        Start::Id(id) => StartAt {
+            at: appended_at(cluster, id).await?,
+            id: Some(id.number()),
+        },
+    })
+}
+
+/// When the first message at or after an id was appended; none where there is none yet.
+async fn appended_at(cluster: &Cluster, id: MessageId) -> Result<Option<SystemTime>> {
+    let partition = id.partition();
+    let connection = cluster
+        .inner
+        .nodes
+        .node(partition.node())
+        .await?
+        .get()
+        .await?;
+    let rows = node::query(
+        &connection,
+        sql::APPENDED_AT,
+        &[&partition.as_i32(), &id.number()],
+    )
+    .await;
+    let rows = rows.map_err(|error| refused(error, &format!("look up message {id}")))?;
+    Ok(rows.first().and_then(|row| row.get(0)))
+}
+
+/// Tells a node where the group starts, unless it knows.
+async fn tell(
+    cluster: &Cluster,
+    topology: &Topology,
+    name: &GroupName,
+    id: NodeId,
+    start: StartAt,
+) -> Result<()> {
+    let refused = |error| refused(error, &format!("start group {name} on node {id}"));
+    let node = cluster.inner.nodes.node(id).await?;
+    let connection = node.get().await?;
+    if group::knows_start(&connection, &topology.topic, name)
+        .await
+        .map_err(refused)?
+    {
+        return Ok(());
+    }
+    group::write_start(connection, &topology.topic, name, start)
+        .await
+        .map_err(refused)
+}
+
+impl GroupStart {
+    /// Tells a node that may have been away when the group began.
+    pub(crate) async fn tell(
+        &self,
+        cluster: &Cluster,
+        topology: &Topology,
+        name: &GroupName,
+        node: NodeId,
+    ) -> Result<(), Error> {
+        tell(cluster, topology, name, node, self.0).await
+    }
+}

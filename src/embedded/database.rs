@@ -1,0 +1,71 @@
+//! The databases of a server.
+
+use std::fmt::Write;
+
+use tokio_postgres::NoTls;
+use tokio_postgres::error::SqlState;
+
+use crate::{Error, ErrorKind, Result};
+
+/// Postgres cuts longer names, with no more than a notice.
+const LONGEST_NAME: usize = 63;
+
+pub(super) fn url(port: u16, database: &str) -> String {
+    format!(
+        "postgresql://shardmq@127.0.0.1:{port}/{}",
+        escaped(database)
+    )
+}
+
+pub(super) async fn create(port: u16, name: &str) -> Result<()> {
+    if name.is_empty() || name.len() > LONGEST_NAME || name.contains('\0') {
+        return Err(Error::invalid(
+            "the name of a database has 1 to 63 bytes and no NUL",
+        ));
+    }
+    let error =
+        |kind, cause| Error::with_source(kind, format!("create the database {name}"), cause);
+    let (client, connection) = tokio_postgres::connect(&url(port, "postgres"), NoTls)
+        .await
+        .map_err(|cause| error(ErrorKind::Unavailable, cause))?;
+    let statement = format!("CREATE DATABASE \"{}\"", name.replace('"', "\"\""));
+    // The connection ends when the client is gone.
+    let create = async move { client.batch_execute(&statement).await };
+    let (created, _) = tokio::join!(create, connection);
+    created.map_err(|cause| match cause.code() {
+        // The second is what the slower of two at once gets.
+        Some(&(SqlState::DUPLICATE_DATABASE | SqlState::UNIQUE_VIOLATION)) => {
+            error(ErrorKind::Conflict, cause)
+        }
+        Some(_) => error(ErrorKind::Database, cause),
+        None => error(ErrorKind::Unknown, cause),
+    })
+}
+
+/// For the path of a URL.
+fn escaped(text: &str) -> String {
+    let mut escaped = String::with_capacity(text.len());
+    for byte in text.bytes() {
+        if byte.is_ascii_alphanumeric() || b"-._~".contains(&byte) {
+            escaped.push(char::from(byte));
+        } else {
+            let _ = write!(escaped, "%{byte:02X}");
+        }
+    }
+    escaped
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_of_databases_are_escaped_in_a_url() {
+        assert_eq!(
+            url(5, "orders-1"),
+            "postgresql://shardmq@127.0.0.1:5/orders-1"
+        );
+        let config: tokio_postgres::Config = url(5, "a b/ü?x").parse().unwrap();
+        assert_eq!(config.get_dbname(), Some("a b/ü?x"));
+    }
+}

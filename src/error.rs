@@ -1,0 +1,169 @@
+//! One error type with few kinds, each of which says what the caller should do.
+
+use std::error::Error as StdError;
+use std::fmt;
+use std::sync::Arc;
+
+/// What the caller of a failed operation should do about it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum ErrorKind {
+    /// The input is outside of a limit, or not what it must be. Nothing was sent. The caller should
+    /// change the input; the message names the limit.
+    Invalid,
+    /// A topic, group, message or database object does not exist. The caller should create it, or
+    /// correct the name.
+    NotFound,
+    /// Something of that name or number exists already, and is different. The caller should choose
+    /// another, or use what is there.
+    Conflict,
+    /// A server can't be reached, or can't work now. Nothing was done. The caller may try again.
+    Unavailable,
+    /// The time allowed for an operation is over, and it was certainly not done. The caller may try
+    /// again.
+    Timeout,
+    /// The operation may have been done, or may still be: the connection failed after the request
+    /// was sent, and the server could not be asked since. The caller should expect either.
+    Unknown,
+    /// A bounded thing is full: a buffer that was asked not to wait, or a partition that holds
+    /// 99,999,999 messages of a day. The caller should slow down, or wait for midnight UTC.
+    Full,
+    /// The partition belongs to another consumer now. What was acknowledged here since is delivered
+    /// there again. The caller should drop its work on that partition.
+    LeaseLost,
+    /// The group's position was moved by a seek. The caller should drop its work on messages
+    /// received before.
+    Reset,
+    /// Library and schema do not fit each other. The caller should run `shardmq migrate`, or a newer
+    /// library; the message says which.
+    Incompatible,
+    /// The producer, consumer or cluster was shut down. The caller should stop using it.
+    Closed,
+    /// A payload is not what the codec expected. The caller should acknowledge the message or put it
+    /// away: to receive it again does not help.
+    Decode,
+    /// The server refused a statement, for a reason that trying again does not cure. The caller
+    /// should look at [`source`](StdError::source): rights, settings, disk.
+    Database,
+}
+
+/// The error of all of `ShardMQ`: a [kind](ErrorKind), what was being done, and the cause.
+///
+/// `Display` says what was being done and never repeats the cause; [`Error::chain`] prints both.
+/// Cheap to clone: all messages of a failed batch share one.
+#[derive(Clone)]
+pub struct Error(Arc<Inner>);
+
+struct Inner {
+    kind: ErrorKind,
+    message: String,
+    source: Option<Box<dyn StdError + Send + Sync>>,
+}
+
+/// A [`Result`](std::result::Result) whose error is [`Error`].
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+impl Error {
+    /// An error of this kind. The message is lower case and says what was being done.
+    pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
+        Self(Arc::new(Inner {
+            kind,
+            message: message.into(),
+            source: None,
+        }))
+    }
+
+    /// An error with a cause.
+    pub fn with_source(
+        kind: ErrorKind,
+        message: impl Into<String>,
+        source: impl Into<Box<dyn StdError + Send + Sync>>,
+    ) -> Self {
+        Self(Arc::new(Inner {
+            kind,
+            message: message.into(),
+            source: Some(source.into()),
+        }))
+    }
+
+    pub(crate) fn invalid(message: impl Into<String>) -> Self {
+        Self::new(ErrorKind::Invalid, message)
+    }
+
+    pub(crate) fn closed(what: &str) -> Self {
+        Self::new(ErrorKind::Closed, format!("{what} was shut down"))
+    }
+
+    /// What the caller should do.
+    pub fn kind(&self) -> ErrorKind {
+        self.0.kind
+    }
+
+    /// Whether the same call may succeed later without any change to it.
+    pub fn is_transient(&self) -> bool {
+        matches!(
+            self.0.kind,
+            ErrorKind::Unavailable | ErrorKind::Timeout | ErrorKind::Unknown | ErrorKind::Full
+        )
+    }
+
+    /// The message and those of all its causes, joined by `": "`.
+    pub fn chain(&self) -> String {
+        chain(self)
+    }
+}
+
+/// The texts of an error and all its causes, joined by `": "`. (`tokio_postgres` displays only "db
+/// error" and keeps the server's words in the source.)
+pub(crate) fn chain(error: &(dyn StdError + 'static)) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let words = cause.to_string();
+        if !text.ends_with(&words) {
+            text.push_str(": ");
+            text.push_str(&words);
+        }
+        source = cause.source();
+    }
+    text
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0.message)
+    }
+}
+
+impl fmt::Debug for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?}: {}", self.0.kind, self.chain())
+    }
+}
+
+impl StdError for Error {
+    fn source(&self) -> Option<&(dyn StdError + 'static)> {
+        self.0
+            .source
+            .as_deref()
+            .map(|source| source as &(dyn StdError + 'static))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn display_says_what_was_done_and_chain_adds_the_cause() {
+        let cause = std::io::Error::other("connection refused");
+        let error = Error::with_source(ErrorKind::Unavailable, "connect to node 01", cause);
+        assert_eq!(error.to_string(), "connect to node 01");
+        assert_eq!(error.chain(), "connect to node 01: connection refused");
+        assert_eq!(
+            format!("{error:?}"),
+            "Unavailable: connect to node 01: connection refused"
+        );
+        assert!(error.is_transient());
+    }
+}

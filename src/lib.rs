@@ -1,0 +1,34 @@
+//! A business message queue that lives in the Postgres you already run.
+
+mod admin;
+mod cluster;
+mod codec;
+mod consumer;
+#[cfg(feature = "embedded")]
+pub mod embedded;
+mod error;
+mod id;
+mod message;
+pub mod metrics;
+pub mod migrate;
+mod name;
+pub mod notifier;
+mod producer;
+mod store;
+mod topology;
+
+pub use admin::{
+    MAX_PARTITIONS, NodeInfo, PartitionInfo, PartitionLag, StoredMessage, TopicInfo, TopicOptions,
+    TopicSummary,
+};
+pub use cluster::{Cluster, ClusterBuilder};
+pub use codec::{Codec, Json};
+pub use consumer::{ConsumerBuilder, ConsumerHandle, Delivery, Messages, Start};
+pub use error::{Error, ErrorKind, Result};
+pub use id::{Day, MAX_NUMBER, MAX_SEQUENCE, MessageId, NodeId, PartitionId, Uid};
+pub use message::{
+    DEFAULT_MAX_PAYLOAD_LEN, Headers, MAX_HEADERS_LEN, MAX_KEY_LEN, MAX_PAYLOAD_LEN, Message,
+};
+pub use name::{GroupName, MAX_NAME_LEN, TopicName};
+pub use producer::{Producer, ProducerBuilder, Receipt, WhenFull};
+pub use topology::{SLOTS, key_slot};

@@ -1,0 +1,48 @@
+//! Names of what is counted, through the `metrics` facade: install any recorder to see them.
+
+/// Messages that are on disk, by this process.
+pub const SENT: &str = "shardmq_sent_messages_total";
+/// Messages that were refused or given up.
+pub const SEND_FAILED: &str = "shardmq_send_failed_messages_total";
+/// Batches appended: messages by batch say how well the disk's flushes are shared.
+pub const APPENDED: &str = "shardmq_appended_batches_total";
+/// Append transactions that failed and were looked into.
+pub const APPEND_FAILED: &str = "shardmq_append_failed_total";
+/// Messages handed out.
+pub const DELIVERED: &str = "shardmq_delivered_messages_total";
+/// Messages acknowledged.
+pub const ACKED: &str = "shardmq_acked_messages_total";
+/// Deliveries dropped without an answer.
+pub const UNANSWERED: &str = "shardmq_unanswered_deliveries_total";
+/// Cursors moved.
+pub const FLUSHED: &str = "shardmq_flushed_cursors_total";
+/// Partitions taken.
+pub const ACQUIRED: &str = "shardmq_acquired_partitions_total";
+/// Partitions lost to another owner.
+pub const LEASE_LOST: &str = "shardmq_lost_partitions_total";
+/// Hints that could not be sent.
+pub const NOTIFY_FAILED: &str = "shardmq_notify_failed_total";
+/// Listening connections lost.
+pub const LISTENER_LOST: &str = "shardmq_listener_lost_total";
+
+/// Describes all of them to the installed recorder.
+pub fn describe() {
+    use ::metrics::{Unit, describe_counter};
+    let counters = [
+        (SENT, "messages that are on disk"),
+        (SEND_FAILED, "messages that were refused or given up"),
+        (APPENDED, "batches appended"),
+        (APPEND_FAILED, "append transactions that failed"),
+        (DELIVERED, "messages handed out"),
+        (ACKED, "messages acknowledged"),
+        (UNANSWERED, "deliveries dropped without an answer"),
+        (FLUSHED, "cursors moved"),
+        (ACQUIRED, "partitions taken"),
+        (LEASE_LOST, "partitions lost to another owner"),
+        (NOTIFY_FAILED, "hints that could not be sent"),
+        (LISTENER_LOST, "listening connections lost"),
+    ];
+    for (name, text) in counters {
+        describe_counter!(name, Unit::Count, text);
+    }
+}

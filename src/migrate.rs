@@ -1,0 +1,244 @@
+//! Schemas: making them, bringing them up to date, and refusing what does not fit.
+//!
+//! Three schemas, each with its migrations and its own history table: `shardmq` on every node,
+//! `shardmq_control` and `shardmq_log` in the control and log database (which may be one database, or
+//! a node's). Nothing outside of them is touched.
+//!
+//! Whoever runs refinery for a service's own tables can run these in the same place:
+//!
+//! ```no_run
+//! # async fn example(client: &mut tokio_postgres::Client) -> Result<(), Box<dyn std::error::Error>> {
+//! use shardmq::migrate::Schema;
+//!
+//! client.batch_execute(Schema::Node.prepare_sql()).await?;
+//! Schema::Node.runner().run_async(client).await?;
+//! # Ok(())
+//! # }
+//! ```
+
+use refinery::Runner;
+use tokio_postgres::Client;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::store::connect;
+
+mod node {
+    refinery::embed_migrations!("migrations/node");
+}
+mod control {
+    refinery::embed_migrations!("migrations/control");
+}
+mod log {
+    refinery::embed_migrations!("migrations/log");
+}
+
+/// One of the three schemas.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Schema {
+    /// `shardmq`: messages, cursors and leases, on each node.
+    Node,
+    /// `shardmq_control`: topology, groups and members.
+    Control,
+    /// `shardmq_log`: the log centre.
+    Log,
+}
+
+impl Schema {
+    /// The schema's name in the database.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Node => "shardmq",
+            Self::Control => "shardmq_control",
+            Self::Log => "shardmq_log",
+        }
+    }
+
+    /// What must be run before the [`runner`](Self::runner), which keeps its history in the schema.
+    pub fn prepare_sql(self) -> &'static str {
+        match self {
+            Self::Node => "create schema if not exists shardmq",
+            Self::Control => "create schema if not exists shardmq_control",
+            Self::Log => "create schema if not exists shardmq_log",
+        }
+    }
+
+    /// refinery's runner of this schema's migrations. It takes no lock: use [`migrate`] where several
+    /// processes may start at once. A schema that a newer library has migrated further is left as it
+    /// is.
+    pub fn runner(self) -> Runner {
+        let mut runner = match self {
+            Self::Node => node::migrations::runner(),
+            Self::Control => control::migrations::runner(),
+            Self::Log => log::migrations::runner(),
+        };
+        runner.set_migration_table_name(format!("{}.migration", self.name()));
+        runner.set_abort_missing(false)
+    }
+
+    /// The number of the newest migration that this library knows.
+    fn version(self) -> i64 {
+        let migrations = self.runner();
+        migrations
+            .get_migrations()
+            .iter()
+            .map(|m| i64::from(m.version()))
+            .max()
+            .unwrap_or(0)
+    }
+}
+
+/// Brings a schema up to date. Safe to call in any number of processes at once: they wait for each
+/// other. Returns the names of the migrations that were applied, none where all was done already.
+///
+/// The URL must lead to Postgres itself or to a pooler in session mode, since the wait is a session's
+/// lock. Fails with [`ErrorKind::Incompatible`] where the schema's oldest library is newer than this.
+pub async fn migrate(url: &str, schema: Schema) -> Result<Vec<String>> {
+    let what = format!("migrate schema {}", schema.name());
+    let refused = |error| connect::refused(error, &what);
+    let mut client = connect::connect_once(url, "shardmq migrate").await?;
+    client.batch_execute(SESSION).await.map_err(refused)?;
+    let lock = "select pg_advisory_lock(1397247313, -1)";
+    client.batch_execute(lock).await.map_err(refused)?;
+    let utf8 = client
+        .query_one("show server_encoding", &[])
+        .await
+        .map_err(refused)?;
+    if utf8.get::<_, &str>(0) != "UTF8" {
+        let found = utf8.get::<_, &str>(0);
+        return Err(Error::invalid(format!(
+            "the database's encoding is {found}, it must be UTF8"
+        )));
+    }
+    client
+        .batch_execute(schema.prepare_sql())
+        .await
+        .map_err(refused)?;
+    if table_exists(&client, schema, "compatibility")
+        .await
+        .map_err(refused)?
+    {
+        check_library(&client, schema).await?;
+    }
+    let report = schema
+        .runner()
+        .run_async(&mut client)
+        .await
+        .map_err(|error| Error::with_source(ErrorKind::Database, what.clone(), error))?;
+    Ok(report
+        .applied_migrations()
+        .iter()
+        .map(ToString::to_string)
+        .collect())
+}
+
+/// Settings of a role or database that migrations must not depend on.
+const SESSION: &str = "set default_transaction_read_only = off; \
+     set default_transaction_isolation = 'read committed'; \
+     set statement_timeout = 0; set lock_timeout = 0; set client_min_messages = warning";
+
+/// Checks that a schema is there, is not older than this library needs, and admits it.
+pub(crate) async fn check(client: &Client, schema: Schema) -> Result<()> {
+    let refused = |error| connect::refused(error, "look for the schema");
+    if !table_exists(client, schema, "compatibility")
+        .await
+        .map_err(refused)?
+    {
+        return Err(Error::new(
+            ErrorKind::Incompatible,
+            format!(
+                "the database has no schema {}: run `shardmq migrate`",
+                schema.name()
+            ),
+        ));
+    }
+    check_library(client, schema).await?;
+    let sql = format!(
+        "select max(version)::bigint from {}.migration",
+        schema.name()
+    );
+    let row = client.query_one(&sql, &[]).await.map_err(refused)?;
+    let (found, needed) = (row.get::<_, Option<i64>>(0).unwrap_or(0), schema.version());
+    if found < needed {
+        return Err(Error::new(
+            ErrorKind::Incompatible,
+            format!(
+                "schema {} is at version {found}, this library ({}) needs {needed}: run `shardmq \
+                 migrate`",
+                schema.name(),
+                env!("CARGO_PKG_VERSION"),
+            ),
+        ));
+    }
+    Ok(())
+}
+
+async fn table_exists(
+    client: &Client,
+    schema: Schema,
+    table: &str,
+) -> Result<bool, tokio_postgres::Error> {
+    let name = format!("{}.{table}", schema.name());
+    let row = client
+        .query_one("select to_regclass($1) is not null", &[&name])
+        .await?;
+    Ok(row.get(0))
+}
+
+/// Refuses where the schema says that it needs a newer library.
+async fn check_library(client: &Client, schema: Schema) -> Result<()> {
+    let refused = |error| connect::refused(error, "read the schema's oldest library");
+    let sql = format!("select min_library from {}.compatibility", schema.name());
+    let row = client.query_opt(&sql, &[]).await.map_err(refused)?;
+    let Some(oldest) = row.map(|row| row.get::<_, String>(0)) else {
+        return Ok(());
+    };
+    let own = env!("CARGO_PKG_VERSION");
+    if version_of(&oldest) > version_of(own) {
+        return Err(Error::new(
+            ErrorKind::Incompatible,
+            format!(
+                "schema {} needs shardmq {oldest} or later, this is {own}: update the library",
+                schema.name()
+            ),
+        ));
+    }
+    Ok(())
+}
+
+/// The three numbers of a version; what is no number counts as 0.
+fn version_of(text: &str) -> [u64; 3] {
+    let mut numbers = [0; 3];
+    for (number, part) in numbers.iter_mut().zip(text.split(['.', '-', '+'])) {
+        *number = part.parse().unwrap_or(0);
+    }
+    numbers
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_are_compared_as_numbers() {
+        assert!(version_of("0.10.0") > version_of("0.9.9"));
+        assert!(version_of("1.0.0-beta") > version_of("0.99.0"));
+        assert_eq!(version_of("0.1.0"), [0, 1, 0]);
+    }
+
+    #[test]
+    fn every_schema_has_migrations_numbered_without_a_gap() {
+        for schema in [Schema::Node, Schema::Control, Schema::Log] {
+            let mut versions: Vec<_> = schema
+                .runner()
+                .get_migrations()
+                .iter()
+                .map(refinery::Migration::version)
+                .collect();
+            versions.sort_unstable();
+            assert_eq!(
+                versions,
+                (1..=schema.version().try_into().unwrap()).collect::<Vec<_>>()
+            );
+        }
+    }
+}

@@ -1,0 +1,254 @@
+//! Hints through `LISTEN/NOTIFY`: one listening connection and one channel per process and node.
+//!
+//! ```text
+//! publish ─> pending set of the node ─> one NOTIFY at most in flight ─> all that listen there
+//!            (later hints join it)      (a transaction of its own)
+//! ```
+//!
+//! Never inside the appending transaction: a commit that notifies takes one lock for the whole server,
+//! over its flush and the wait for a standby. Alone, it waits for neither.
+
+use std::collections::{BTreeSet, HashMap, HashSet};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use futures_util::{StreamExt, stream};
+use tokio::sync::{Notify, broadcast, broadcast::error::RecvError};
+use tokio_postgres::{AsyncMessage, NoTls};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::cluster::Nodes;
+use crate::error::Result;
+use crate::id::{NodeId, PartitionId};
+use crate::notifier::{Hint, Hints, Notifier};
+use crate::store::{connect, node, sql};
+
+const CHANNEL: &str = "shardmq";
+/// Hints that a slow subscriber may be behind.
+const CAPACITY: usize = 1024;
+/// Partitions in one payload, which Postgres limits to 8,000 bytes.
+const MAX_PARTITIONS: usize = 1_000;
+/// Between attempts to listen again.
+const BACKOFF: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(5));
+
+/// The default notifier.
+#[derive(Debug)]
+pub(crate) struct PostgresNotifier {
+    nodes: Arc<Nodes>,
+    shutdown: CancellationToken,
+    tasks: TaskTracker,
+    channels: Mutex<HashMap<NodeId, Arc<Channel>>>,
+}
+
+/// What one node has: hints that wait to be sent, and those who listen.
+#[derive(Debug)]
+struct Channel {
+    node: NodeId,
+    pending: Mutex<BTreeSet<PartitionId>>,
+    wake: Notify,
+    hints: broadcast::Sender<Hint>,
+    /// Whether the tasks of the two directions were started.
+    started: Mutex<(bool, bool)>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl PostgresNotifier {
+    pub(crate) fn new(nodes: Arc<Nodes>, shutdown: CancellationToken, tasks: TaskTracker) -> Self {
+        Self {
+            nodes,
+            shutdown,
+            tasks,
+            channels: Mutex::default(),
+        }
+    }
+
+    fn channel(&self, node: NodeId) -> Arc<Channel> {
+        let make = || {
+            Arc::new(Channel {
+                node,
+                pending: Mutex::default(),
+                wake: Notify::new(),
+                hints: broadcast::channel(CAPACITY).0,
+                started: Mutex::default(),
+            })
+        };
+        Arc::clone(lock(&self.channels).entry(node).or_insert_with(make))
+    }
+
+    fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
+        let shutdown = self.shutdown.clone();
+        self.tasks.spawn(async move {
+            tokio::select! {
+                () = shutdown.cancelled() => {}
+                () = task => {}
+            }
+        });
+    }
+}
+
+impl Notifier for PostgresNotifier {
+    fn publish(&self, partitions: &[PartitionId]) {
+        for partition in partitions {
+            let channel = self.channel(partition.node());
+            if !std::mem::replace(&mut lock(&channel.started).0, true) {
+                self.spawn(send(Arc::clone(&self.nodes), Arc::clone(&channel)));
+            }
+            lock(&channel.pending).insert(*partition);
+            channel.wake.notify_one();
+        }
+    }
+
+    fn subscribe(&self, partitions: &[PartitionId]) -> Hints {
+        let wanted: Arc<HashSet<PartitionId>> = Arc::new(partitions.iter().copied().collect());
+        let nodes: BTreeSet<NodeId> = partitions
+            .iter()
+            .map(|partition| partition.node())
+            .collect();
+        let streams: Vec<Hints> = nodes
+            .into_iter()
+            .map(|node| self.subscribe_node(node, Arc::clone(&wanted)))
+            .collect();
+        Box::pin(stream::select_all(streams))
+    }
+}
+
+impl PostgresNotifier {
+    fn subscribe_node(&self, node: NodeId, wanted: Arc<HashSet<PartitionId>>) -> Hints {
+        let channel = self.channel(node);
+        let receiver = channel.hints.subscribe();
+        let first = std::mem::replace(&mut lock(&channel.started).1, true);
+        if !first {
+            self.spawn(listen(Arc::clone(&self.nodes), channel));
+        }
+        let later = stream::unfold((receiver, wanted), |(mut receiver, wanted)| async move {
+            let hint = loop {
+                match receiver.recv().await {
+                    Ok(Hint::Look) | Err(RecvError::Lagged(_)) => break Hint::Look,
+                    Ok(Hint::Partitions(mut partitions)) => {
+                        partitions.retain(|partition| wanted.contains(partition));
+                        if !partitions.is_empty() {
+                            break Hint::Partitions(partitions);
+                        }
+                    }
+                    Err(RecvError::Closed) => std::future::pending().await,
+                }
+            };
+            Some((hint, (receiver, wanted)))
+        });
+        // Where the node is listened to already, hints arrive from now on.
+        let now = stream::iter(first.then_some(Hint::Look));
+        Box::pin(now.chain(later))
+    }
+}
+
+/// Sends what is pending, one NOTIFY at a time; what comes meanwhile goes with the next.
+async fn send(nodes: Arc<Nodes>, channel: Arc<Channel>) {
+    loop {
+        channel.wake.notified().await;
+        loop {
+            let partitions: Vec<PartitionId> = {
+                let mut pending = lock(&channel.pending);
+                let rest = pending.iter().nth(MAX_PARTITIONS).copied();
+                let rest = rest
+                    .map(|from| pending.split_off(&from))
+                    .unwrap_or_default();
+                std::mem::replace(&mut *pending, rest).into_iter().collect()
+            };
+            if partitions.is_empty() {
+                break;
+            }
+            if let Err(error) = notify(&nodes, channel.node, &partitions).await {
+                // Consumers look by themselves.
+                metrics::counter!("shardmq_notify_failed_total").increment(1);
+                tracing::debug!(node = %channel.node, error = %error.chain(), "notify failed");
+            }
+        }
+    }
+}
+
+async fn notify(nodes: &Nodes, id: NodeId, partitions: &[PartitionId]) -> Result<()> {
+    let names: Vec<String> = partitions.iter().map(ToString::to_string).collect();
+    let payload = names.join(",");
+    let connection = nodes.node(id).await?.get().await?;
+    node::write(
+        connection,
+        node::Durability::Relaxed,
+        sql::NOTIFY,
+        &[&payload],
+    )
+    .await
+    .map_err(|error| connect::refused(error, "notify"))?;
+    Ok(())
+}
+
+/// Listens to a node for as long as the cluster is in use, and again after every failure.
+async fn listen(nodes: Arc<Nodes>, channel: Arc<Channel>) {
+    let mut backoff = BACKOFF.0;
+    loop {
+        match listen_once(&nodes, &channel, &mut backoff).await {
+            Ok(()) => tracing::info!(node = %channel.node, "the listening connection ended"),
+            Err(error) => {
+                tracing::warn!(node = %channel.node, error = %error.chain(), "listening failed");
+            }
+        }
+        metrics::counter!("shardmq_listener_lost_total").increment(1);
+        tokio::time::sleep(backoff).await;
+        backoff = (backoff * 2).min(BACKOFF.1);
+    }
+}
+
+async fn listen_once(nodes: &Nodes, channel: &Channel, backoff: &mut Duration) -> Result<()> {
+    let url = nodes.url(channel.node).await?;
+    let mut config = connect::parse(&url)?;
+    config.application_name("shardmq listen");
+    let refused = |error| connect::refused(error, "listen for hints");
+    let (client, mut connection) = config.connect(NoTls).await.map_err(refused)?;
+    let mut messages = stream::poll_fn(move |context| connection.poll_message(context));
+    // The connection is driven while LISTEN is answered; what is heard meanwhile goes out too.
+    let subscribed = client.batch_execute("listen shardmq");
+    tokio::pin!(subscribed);
+    let mut listening = false;
+    loop {
+        tokio::select! {
+            answer = &mut subscribed, if !listening => {
+                answer.map_err(refused)?;
+                listening = true;
+                *backoff = BACKOFF.0;
+                // Listen first, look second: nothing can fall in between.
+                let _ = channel.hints.send(Hint::Look);
+            }
+            message = messages.next() => match message {
+                Some(Ok(AsyncMessage::Notification(note))) if note.channel() == CHANNEL => {
+                    let _ = channel.hints.send(Hint::Partitions(parse(note.payload())));
+                }
+                Some(Ok(_)) => {}
+                Some(Err(error)) => return Err(refused(error)),
+                None => return Ok(()),
+            }
+        }
+    }
+}
+
+/// The partitions of a payload. Anybody who may log in may notify: what is no partition is ignored.
+fn parse(payload: &str) -> Vec<PartitionId> {
+    payload
+        .split(',')
+        .filter_map(|name| name.parse().ok())
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn payloads_are_parsed_strictly() {
+        let partitions = parse("10101,20101,x,,10199,-10101");
+        assert_eq!(partitions.len(), 2);
+        assert_eq!(partitions[1], PartitionId::new(1, 99).unwrap());
+    }
+}

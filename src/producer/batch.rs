@@ -1,0 +1,400 @@
+//! Batches that fill, and the receipts of their messages.
+
+use std::future::Future;
+use std::ops::Range;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, Waker};
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use crate::error::Result;
+use crate::id::{Day, MessageId};
+use crate::message::Message;
+use crate::store::append::Arrays;
+use crate::store::packed::{Packed, Unpacked};
+
+/// The most messages of a batch.
+pub(crate) const MAX_MESSAGES: u32 = 1_000;
+/// The bytes at which a batch takes no more messages. A larger message is a batch of its own.
+pub(crate) const MAX_BYTES: usize = 1 << 20;
+/// What a message counts for in the buffer beside its own bytes.
+const OVERHEAD: usize = 64;
+
+/// What a message counts for in the producer's buffer.
+pub(crate) fn cost(message: &Message) -> usize {
+    message.size() + OVERHEAD
+}
+
+/// Messages on their way to one partition.
+#[derive(Debug)]
+pub(crate) struct Batch {
+    pub(crate) arrays: Arrays,
+    pub(crate) tickets: Tickets,
+    /// What it counts for in the producer's buffer.
+    pub(crate) cost: usize,
+    /// Until when it is tried.
+    pub(crate) deadline: Instant,
+    /// Drawn when it is sent for the first time to its partition.
+    pub(crate) sequence: Option<i64>,
+    /// The day of that first attempt.
+    pub(crate) first_day: Option<Day>,
+}
+
+impl Batch {
+    pub(crate) fn new(timeout: Duration) -> Self {
+        Self {
+            arrays: Arrays::default(),
+            tickets: Tickets::default(),
+            cost: 0,
+            deadline: Instant::now() + timeout,
+            sequence: None,
+            first_day: None,
+        }
+    }
+
+    /// Whether a message of this size still goes in.
+    pub(crate) fn has_room(&self, size: usize) -> bool {
+        let count = self.len();
+        count == 0 || (count < MAX_MESSAGES && self.bytes() + size <= MAX_BYTES)
+    }
+
+    pub(crate) fn len(&self) -> u32 {
+        self.arrays.count.unsigned_abs()
+    }
+
+    fn bytes(&self) -> usize {
+        usize::try_from(self.arrays.bytes).unwrap_or(0)
+    }
+
+    /// Adds a message that has been checked.
+    pub(crate) fn push(&mut self, message: &Message) -> Receipt {
+        let headers = (!message.headers.is_empty())
+            .then(|| serde_json::to_vec(&message.headers).unwrap_or_default());
+        self.push_parts(
+            message.key.as_deref().map(str::as_bytes),
+            headers.as_deref(),
+            &message.payload,
+            message.size(),
+        );
+        self.cost += cost(message);
+        self.tickets.draw()
+    }
+
+    fn push_parts(
+        &mut self,
+        key: Option<&[u8]>,
+        headers: Option<&[u8]>,
+        payload: &[u8],
+        size: usize,
+    ) {
+        let arrays = &mut self.arrays;
+        let before = arrays.count.unsigned_abs();
+        match (key, &mut arrays.keys) {
+            (Some(key), keys) => keys
+                .get_or_insert_with(|| Packed::of_nulls(before))
+                .push(key),
+            (None, Some(keys)) => keys.push_null(),
+            (None, None) => {}
+        }
+        match (headers, &mut arrays.headers) {
+            (Some(text), all) => all
+                .get_or_insert_with(|| Packed::of_nulls(before))
+                .push_json(text),
+            (None, Some(all)) => all.push_null(),
+            (None, None) => {}
+        }
+        arrays.payloads.push(payload);
+        arrays.count += 1;
+        arrays.bytes = arrays
+            .bytes
+            .saturating_add(i32::try_from(size).unwrap_or(i32::MAX));
+    }
+
+    /// Two batches of the same messages, in the same order: those for which the question about index
+    /// and key is answered with yes, and the others. Neither has been sent yet.
+    pub(crate) fn divide(self, first: impl Fn(u32, bool) -> bool) -> (Self, Self) {
+        let keys = self.arrays.keys.as_ref().map(Packed::unpack);
+        let headers = self.arrays.headers.as_ref().map(Packed::unpack);
+        let payloads = self.arrays.payloads.unpack();
+        let mut halves = [Vec::new(), Vec::new()];
+        for index in 0..self.len() {
+            let keyed = keys
+                .as_ref()
+                .is_some_and(|keys| keys.element(index as usize).is_some());
+            halves[usize::from(!first(index, keyed))].push(index);
+        }
+        let [ours, mut others] =
+            halves.map(|indices| self.subset(&indices, keys.as_ref(), headers.as_ref(), &payloads));
+        others.cost = self.cost - ours.cost;
+        (ours, others)
+    }
+
+    fn subset(
+        &self,
+        indices: &[u32],
+        keys: Option<&Unpacked>,
+        headers: Option<&Unpacked>,
+        payloads: &Unpacked,
+    ) -> Self {
+        let mut batch = Self {
+            arrays: Arrays::default(),
+            tickets: self.tickets.subset(indices),
+            cost: 0,
+            deadline: self.deadline,
+            sequence: None,
+            first_day: None,
+        };
+        for &index in indices {
+            let index = index as usize;
+            let key = keys.and_then(|keys| keys.element(index));
+            // The version byte of jsonb is put before it again.
+            let text = headers
+                .and_then(|all| all.element(index))
+                .and_then(|json| json.get(1..));
+            let payload = payloads.element(index).unwrap_or_default();
+            let size = payload.len() + key.map_or(0, <[u8]>::len) + text.map_or(0, <[u8]>::len);
+            batch.push_parts(key, text, payload, size);
+        }
+        batch.cost = self.cost * indices.len() / (self.len() as usize).max(1);
+        batch
+    }
+}
+
+/// The messages of a batch in terms of the completion that their receipts wait for.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Tickets {
+    pub(crate) completion: Arc<Completion>,
+    indices: Indices,
+}
+
+#[derive(Debug, Clone)]
+enum Indices {
+    Run(Range<u32>),
+    Some(Arc<[u32]>),
+}
+
+impl Default for Indices {
+    fn default() -> Self {
+        Self::Run(0..0)
+    }
+}
+
+impl Tickets {
+    fn draw(&mut self) -> Receipt {
+        let index = self.completion.lock().draw();
+        if let Indices::Run(run) = &mut self.indices {
+            run.end = index + 1;
+        }
+        Receipt {
+            completion: Arc::clone(&self.completion),
+            index,
+        }
+    }
+
+    fn subset(&self, places: &[u32]) -> Self {
+        let index = |place: &u32| match &self.indices {
+            Indices::Run(run) => run.start + place,
+            Indices::Some(indices) => indices.get(*place as usize).copied().unwrap_or(0),
+        };
+        let indices = Indices::Some(places.iter().map(index).collect());
+        Self {
+            completion: Arc::clone(&self.completion),
+            indices,
+        }
+    }
+
+    /// Answers the receipts: the first message has this id, the others follow; or all failed.
+    pub(crate) fn complete(&self, result: Result<MessageId>) {
+        let mut state = self.completion.lock();
+        state.outcomes.push((self.indices.clone(), result));
+        let woken: Vec<Waker> = match &self.indices {
+            Indices::Run(run) => run
+                .clone()
+                .filter_map(|index| state.take_waker(index))
+                .collect(),
+            Indices::Some(list) => list
+                .iter()
+                .filter_map(|index| state.take_waker(*index))
+                .collect(),
+        };
+        drop(state);
+        woken.into_iter().for_each(Waker::wake);
+    }
+}
+
+/// What became of the messages of a batch, and who waits to hear of it.
+#[derive(Debug, Default)]
+pub(crate) struct Completion(Mutex<State>);
+
+#[derive(Debug, Default)]
+struct State {
+    drawn: u32,
+    /// One outcome for nearly all batches; more where a batch had to be divided.
+    outcomes: Vec<(Indices, Result<MessageId>)>,
+    wakers: Vec<Option<Waker>>,
+}
+
+impl Completion {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A receipt for each message that was drawn so far.
+    pub(crate) fn receipts(self: &Arc<Self>) -> Vec<Receipt> {
+        let drawn = self.lock().drawn;
+        (0..drawn)
+            .map(|index| Receipt {
+                completion: Arc::clone(self),
+                index,
+            })
+            .collect()
+    }
+}
+
+impl State {
+    fn draw(&mut self) -> u32 {
+        self.drawn += 1;
+        self.drawn - 1
+    }
+
+    fn outcome(&self, index: u32) -> Option<Result<MessageId>> {
+        self.outcomes.iter().find_map(|(indices, result)| {
+            let place = match indices {
+                Indices::Run(run) => run.contains(&index).then(|| (index - run.start) as usize)?,
+                Indices::Some(list) => list.iter().position(|other| *other == index)?,
+            };
+            Some(result.clone().map(|first| first.offset(place)))
+        })
+    }
+
+    fn take_waker(&mut self, index: u32) -> Option<Waker> {
+        self.wakers.get_mut(index as usize).and_then(Option::take)
+    }
+
+    fn wait(&mut self, index: u32, waker: &Waker) {
+        let index = index as usize;
+        if self.wakers.len() <= index {
+            self.wakers.resize(index + 1, None);
+        }
+        match &mut self.wakers[index] {
+            Some(known) if known.will_wake(waker) => {}
+            slot => *slot = Some(waker.clone()),
+        }
+    }
+}
+
+/// The answer to one message, to come: its id once it is on disk, or why it is not.
+///
+/// Dropping it changes nothing: the message is sent all the same.
+#[derive(Debug)]
+#[must_use = "the message is sent all the same, but only the receipt tells whether it is on disk"]
+pub struct Receipt {
+    completion: Arc<Completion>,
+    index: u32,
+}
+
+impl Future for Receipt {
+    type Output = Result<MessageId>;
+
+    fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        let mut state = self.completion.lock();
+        if let Some(result) = state.outcome(self.index) {
+            return Poll::Ready(result);
+        }
+        state.wait(self.index, context.waker());
+        Poll::Pending
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::Error;
+    use proptest::prelude::*;
+
+    fn id(sequence: u32) -> MessageId {
+        let day = Day::from_yymmdd(261_122).unwrap();
+        MessageId::new("10101".parse().unwrap(), day, sequence).unwrap()
+    }
+
+    async fn answers(receipts: Vec<Receipt>) -> Vec<Option<u32>> {
+        let mut answers = Vec::new();
+        for receipt in receipts {
+            answers.push(receipt.await.ok().map(MessageId::sequence));
+        }
+        answers
+    }
+
+    #[tokio::test]
+    async fn receipts_are_answered_in_the_order_of_the_batch() {
+        let mut batch = Batch::new(Duration::from_secs(1));
+        let receipts: Vec<_> = (0..3).map(|_| batch.push(&Message::new("x"))).collect();
+        batch.tickets.complete(Ok(id(7)));
+        assert_eq!(answers(receipts).await, [Some(7), Some(8), Some(9)]);
+    }
+
+    #[tokio::test]
+    async fn a_divided_batch_answers_each_message_once() {
+        let mut batch = Batch::new(Duration::from_secs(1));
+        let receipts: Vec<_> = (0..4)
+            .map(|n| {
+                let message = Message::new("x");
+                batch.push(&if n % 2 == 0 {
+                    message.key("k")
+                } else {
+                    message
+                })
+            })
+            .collect();
+        let (keyed, keyless) = batch.divide(|_, keyed| keyed);
+        keyed.tickets.complete(Err(Error::invalid("no")));
+        let (first, second) = keyless.divide(|index, _| index < 1);
+        second.tickets.complete(Ok(id(20)));
+        first.tickets.complete(Ok(id(10)));
+        assert_eq!(answers(receipts).await, [None, Some(10), None, Some(20)]);
+    }
+
+    #[tokio::test]
+    async fn a_waiting_receipt_is_woken() {
+        let mut batch = Batch::new(Duration::from_secs(1));
+        let receipt = tokio::spawn(batch.push(&Message::new("x")));
+        tokio::task::yield_now().await;
+        batch.tickets.complete(Ok(id(1)));
+        assert_eq!(receipt.await.unwrap().unwrap(), id(1));
+    }
+
+    proptest! {
+        #[test]
+        fn dividing_keeps_every_message_key_and_header(
+            messages in proptest::collection::vec((".{0,5}", proptest::option::of("[a-z]{1,3}"), any::<bool>()), 1..20),
+            cut in 0_u32..20,
+        ) {
+            let mut batch = Batch::new(Duration::from_secs(1));
+            for (text, key, header) in &messages {
+                let mut message = Message::new(text.clone());
+                message.key.clone_from(key);
+                let _ = batch.push(&if *header { message.header("h", text) } else { message });
+            }
+            let cost = batch.cost;
+            let (a, b) = batch.divide(|index, _| index < cut);
+            prop_assert_eq!(a.cost + b.cost, cost);
+            let mut seen = Vec::new();
+            for half in [a, b] {
+                let keys = half.arrays.keys.as_ref().map(Packed::unpack).unwrap_or_default();
+                let headers = half.arrays.headers.as_ref().map(Packed::unpack).unwrap_or_default();
+                let payloads = half.arrays.payloads.unpack();
+                for index in 0..payloads.len() {
+                    let text = |bytes: Option<&[u8]>| bytes.map(|b| String::from_utf8(b.to_vec()).unwrap());
+                    seen.push((
+                        text(payloads.element(index)).unwrap(),
+                        text(keys.element(index)),
+                        headers.element(index).is_some(),
+                    ));
+                }
+            }
+            prop_assert_eq!(seen, messages);
+        }
+    }
+}

@@ -1,0 +1,209 @@
+//! One lane for each partition that a producer writes to: what waits, and the one batch under way.
+//!
+//! ```text
+//! push ─> [ filling ] ─take─> under way ─finish─> receipts answered
+//!              ^                  │
+//!              └──── put_back ────┘  (the lock was another's)
+//! ```
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime};
+
+use uuid::Uuid;
+
+use crate::id::{Day, PartitionId};
+use crate::message::Message;
+use crate::producer::batch::{Batch, Completion, Receipt};
+use crate::producer::writer::Writer;
+
+/// The way of one producer into one partition.
+#[derive(Debug)]
+pub(crate) struct Lane {
+    pub(crate) partition: PartitionId,
+    pub(crate) generation: i32,
+    /// The place among the producer's lanes.
+    pub(crate) index: usize,
+    /// The producer's uuid for this partition.
+    pub(crate) producer: Uuid,
+    pub(crate) writer: Arc<Writer>,
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    queue: VecDeque<Batch>,
+    /// The batch under way.
+    in_flight: Option<Arc<Completion>>,
+    /// Whether the writer has been told that something waits.
+    scheduled: bool,
+    next_sequence: i64,
+    /// The partition's day, once known.
+    day: Option<Day>,
+    closed: Option<Closed>,
+}
+
+/// Why a lane takes no messages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Closed {
+    /// It holds 99,999,999 messages of this day.
+    Full(Day),
+    /// It takes no messages any more.
+    Sealed,
+}
+
+/// What a push did.
+pub(crate) struct Pushed {
+    pub(crate) receipt: Receipt,
+    /// The lane must be handed to its writer.
+    pub(crate) schedule: bool,
+    /// The batch that it joined is full now.
+    pub(crate) filled: bool,
+}
+
+impl Lane {
+    pub(crate) fn new(
+        partition: PartitionId,
+        generation: i32,
+        index: usize,
+        writer: Arc<Writer>,
+    ) -> Self {
+        let state = Mutex::new(State {
+            next_sequence: 1,
+            ..State::default()
+        });
+        Self {
+            partition,
+            generation,
+            index,
+            producer: Uuid::new_v4(),
+            writer,
+            state,
+        }
+    }
+
+    /// Adds a message to the batch that is filling.
+    pub(crate) fn push(&self, message: &Message, timeout: Duration) -> Pushed {
+        let size = message.size();
+        let mut state = self.lock();
+        let joins = state
+            .queue
+            .back()
+            .is_some_and(|b| b.sequence.is_none() && b.has_room(size));
+        if !joins {
+            state.queue.push_back(Batch::new(timeout));
+        }
+        let Some(batch) = state.queue.back_mut() else {
+            unreachable!("a batch was just added")
+        };
+        let receipt = batch.push(message);
+        let filled = !batch.has_room(size);
+        Pushed {
+            receipt,
+            schedule: state.schedule(),
+            filled,
+        }
+    }
+
+    /// Adds a batch that another lane could not take. True: hand the lane to its writer.
+    pub(crate) fn push_batch(&self, batch: Batch) -> bool {
+        let mut state = self.lock();
+        state.queue.push_back(batch);
+        state.schedule()
+    }
+
+    /// Takes the next batch for its first attempt, with its sequence drawn.
+    pub(crate) fn take(&self) -> Option<Batch> {
+        let mut state = self.lock();
+        state.scheduled = false;
+        if state.in_flight.is_some() {
+            return None;
+        }
+        let mut batch = state.queue.pop_front()?;
+        state.in_flight = Some(Arc::clone(&batch.tickets.completion));
+        if batch.sequence.is_none() {
+            batch.sequence = Some(state.draw());
+        }
+        Some(batch)
+    }
+
+    /// Puts a batch back that certainly was not stored, before all others. The caller hands the lane to
+    /// its writer again.
+    pub(crate) fn put_back(&self, batch: Batch) {
+        let mut state = self.lock();
+        state.in_flight = None;
+        state.queue.push_front(batch);
+        state.scheduled = true;
+    }
+
+    /// The batch under way was answered, wholly: the next may go. True: hand the lane to its writer.
+    pub(crate) fn finish(&self) -> bool {
+        let mut state = self.lock();
+        state.in_flight = None;
+        state.schedule()
+    }
+
+    /// A sequence for a part of the batch under way.
+    pub(crate) fn draw(&self) -> i64 {
+        self.lock().draw()
+    }
+
+    pub(crate) fn day(&self) -> Option<Day> {
+        self.lock().day
+    }
+
+    pub(crate) fn set_day(&self, day: Day) {
+        self.lock().day = Some(day);
+    }
+
+    pub(crate) fn close(&self, why: Closed) {
+        self.lock().closed = Some(why);
+    }
+
+    /// Whether messages without a key may come here. A full lane opens again at midnight UTC.
+    pub(crate) fn is_open(&self) -> bool {
+        match self.lock().closed {
+            None => true,
+            Some(Closed::Sealed) => false,
+            Some(Closed::Full(day)) => Day::of(SystemTime::now()).is_ok_and(|today| today > day),
+        }
+    }
+
+    /// Whether nothing waits and nothing is under way.
+    pub(crate) fn is_idle(&self) -> bool {
+        let state = self.lock();
+        state.in_flight.is_none() && state.queue.is_empty()
+    }
+
+    /// What all messages in this lane wait for.
+    pub(crate) fn completions(&self) -> Vec<Arc<Completion>> {
+        let state = self.lock();
+        let waiting = state
+            .queue
+            .iter()
+            .map(|batch| Arc::clone(&batch.tickets.completion));
+        state
+            .in_flight
+            .iter()
+            .map(Arc::clone)
+            .chain(waiting)
+            .collect()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    fn schedule(&mut self) -> bool {
+        let due = !self.scheduled && self.in_flight.is_none() && !self.queue.is_empty();
+        self.scheduled |= due;
+        due
+    }
+
+    fn draw(&mut self) -> i64 {
+        self.next_sequence += 1;
+        self.next_sequence - 1
+    }
+}

@@ -1,0 +1,252 @@
+//! One writer for each node: one commit carries what is ready for several of its partitions.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime};
+
+use tokio::sync::{Notify, Semaphore};
+
+use crate::error::Result;
+use crate::id::{Day, NodeId, PartitionId};
+use crate::metrics as names;
+use crate::producer::Shared;
+use crate::producer::batch::Batch;
+use crate::producer::lane::Lane;
+use crate::producer::settle::settle;
+use crate::store::append::{self, Append, Inserted, MAX_PARTITIONS, Rolled};
+use crate::store::connect::refused;
+
+/// How many days ahead tables are made.
+const DAYS_AHEAD: i32 = 3;
+/// How often.
+const AHEAD_INTERVAL: Duration = Duration::from_secs(3600);
+
+/// What waits to be written to a node.
+#[derive(Debug)]
+pub(crate) struct Writer {
+    pub(crate) node: NodeId,
+    ready: Mutex<VecDeque<Arc<Lane>>>,
+    wake: Notify,
+    /// How many transactions may be under way.
+    slots: Arc<Semaphore>,
+}
+
+impl Writer {
+    pub(crate) fn new(node: NodeId, connections: usize) -> Self {
+        let slots = Arc::new(Semaphore::new(connections));
+        Self {
+            node,
+            ready: Mutex::default(),
+            wake: Notify::new(),
+            slots,
+        }
+    }
+
+    /// Something waits in this lane.
+    pub(crate) fn schedule(&self, lane: &Arc<Lane>) {
+        self.lock().push_back(Arc::clone(lane));
+        self.wake.notify_one();
+    }
+
+    /// A batch was put back into this lane: it waits for the lock first in the next transaction.
+    fn schedule_first(&self, lane: &Arc<Lane>) {
+        self.lock().push_front(Arc::clone(lane));
+        self.wake.notify_one();
+    }
+
+    /// The lanes for the next transaction: an even part of what is ready, so that all connections have
+    /// something to do.
+    fn next_lanes(&self) -> Vec<Arc<Lane>> {
+        let mut ready = self.lock();
+        let parts = self.slots.available_permits() + 1;
+        let count = ready.len().div_ceil(parts).min(MAX_PARTITIONS);
+        ready.drain(..count).collect()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, VecDeque<Arc<Lane>>> {
+        self.ready.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A batch on its way, with the lane that it is of.
+struct Departure {
+    lane: Arc<Lane>,
+    batch: Batch,
+    day: Day,
+}
+
+/// Writes what is ready, until the producer has ended.
+pub(crate) async fn run(shared: Arc<Shared>, writer: Arc<Writer>) {
+    loop {
+        let Ok(slot) = Arc::clone(&writer.slots).acquire_owned().await else {
+            return;
+        };
+        let lanes = loop {
+            let lanes = writer.next_lanes();
+            if !lanes.is_empty() {
+                break lanes;
+            }
+            tokio::select! {
+                () = writer.wake.notified() => {}
+                () = shared.ended.cancelled() => return,
+            }
+        };
+        let shared = Arc::clone(&shared);
+        // Whoever waits for a receipt may go away: what was begun is finished here.
+        shared.cluster.inner.tasks.clone().spawn(async move {
+            write(&shared, lanes).await;
+            drop(slot);
+        });
+    }
+}
+
+async fn write(shared: &Arc<Shared>, lanes: Vec<Arc<Lane>>) {
+    let mut departures = Vec::with_capacity(lanes.len());
+    for lane in lanes {
+        let Some(batch) = lane.take() else { continue };
+        shared.passed(&lane);
+        match day_of(shared, &lane).await {
+            Ok(day) => departures.push(Departure { lane, batch, day }),
+            // The partition can't be asked now: the patient way.
+            Err(_) => begin_to_settle(shared, &lane, batch),
+        }
+    }
+    if departures.is_empty() {
+        return;
+    }
+    for departure in &mut departures {
+        departure.batch.first_day.get_or_insert(departure.day);
+    }
+    let outcomes = attempt(shared, &departures).await;
+    arrive(shared, departures, outcomes);
+}
+
+/// The partition's day, asked for once; its table is there then.
+async fn day_of(shared: &Shared, lane: &Lane) -> Result<Day> {
+    if let Some(day) = lane.day() {
+        return Ok(day);
+    }
+    let day = match roll(shared, lane.partition).await? {
+        Rolled::To(day) => day,
+        // It says so itself when it is appended to.
+        Rolled::Clock | Rolled::Unknown => Day::of(SystemTime::now())?,
+    };
+    lane.set_day(day);
+    Ok(day)
+}
+
+/// Moves a partition to the server's date.
+pub(crate) async fn roll(shared: &Shared, partition: PartitionId) -> Result<Rolled> {
+    let node = shared.cluster.inner.nodes.node(partition.node()).await?;
+    let rolled = append::roll(node.get().await?, partition, SystemTime::now()).await;
+    rolled.map_err(|error| refused(error, &format!("roll partition {partition}")))
+}
+
+/// The first attempt of all departures, in one transaction. Where it failed, what became of each is to
+/// be found out: no insert counts as done.
+async fn attempt(shared: &Shared, departures: &[Departure]) -> Vec<Inserted> {
+    let outcome = async {
+        let Some(first) = departures.first() else {
+            return Ok(Vec::new());
+        };
+        let connection = shared
+            .cluster
+            .inner
+            .nodes
+            .node(first.lane.writer.node)
+            .await?
+            .get()
+            .await?;
+        let batches: Vec<Append<'_>> = departures
+            .iter()
+            .map(|departure| {
+                departure
+                    .lane
+                    .append(shared, &departure.batch, departure.day)
+            })
+            .collect();
+        append::append(connection, &batches, shared.options.append_timeout)
+            .await
+            .map_err(|failure| failure.into_error("append"))
+    };
+    outcome.await.unwrap_or_else(|error| {
+        tracing::debug!(error = %error.chain(), "append transaction failed");
+        ::metrics::counter!(names::APPEND_FAILED).increment(1);
+        vec![Inserted::No; departures.len()]
+    })
+}
+
+impl Lane {
+    /// A batch with what is believed of its partition.
+    pub(crate) fn append<'a>(&self, shared: &'a Shared, batch: &'a Batch, day: Day) -> Append<'a> {
+        Append {
+            partition: self.partition,
+            topic: &shared.topology.topic,
+            generation: self.generation,
+            day,
+            first_day: batch.first_day.unwrap_or(day),
+            producer: self.producer,
+            sequence: batch.sequence.unwrap_or_default(),
+            arrays: &batch.arrays,
+        }
+    }
+}
+
+fn arrive(shared: &Arc<Shared>, departures: Vec<Departure>, outcomes: Vec<Inserted>) {
+    let mut appended = Vec::with_capacity(departures.len());
+    for (departure, inserted) in departures.into_iter().zip(outcomes) {
+        let Departure { lane, batch, .. } = departure;
+        match inserted {
+            Inserted::At(id) => {
+                appended.push(lane.partition);
+                shared.answer(&batch, Ok(id));
+                shared.finish(&lane);
+            }
+            Inserted::NotHeld => {
+                lane.put_back(batch);
+                lane.writer.schedule_first(&lane);
+            }
+            Inserted::No => begin_to_settle(shared, &lane, batch),
+        }
+    }
+    shared.cluster.inner.notifier.publish(&appended);
+}
+
+fn begin_to_settle(shared: &Arc<Shared>, lane: &Arc<Lane>, batch: Batch) {
+    let (shared, lane) = (Arc::clone(shared), Arc::clone(lane));
+    shared
+        .cluster
+        .inner
+        .tasks
+        .clone()
+        .spawn(async move { settle(&shared, &lane, batch).await });
+}
+
+/// Makes the tables of the coming days for the partitions that are written to, so that midnight finds
+/// them there. Where this fails, they are made on demand.
+pub(crate) async fn make_tables_ahead(shared: Arc<Shared>) {
+    let mut interval = tokio::time::interval(AHEAD_INTERVAL);
+    loop {
+        tokio::select! {
+            _ = interval.tick() => {}
+            () = shared.first_append.notified() => {}
+            () = shared.ended.cancelled() => return,
+        }
+        for lane in shared.lanes.iter().filter(|lane| lane.day().is_some()) {
+            let made = async {
+                let node = shared
+                    .cluster
+                    .inner
+                    .nodes
+                    .node(lane.partition.node())
+                    .await?;
+                append::make_days_ahead(node.get().await?, lane.partition, DAYS_AHEAD)
+                    .await
+                    .map_err(|error| refused(error, "make day tables ahead"))
+            };
+            if let Err(error) = made.await {
+                tracing::warn!(partition = %lane.partition, error = %error.chain(), "no tables ahead");
+            }
+        }
+    }
+}

@@ -1,0 +1,10 @@
+//! All that knows SQL, table names and rows. One statement a file under `store/sql`.
+
+pub(crate) mod append;
+pub(crate) mod connect;
+pub(crate) mod control;
+pub(crate) mod fetch;
+pub(crate) mod group;
+pub(crate) mod node;
+pub(crate) mod packed;
+pub(crate) mod sql;

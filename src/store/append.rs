@@ -1,0 +1,394 @@
+//! Appending batches: one round trip, one short transaction, one pipeline.
+//!
+//! ```text
+//! begin ─ lock statement ─ insert (10101) ─ insert (10102) ─ .. ─ commit
+//! ```
+//!
+//! All statements are queued in one synchronous step, in this order, on one connection. A batch is
+//! appended only if its insert returned a `base_id` *and* every statement, the commit included, was
+//! answered without an error: the commit after a failed statement is answered ROLLBACK, without one.
+
+use std::time::{Duration, SystemTime};
+
+use futures_util::future::{join_all, join4};
+use tokio_postgres::error::SqlState;
+use tokio_postgres::{Row, Statement};
+use uuid::Uuid;
+
+use crate::error::{Error, ErrorKind};
+use crate::id::{Day, MessageId, PartitionId};
+use crate::name::TopicName;
+use crate::store::connect::{is_data_error, is_definite, refused};
+use crate::store::node::{Connection, Durability, Unfinished, write};
+use crate::store::packed::Packed;
+use crate::store::sql;
+
+/// The most partitions that one commit carries.
+pub(crate) const MAX_PARTITIONS: usize = 16;
+
+/// The arrays of a batch.
+#[derive(Debug, Default, Clone)]
+pub(crate) struct Arrays {
+    pub(crate) count: i32,
+    /// Uncompressed bytes of payloads, keys and headers.
+    pub(crate) bytes: i32,
+    pub(crate) keys: Option<Packed>,
+    pub(crate) headers: Option<Packed>,
+    pub(crate) payloads: Packed,
+}
+
+/// A batch and what its client believes of its partition.
+#[derive(Debug, Clone)]
+pub(crate) struct Append<'a> {
+    pub(crate) partition: PartitionId,
+    pub(crate) topic: &'a TopicName,
+    pub(crate) generation: i32,
+    pub(crate) day: Day,
+    /// The day of the first attempt: where a repeat looks from.
+    pub(crate) first_day: Day,
+    pub(crate) producer: Uuid,
+    pub(crate) sequence: i64,
+    pub(crate) arrays: &'a Arrays,
+}
+
+/// What became of a transaction that failed.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Failure {
+    /// A day table is missing: the partition must be rolled. Nothing was stored.
+    #[error("the day table is missing")]
+    NoTable,
+    /// The server refused the data itself. Nothing was stored.
+    #[error("the server refused the data")]
+    Data(#[source] tokio_postgres::Error),
+    /// The lock was not to be had in time. Nothing was stored.
+    #[error("the partition's lock was not to be had")]
+    Locked(#[source] tokio_postgres::Error),
+    /// The server refused, for another reason. Nothing was stored.
+    #[error("the server refused")]
+    Refused(#[source] tokio_postgres::Error),
+    /// The connection failed, or no answer came in time: all may have been stored, or may be yet.
+    #[error("no answer")]
+    Unknown(#[source] Option<tokio_postgres::Error>),
+}
+
+impl Failure {
+    fn of(error: tokio_postgres::Error) -> Self {
+        if !is_definite(&error) {
+            return Self::Unknown(Some(error));
+        }
+        match error.code() {
+            Some(&SqlState::UNDEFINED_TABLE) => Self::NoTable,
+            Some(&SqlState::LOCK_NOT_AVAILABLE | &SqlState::QUERY_CANCELED) => Self::Locked(error),
+            _ if is_data_error(&error) => Self::Data(error),
+            _ => Self::Refused(error),
+        }
+    }
+
+    /// Of a statement that is asked outside of the pipeline, so that nothing was stored.
+    fn before(error: tokio_postgres::Error) -> Self {
+        match Self::of(error) {
+            Self::Unknown(Some(error)) => Self::Refused(error),
+            failure => failure,
+        }
+    }
+
+    /// The public error, in the words of what was being done.
+    pub(crate) fn into_error(self, what: &str) -> Error {
+        match self {
+            Self::Data(error) | Self::Locked(error) | Self::Refused(error) => refused(error, what),
+            Self::Unknown(Some(error)) => Error::with_source(ErrorKind::Unknown, what, error),
+            Self::Unknown(None) => {
+                Error::new(ErrorKind::Unknown, format!("{what}: no answer in time"))
+            }
+            Self::NoTable => Error::new(ErrorKind::Unavailable, format!("{what}: no day table")),
+        }
+    }
+}
+
+/// What became of one batch of a transaction that was committed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Inserted {
+    /// On disk, with this first id.
+    At(MessageId),
+    /// Its partition's lock was another's: to be sent in the next transaction.
+    NotHeld,
+    /// The guards did not hold: [`append_again`] says which.
+    No,
+}
+
+/// Appends batches of different partitions of one node in one transaction, waiting for the lock of the
+/// first only. The outer result tells whether the transaction was committed.
+///
+/// Dropping the future closes the connection: the batches' fate is unknown then.
+pub(crate) async fn append(
+    connection: Connection,
+    batches: &[Append<'_>],
+    deadline: Duration,
+) -> Result<Vec<Inserted>, Failure> {
+    let lock = connection
+        .prepare_cached(sql::APPEND_LOCK)
+        .await
+        .map_err(Failure::before)?;
+    let mut inserts = Vec::with_capacity(batches.len());
+    for batch in batches {
+        let text = sql::for_day(sql::APPEND_INSERT, batch.partition, batch.day);
+        inserts.push(
+            connection
+                .prepare_cached(&text)
+                .await
+                .map_err(Failure::before)?,
+        );
+    }
+    let guard = Unfinished::new(connection);
+    let pipeline = pipeline(guard.connection(), &lock, &inserts, batches, deadline);
+    let Ok(answers) = tokio::time::timeout(deadline, pipeline).await else {
+        return Err(Failure::Unknown(None));
+    };
+    guard.finished();
+    answers
+}
+
+async fn pipeline(
+    connection: &Connection,
+    lock: &Statement,
+    inserts: &[Statement],
+    batches: &[Append<'_>],
+    deadline: Duration,
+) -> Result<Vec<Inserted>, Failure> {
+    let partitions: Vec<i32> = batches
+        .iter()
+        .map(|batch| batch.partition.as_i32())
+        .collect();
+    let lock_timeout = lock_timeout(deadline);
+    let inserts = batches
+        .iter()
+        .zip(inserts)
+        .map(|(batch, statement)| async move {
+            let topic = batch.topic.as_str();
+            let arrays = batch.arrays;
+            connection
+                .query_opt(
+                    statement,
+                    &[
+                        &arrays.count,
+                        &arrays.bytes,
+                        &batch.producer,
+                        &batch.sequence,
+                        &arrays.keys,
+                        &arrays.headers,
+                        &arrays.payloads,
+                        &topic,
+                        &batch.generation,
+                    ],
+                )
+                .await
+        });
+    // Each sends as it is polled for the first time, in this order.
+    let (begun, locked, inserted, committed) = join4(
+        connection.batch_execute(sql::APPEND_BEGIN),
+        connection.query_one(lock, &[&partitions, &lock_timeout]),
+        join_all(inserts),
+        connection.batch_execute("commit"),
+    )
+    .await;
+    begun.map_err(Failure::of)?;
+    let held: Option<String> = locked.map_err(Failure::of)?.get(3);
+    let rows: Vec<Option<Row>> = inserted
+        .into_iter()
+        .collect::<Result<_, _>>()
+        .map_err(Failure::of)?;
+    // An error here, whatever it is, leaves open whether the commit was done.
+    committed.map_err(|error| Failure::Unknown(Some(error)))?;
+    Ok(rows
+        .into_iter()
+        .zip(batches)
+        .map(|(row, batch)| outcome(row, batch, held.as_deref()))
+        .collect())
+}
+
+fn outcome(row: Option<Row>, batch: &Append<'_>, held: Option<&str>) -> Inserted {
+    if let Some(row) = row {
+        return MessageId::try_from(row.get::<_, i64>(0)).map_or(Inserted::No, Inserted::At);
+    }
+    let name = format!(",{},", batch.partition);
+    if held.is_some_and(|held| held.contains(&name)) {
+        Inserted::No
+    } else {
+        Inserted::NotHeld
+    }
+}
+
+/// Shorter than the deadline, so that a lock held by another is a definite answer.
+fn lock_timeout(deadline: Duration) -> String {
+    format!("{}ms", (deadline.as_millis() * 3 / 4).max(1))
+}
+
+/// What became of a batch that was looked for and, where it was missing, inserted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Again {
+    /// On disk, now or since an earlier attempt, with this first id.
+    At(MessageId),
+    /// The partition takes another day, or must be rolled to `today` first.
+    WrongDay {
+        /// The partition's day.
+        day: Day,
+        /// The server's date.
+        today: Day,
+    },
+    /// No room for the batch in this partition until midnight UTC. Final.
+    Full,
+    /// Takes no messages any more. Final.
+    Sealed,
+    /// The topic has another map of keys to partitions. Final.
+    WrongGeneration,
+    /// The partition is gone, or is another topic's. Final.
+    WrongTopic,
+    /// Fenced, or overtaken by a later batch of this producer: it must not be stored any more. Final.
+    Refused,
+}
+
+/// Appends a batch of which an earlier attempt may have been stored, be stored yet, or have inserted
+/// nothing: finds it, inserts it or says why not, in one transaction.
+pub(crate) async fn append_again(
+    connection: Connection,
+    batch: &Append<'_>,
+    deadline: Duration,
+) -> Result<Again, Failure> {
+    let lock = connection
+        .prepare_cached(sql::APPEND_LOCK)
+        .await
+        .map_err(Failure::before)?;
+    let again = connection
+        .prepare_cached(sql::APPEND_AGAIN)
+        .await
+        .map_err(Failure::before)?;
+    let guard = Unfinished::new(connection);
+    let connection = guard.connection();
+    let (partitions, lock_timeout) = (vec![batch.partition.as_i32()], lock_timeout(deadline));
+    let (topic, arrays) = (batch.topic.as_str(), batch.arrays);
+    let (partition, day, first_day) = (
+        batch.partition.as_i32(),
+        batch.day.as_i32(),
+        batch.first_day.as_i32(),
+    );
+    let pipeline = async {
+        join4(
+            connection.batch_execute(sql::APPEND_BEGIN),
+            connection.query_one(&lock, &[&partitions, &lock_timeout]),
+            connection.query_one(
+                &again,
+                &[
+                    &partition,
+                    &topic,
+                    &batch.generation,
+                    &day,
+                    &first_day,
+                    &batch.producer,
+                    &batch.sequence,
+                    &arrays.bytes,
+                    &arrays.keys,
+                    &arrays.headers,
+                    &arrays.payloads,
+                ],
+            ),
+            connection.batch_execute("commit"),
+        )
+        .await
+    };
+    let Ok((begun, locked, row, committed)) = tokio::time::timeout(deadline, pipeline).await else {
+        return Err(Failure::Unknown(None));
+    };
+    guard.finished();
+    begun.map_err(Failure::of)?;
+    locked.map_err(Failure::of)?;
+    let row = row.map_err(Failure::of)?;
+    committed.map_err(|error| Failure::Unknown(Some(error)))?;
+    Ok(read_again(&row))
+}
+
+fn read_again(row: &Row) -> Again {
+    let id = || MessageId::try_from(row.get::<_, Option<i64>>(1).unwrap_or(0));
+    let day = |index| Day::from_i32(row.get::<_, Option<i32>>(index).unwrap_or(0));
+    match row.get(0) {
+        "appended" | "duplicate" => id().map_or(Again::Refused, Again::At),
+        "wrong_day" => match (day(2), day(3)) {
+            (Ok(day), Ok(today)) => Again::WrongDay { day, today },
+            _ => Again::WrongTopic,
+        },
+        "full" => Again::Full,
+        "sealed" => Again::Sealed,
+        "wrong_generation" => Again::WrongGeneration,
+        "refused" | "overtaken" => Again::Refused,
+        _ => Again::WrongTopic,
+    }
+}
+
+/// Asks for a batch that is to be given up. `None`: it is not there and never will be.
+pub(crate) async fn fence(
+    connection: Connection,
+    batch: &Append<'_>,
+    deadline: Duration,
+) -> Result<Option<MessageId>, Failure> {
+    let (partition, first_day) = (batch.partition.as_i32(), batch.first_day.as_i32());
+    let params: [&(dyn tokio_postgres::types::ToSql + Sync); 4] =
+        [&partition, &batch.producer, &batch.sequence, &first_day];
+    let asked = write(connection, Durability::Durable, sql::FENCE, &params);
+    let rows = tokio::time::timeout(deadline, asked)
+        .await
+        .map_err(|_| Failure::Unknown(None))?
+        .map_err(Failure::of)?;
+    let found: Option<i64> = rows.first().and_then(|row| row.get(0));
+    Ok(found.and_then(|id| MessageId::try_from(id).ok()))
+}
+
+/// What became of a partition that was to be moved to the server's date.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Rolled {
+    /// It stands on this day, and the day's table is there.
+    To(Day),
+    /// The server's clock is more than an hour ahead of this process's: one of them is wrong.
+    Clock,
+    /// There is no such partition.
+    Unknown,
+}
+
+/// Moves a partition to the server's date.
+pub(crate) async fn roll(
+    connection: Connection,
+    partition: PartitionId,
+    client_clock: SystemTime,
+) -> Result<Rolled, tokio_postgres::Error> {
+    let number = partition.as_i32();
+    let rows = write(
+        connection,
+        Durability::Durable,
+        sql::ROLL,
+        &[&number, &client_clock],
+    )
+    .await?;
+    Ok(rows
+        .first()
+        .map_or(Rolled::Unknown, |row| match row.get(0) {
+            "rolled" | "current" => Day::from_i32(row.get::<_, Option<i32>>(1).unwrap_or(0))
+                .map_or(Rolled::Unknown, Rolled::To),
+            "clock" => Rolled::Clock,
+            _ => Rolled::Unknown,
+        }))
+}
+
+/// Makes the tables of today and the days ahead.
+pub(crate) async fn make_days_ahead(
+    connection: Connection,
+    partition: PartitionId,
+    days: i32,
+) -> Result<(), tokio_postgres::Error> {
+    let number = partition.as_i32();
+    write(
+        connection,
+        Durability::Durable,
+        sql::MAKE_DAYS_AHEAD,
+        &[&number, &days],
+    )
+    .await
+    .map(drop)
+}

@@ -1,0 +1,244 @@
+//! The control database: an index of the nodes, topics and groups.
+
+use std::collections::HashMap;
+use std::time::SystemTime;
+
+use tokio_postgres::types::ToSql;
+use tokio_postgres::{Error, Row};
+use uuid::Uuid;
+
+use crate::id::{NodeId, PartitionId};
+use crate::name::{GroupName, TopicName};
+use crate::store::group::StartAt;
+use crate::store::node::{Connection, Durability, query, write};
+use crate::store::sql;
+
+/// The cluster's id and the version of its topology.
+pub(crate) async fn cluster(connection: &Connection) -> Result<(Uuid, i64), Error> {
+    let row = connection.query_one(sql::CONTROL_CLUSTER, &[]).await?;
+    Ok((row.get(0), row.get(1)))
+}
+
+/// All nodes with their addresses.
+pub(crate) async fn nodes(connection: &Connection) -> Result<Vec<(NodeId, String)>, Error> {
+    let rows = query(connection, sql::CONTROL_NODES, &[]).await?;
+    Ok(rows
+        .iter()
+        .filter_map(|row| Some((node_of(row, 0)?, row.get(1))))
+        .collect())
+}
+
+fn node_of(row: &Row, column: usize) -> Option<NodeId> {
+    NodeId::new(u8::try_from(row.get::<_, i32>(column)).ok()?).ok()
+}
+
+/// Records a node's address.
+pub(crate) async fn add_node(connection: Connection, node: NodeId, dsn: &str) -> Result<(), Error> {
+    let number = i32::from(node.number());
+    write(
+        connection,
+        Durability::Durable,
+        sql::CONTROL_ADD_NODE,
+        &[&number, &dsn],
+    )
+    .await
+    .map(drop)
+}
+
+/// Raises the version of the topology.
+pub(crate) async fn bump(connection: Connection) -> Result<(), Error> {
+    write(connection, Durability::Durable, sql::CONTROL_BUMP, &[])
+        .await
+        .map(drop)
+}
+
+/// A topic as the list shows it.
+#[derive(Debug, Clone)]
+pub(crate) struct TopicRow {
+    pub(crate) topic: String,
+    pub(crate) generation: i32,
+    pub(crate) partitions: i64,
+    pub(crate) created_at: SystemTime,
+}
+
+/// All topics, by name.
+pub(crate) async fn topics(connection: &Connection) -> Result<Vec<TopicRow>, Error> {
+    let rows = query(connection, sql::CONTROL_TOPICS, &[]).await?;
+    let read = |row: &Row| TopicRow {
+        topic: row.get(0),
+        generation: row.get(1),
+        partitions: row.get(2),
+        created_at: row.get(3),
+    };
+    Ok(rows.iter().map(read).collect())
+}
+
+/// A topic with its partitions and the map of its key slots.
+#[derive(Debug, Clone)]
+pub(crate) struct TopicDetail {
+    pub(crate) generation: i32,
+    pub(crate) created_at: SystemTime,
+    pub(crate) partitions: Vec<PartitionId>,
+    /// First slot, last slot, partition.
+    pub(crate) slots: Vec<(u16, u16, PartitionId)>,
+}
+
+/// One topic; `None` where there is none of that name.
+pub(crate) async fn topic(
+    connection: &Connection,
+    topic: &TopicName,
+) -> Result<Option<TopicDetail>, Error> {
+    let name = topic.as_str();
+    let rows = query(connection, sql::CONTROL_TOPIC, &[&name]).await?;
+    let Some(row) = rows.first() else {
+        return Ok(None);
+    };
+    let generation: i32 = row.get(0);
+    let partitions = query(connection, sql::CONTROL_PARTITIONS, &[&name]).await?;
+    let slots = query(connection, sql::CONTROL_SLOTS, &[&name, &generation]).await?;
+    let slot = |row: &Row, column: usize| u16::try_from(row.get::<_, i32>(column)).unwrap_or(0);
+    Ok(Some(TopicDetail {
+        generation,
+        created_at: row.get(1),
+        partitions: partitions
+            .iter()
+            .filter_map(|row| PartitionId::from_i32(row.get(0)).ok())
+            .collect(),
+        slots: slots
+            .iter()
+            .filter_map(|row| {
+                Some((
+                    slot(row, 0),
+                    slot(row, 1),
+                    PartitionId::from_i32(row.get(2)).ok()?,
+                ))
+            })
+            .collect(),
+    }))
+}
+
+/// How many partitions each node has.
+pub(crate) async fn partition_counts(
+    connection: &Connection,
+) -> Result<HashMap<NodeId, usize>, Error> {
+    let rows = query(connection, sql::CONTROL_PARTITION_COUNTS, &[]).await?;
+    let read = |row: &Row| {
+        Some((
+            node_of(row, 0)?,
+            usize::try_from(row.get::<_, i64>(1)).unwrap_or(usize::MAX),
+        ))
+    };
+    Ok(rows.iter().filter_map(read).collect())
+}
+
+/// Begins a change of the topology: one at a time in the whole cluster, to the end of the transaction
+/// on this connection. Returns the cluster's id and the version that the change makes.
+pub(crate) async fn begin_change(connection: &Connection) -> Result<(Uuid, i64), Error> {
+    connection.batch_execute(sql::BEGIN_DURABLE).await?;
+    // Nodes are asked meanwhile: the silence is ours, not a lost client's.
+    connection
+        .batch_execute("set local idle_in_transaction_session_timeout = '60s'")
+        .await?;
+    let row = connection.query_one(sql::CONTROL_LOCK, &[]).await?;
+    Ok((row.get(0), row.get::<_, i64>(1) + 1))
+}
+
+/// Commits a change under a new version.
+pub(crate) async fn commit_change(connection: &Connection) -> Result<(), Error> {
+    connection.batch_execute(sql::CONTROL_BUMP).await?;
+    connection.batch_execute("commit").await
+}
+
+/// Records a topic, inside a change.
+pub(crate) async fn record_topic(
+    connection: &Connection,
+    topic: &TopicName,
+    slots: &[(u16, u16, PartitionId)],
+) -> Result<(), Error> {
+    let partitions: Vec<i32> = slots.iter().map(|slot| slot.2.as_i32()).collect();
+    let first: Vec<i32> = slots.iter().map(|slot| i32::from(slot.0)).collect();
+    let last: Vec<i32> = slots.iter().map(|slot| i32::from(slot.1)).collect();
+    let params: [&(dyn ToSql + Sync); 4] = [&topic.as_str(), &partitions, &first, &last];
+    query(connection, sql::CONTROL_CREATE_TOPIC, &params)
+        .await
+        .map(drop)
+}
+
+/// Removes a topic, inside a change.
+pub(crate) async fn forget_topic(connection: &Connection, topic: &TopicName) -> Result<(), Error> {
+    query(connection, sql::CONTROL_DELETE_TOPIC, &[&topic.as_str()])
+        .await
+        .map(drop)
+}
+
+/// A group's start as it was recorded first, and whether it is this database's clock.
+pub(crate) async fn group_start(
+    connection: &Connection,
+    topic: &TopicName,
+    group: &GroupName,
+) -> Result<Option<(StartAt, bool)>, Error> {
+    let params: [&(dyn ToSql + Sync); 2] = [&topic.as_str(), &group.as_str()];
+    let rows = query(connection, sql::CONTROL_GROUP_START, &params).await?;
+    let read = |row: &Row| {
+        (
+            StartAt {
+                at: Some(row.get(0)),
+                id: row.get(1),
+            },
+            row.get(2),
+        )
+    };
+    Ok(rows.first().map(read))
+}
+
+/// Records a group's start, unless somebody did.
+pub(crate) async fn make_group(
+    connection: Connection,
+    topic: &TopicName,
+    group: &GroupName,
+    start: StartAt,
+) -> Result<(), Error> {
+    let (topic, group) = (topic.as_str(), group.as_str());
+    let params: [&(dyn ToSql + Sync); 4] = [&topic, &group, &start.at, &start.id];
+    write(
+        connection,
+        Durability::Durable,
+        sql::CONTROL_MAKE_GROUP,
+        &params,
+    )
+    .await
+    .map(drop)
+}
+
+/// A consumer's sign of life; returns all live members of its group, in order.
+pub(crate) async fn heartbeat(
+    connection: Connection,
+    member: Uuid,
+    (topic, group): (&TopicName, &GroupName),
+    host: &str,
+    lease_secs: f64,
+) -> Result<Vec<Uuid>, Error> {
+    let (topic, group) = (topic.as_str(), group.as_str());
+    let pid = i32::try_from(std::process::id()).unwrap_or(0);
+    let params: [&(dyn ToSql + Sync); 6] = [&member, &topic, &group, &host, &pid, &lease_secs];
+    let rows = write(
+        connection,
+        Durability::Relaxed,
+        sql::CONTROL_HEARTBEAT,
+        &params,
+    )
+    .await?;
+    Ok(rows.iter().map(|row| row.get(0)).collect())
+}
+
+/// A consumer that leaves.
+pub(crate) async fn leave(connection: Connection, member: Uuid) -> Result<(), Error> {
+    write(
+        connection,
+        Durability::Relaxed,
+        sql::CONTROL_LEAVE,
+        &[&member],
+    )
+    .await
+    .map(drop)
+}

@@ -1,0 +1,179 @@
+//! Reading day tables.
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use tokio_postgres::Row;
+use tokio_postgres::error::SqlState;
+use tokio_postgres::types::{FromSql, Type};
+use uuid::Uuid;
+
+use crate::id::{Day, MessageId, PartitionId, last_of};
+use crate::store::node::{Connection, query};
+use crate::store::packed::Unpacked;
+use crate::store::sql;
+
+/// The most tables that one look covers.
+pub(crate) const MAX_LOOK: usize = 32;
+
+/// A row of a day table: a batch. The arrays are empty in the overlap, the row that ends at the
+/// position that was read from.
+#[derive(Debug, Clone)]
+pub(crate) struct Batch {
+    pub(crate) base_id: i64,
+    pub(crate) count: u32,
+    pub(crate) bytes: usize,
+    pub(crate) producer: Uuid,
+    pub(crate) sequence: i64,
+    pub(crate) appended_at: SystemTime,
+    pub(crate) keys: Option<Unpacked>,
+    pub(crate) headers: Option<Unpacked>,
+    pub(crate) payloads: Unpacked,
+}
+
+impl Batch {
+    pub(crate) fn last_id(&self) -> i64 {
+        self.base_id + i64::from(self.count) - 1
+    }
+
+    fn read(row: &Row) -> Self {
+        Self {
+            base_id: row.get(0),
+            count: u32::try_from(row.get::<_, i32>(1)).unwrap_or(0),
+            bytes: usize::try_from(row.get::<_, i32>(2)).unwrap_or(0),
+            producer: row.get(3),
+            sequence: row.get(4),
+            appended_at: row.get::<_, Micros>(5).time(),
+            keys: row.get(6),
+            headers: row.get(7),
+            payloads: row.get::<_, Option<Unpacked>>(8).unwrap_or_default(),
+        }
+    }
+}
+
+/// A `timestamptz` to the microsecond, before 2000 too.
+struct Micros(i64);
+
+impl Micros {
+    fn time(&self) -> SystemTime {
+        const TO_2000: Duration = Duration::from_secs(946_684_800);
+        let distance = Duration::from_micros(self.0.unsigned_abs());
+        let base = UNIX_EPOCH + TO_2000;
+        if self.0 < 0 {
+            base - distance
+        } else {
+            base + distance
+        }
+    }
+}
+
+impl<'a> FromSql<'a> for Micros {
+    fn from_sql(_: &Type, raw: &'a [u8]) -> Result<Self, Box<dyn std::error::Error + Sync + Send>> {
+        Ok(Self(i64::from_be_bytes(raw.try_into()?)))
+    }
+
+    fn accepts(ty: &Type) -> bool {
+        *ty == Type::TIMESTAMPTZ
+    }
+}
+
+/// Reads on from a position, at most so many bytes and rows over those, at least one new row where
+/// there is one. `None`: the table does not exist.
+pub(crate) async fn fetch(
+    connection: &Connection,
+    partition: PartitionId,
+    day: Day,
+    position: i64,
+    (bytes, rows): (i64, i32),
+) -> Result<Option<Vec<Batch>>, tokio_postgres::Error> {
+    let text = sql::for_day(sql::FETCH, partition, day);
+    match query(connection, &text, &[&position, &bytes, &rows]).await {
+        Ok(rows) => Ok(Some(rows.iter().map(Batch::read).collect())),
+        Err(error) if error.code() == Some(&SqlState::UNDEFINED_TABLE) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// Where a partition stands.
+#[derive(Debug, Clone)]
+pub(crate) struct PartitionState {
+    pub(crate) day: Day,
+    pub(crate) state: String,
+    pub(crate) topic: String,
+    pub(crate) generation: i32,
+    pub(crate) low_watermark: i64,
+    /// The next closed day with messages after the one that was asked about.
+    pub(crate) next_day: Option<Day>,
+}
+
+impl PartitionState {
+    /// The day to read after the one that was asked about, if there is one.
+    pub(crate) fn day_after(&self, day: Option<Day>) -> Option<Day> {
+        self.next_day
+            .or(Some(self.day))
+            .filter(|next| day.is_none_or(|day| *next > day))
+    }
+}
+
+/// Where a partition stands; `None` where the node does not know it.
+pub(crate) async fn partition_state(
+    connection: &Connection,
+    partition: PartitionId,
+    after: Option<Day>,
+) -> Result<Option<PartitionState>, tokio_postgres::Error> {
+    let after = after.map_or(0, Day::as_i32);
+    let rows = query(
+        connection,
+        sql::PARTITION_STATE,
+        &[&partition.as_i32(), &after],
+    )
+    .await?;
+    Ok(rows.first().and_then(|row| {
+        Some(PartitionState {
+            day: Day::from_i32(row.get(0)).ok()?,
+            state: row.get(1),
+            topic: row.get(2),
+            generation: row.get(3),
+            low_watermark: row.get(4),
+            next_day: row
+                .get::<_, Option<i32>>(5)
+                .and_then(|day| Day::from_i32(day).ok()),
+        })
+    }))
+}
+
+/// Which of these partitions have something beyond the positions, or stand on another day than the one
+/// that is being read. One statement for at most 32.
+pub(crate) async fn look(
+    connection: &Connection,
+    partitions: &[(PartitionId, Day, i64)],
+) -> Result<Vec<PartitionId>, tokio_postgres::Error> {
+    let parts: Vec<String> = partitions
+        .iter()
+        .map(|(partition, day, _)| sql::for_day(sql::LOOK, *partition, *day))
+        .collect();
+    let rows = connection
+        .prepare_cached(&parts.join("\nunion all\n"))
+        .await?;
+    let rows = connection.query(&rows, &[]).await?;
+    let changed = |row: &Row| {
+        let partition = PartitionId::from_i32(row.get(0)).ok()?;
+        let (_, day, position) = partitions.iter().find(|(id, ..)| *id == partition)?;
+        let moved = row.get::<_, Option<i32>>(1) != Some(day.as_i32());
+        let more = row
+            .get::<_, Option<i64>>(2)
+            .is_some_and(|last| last > *position);
+        (moved || more).then_some(partition)
+    };
+    Ok(rows.iter().filter_map(changed).collect())
+}
+
+/// The day that a position is in, none for the position before everything.
+pub(crate) fn day_of(position: i64) -> Option<Day> {
+    let day = i32::try_from(position / 100_000_000 % 1_000_000).ok()?;
+    Day::from_i32(day).ok().filter(|_| position > 0)
+}
+
+/// The position at the end of a day, from which the next is read.
+pub(crate) fn end_of(partition: PartitionId, day: Day) -> MessageId {
+    MessageId::try_from(last_of(partition, day)).unwrap_or_else(|_| unreachable!("a valid id"))
+}

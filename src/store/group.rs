@@ -1,0 +1,277 @@
+//! Groups on a node: starts, leases and cursors.
+
+use std::time::SystemTime;
+
+use tokio_postgres::Error;
+use uuid::Uuid;
+
+use crate::id::PartitionId;
+use crate::name::{GroupName, TopicName};
+use crate::store::node::{Connection, Durability, query, write};
+use crate::store::sql;
+
+/// Where a group starts: at a time (none: by the server's clock), or exactly at an id in that id's
+/// own partition.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct StartAt {
+    pub(crate) at: Option<SystemTime>,
+    pub(crate) id: Option<i64>,
+}
+
+/// What every commit of a cursor names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Fence {
+    pub(crate) owner: Uuid,
+    pub(crate) epoch: i64,
+    pub(crate) reset_epoch: i64,
+}
+
+/// A partition that was taken.
+#[derive(Debug, Clone)]
+pub(crate) struct Acquired {
+    pub(crate) partition: PartitionId,
+    pub(crate) fence: Fence,
+    pub(crate) acked_id: i64,
+    /// Ids above it that are acknowledged too: first and last of each run.
+    pub(crate) acked_ahead: Vec<(i64, i64)>,
+}
+
+/// Whether this node knows where a group starts.
+pub(crate) async fn knows_start(
+    connection: &Connection,
+    topic: &TopicName,
+    group: &GroupName,
+) -> Result<bool, Error> {
+    let params: [&(dyn tokio_postgres::types::ToSql + Sync); 2] =
+        [&topic.as_str(), &group.as_str()];
+    Ok(!query(connection, sql::GROUP_START_READ, &params)
+        .await?
+        .is_empty())
+}
+
+/// Resolves a group's start on this node, unless somebody did.
+pub(crate) async fn write_start(
+    connection: Connection,
+    topic: &TopicName,
+    group: &GroupName,
+    start: StartAt,
+) -> Result<(), Error> {
+    let (topic, group) = (topic.as_str(), group.as_str());
+    let params: [&(dyn tokio_postgres::types::ToSql + Sync); 4] =
+        [&topic, &group, &start.at, &start.id];
+    write(
+        connection,
+        Durability::Durable,
+        sql::GROUP_START_WRITE,
+        &params,
+    )
+    .await
+    .map(drop)
+}
+
+/// Makes the cursors that a group lacks on this node.
+pub(crate) async fn make_cursors(
+    connection: Connection,
+    topic: &TopicName,
+    group: &GroupName,
+) -> Result<(), Error> {
+    let (topic, group) = (topic.as_str(), group.as_str());
+    write(
+        connection,
+        Durability::Durable,
+        sql::MAKE_CURSORS,
+        &[&topic, &group],
+    )
+    .await
+    .map(drop)
+}
+
+/// Renews a member's lease; returns what it owns on this node.
+pub(crate) async fn renew(
+    connection: Connection,
+    member: Uuid,
+    group: &GroupName,
+    lease_secs: f64,
+) -> Result<Vec<(PartitionId, Fence)>, Error> {
+    let group = group.as_str();
+    let rows = write(
+        connection,
+        Durability::Relaxed,
+        sql::RENEW,
+        &[&member, &group, &lease_secs],
+    )
+    .await?;
+    let owned = rows.iter().filter_map(|row| {
+        let partition = PartitionId::from_i32(row.get(0)).ok()?;
+        let owner = row.get::<_, Option<Uuid>>(1)?;
+        Some((
+            partition,
+            Fence {
+                owner,
+                epoch: row.get(2),
+                reset_epoch: row.get(3),
+            },
+        ))
+    });
+    Ok(owned.collect())
+}
+
+/// Takes up to `most` free partitions of a topic; the lease of `member` must be live.
+pub(crate) async fn acquire(
+    connection: Connection,
+    (topic, group): (&TopicName, &GroupName),
+    member: Uuid,
+    most: i64,
+    grace_secs: f64,
+    only: Option<&[i32]>,
+) -> Result<Vec<Acquired>, Error> {
+    let (topic, group) = (topic.as_str(), group.as_str());
+    let params: [&(dyn tokio_postgres::types::ToSql + Sync); 6] =
+        [&topic, &group, &member, &most, &grace_secs, &only];
+    let rows = write(connection, Durability::Durable, sql::ACQUIRE, &params).await?;
+    let acquired = rows.iter().filter_map(|row| {
+        Some(Acquired {
+            partition: PartitionId::from_i32(row.get(0)).ok()?,
+            fence: Fence {
+                owner: row.get(1),
+                epoch: row.get(2),
+                reset_epoch: row.get(3),
+            },
+            acked_id: row.get(4),
+            acked_ahead: parse_ranges(row.get(5)),
+        })
+    });
+    Ok(acquired.collect())
+}
+
+/// A cursor to be moved.
+#[derive(Debug, Clone)]
+pub(crate) struct Move {
+    pub(crate) partition: PartitionId,
+    pub(crate) fence: Fence,
+    pub(crate) acked_id: i64,
+    pub(crate) acked_ahead: Vec<(i64, i64)>,
+}
+
+/// What became of a cursor that was to be moved.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Moved {
+    /// Committed.
+    Yes,
+    /// The row was locked by another transaction: next time.
+    Locked,
+    /// The partition is another owner's.
+    LeaseLost,
+    /// A seek came in between.
+    Reset,
+}
+
+/// Moves cursors, each only where its fence still holds.
+pub(crate) async fn flush(
+    connection: Connection,
+    group: &GroupName,
+    moves: &[Move],
+) -> Result<Vec<(PartitionId, Moved)>, Error> {
+    let partitions: Vec<i32> = moves.iter().map(|m| m.partition.as_i32()).collect();
+    let owners: Vec<Uuid> = moves.iter().map(|m| m.fence.owner).collect();
+    let epochs: Vec<i64> = moves.iter().map(|m| m.fence.epoch).collect();
+    let resets: Vec<i64> = moves.iter().map(|m| m.fence.reset_epoch).collect();
+    let acked: Vec<i64> = moves.iter().map(|m| m.acked_id).collect();
+    let ahead: Vec<String> = moves
+        .iter()
+        .map(|m| format_ranges(&m.acked_ahead))
+        .collect();
+    let group = group.as_str();
+    let params: [&(dyn tokio_postgres::types::ToSql + Sync); 7] = [
+        &group,
+        &partitions,
+        &owners,
+        &epochs,
+        &resets,
+        &acked,
+        &ahead,
+    ];
+    let rows = write(connection, Durability::Durable, sql::FLUSH, &params).await?;
+    let moved = rows.iter().filter_map(|row| {
+        let outcome = match row.get(1) {
+            "moved" => Moved::Yes,
+            "locked" => Moved::Locked,
+            "reset" => Moved::Reset,
+            _ => Moved::LeaseLost,
+        };
+        Some((PartitionId::from_i32(row.get(0)).ok()?, outcome))
+    });
+    Ok(moved.collect())
+}
+
+/// Gives partitions back, where they are still these owners'.
+pub(crate) async fn release(
+    connection: Connection,
+    group: &GroupName,
+    owned: &[(PartitionId, Uuid)],
+) -> Result<(), Error> {
+    let partitions: Vec<i32> = owned
+        .iter()
+        .map(|(partition, _)| partition.as_i32())
+        .collect();
+    let owners: Vec<Uuid> = owned.iter().map(|(_, owner)| *owner).collect();
+    let group = group.as_str();
+    write(
+        connection,
+        Durability::Durable,
+        sql::RELEASE,
+        &[&group, &partitions, &owners],
+    )
+    .await
+    .map(drop)
+}
+
+/// Ends a member's lease.
+pub(crate) async fn leave(connection: Connection, member: Uuid) -> Result<(), Error> {
+    write(connection, Durability::Relaxed, sql::LEAVE, &[&member])
+        .await
+        .map(drop)
+}
+
+/// Removes members whose lease ended long ago.
+pub(crate) async fn sweep_members(connection: Connection) -> Result<(), Error> {
+    write(connection, Durability::Relaxed, sql::SWEEP_MEMBERS, &[])
+        .await
+        .map(drop)
+}
+
+/// A multirange as Postgres writes it, `{[1,5),[7,9)}`, as first and last of each run.
+fn parse_ranges(text: &str) -> Vec<(i64, i64)> {
+    let numbers = text
+        .split(|c: char| !c.is_ascii_digit())
+        .filter(|number| !number.is_empty());
+    let bounds: Vec<i64> = numbers.filter_map(|number| number.parse().ok()).collect();
+    bounds
+        .chunks_exact(2)
+        .map(|bound| (bound[0], bound[1] - 1))
+        .collect()
+}
+
+fn format_ranges(ranges: &[(i64, i64)]) -> String {
+    let parts: Vec<String> = ranges
+        .iter()
+        .map(|(first, last)| format!("[{first},{})", last + 1))
+        .collect();
+    format!("{{{}}}", parts.join(","))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranges_round_trip_through_postgres_own_form() {
+        let ranges = vec![
+            (1_010_126_112_200_000_005, 1_010_126_112_200_000_009),
+            (7, 7),
+        ];
+        assert_eq!(parse_ranges(&format_ranges(&ranges)), ranges);
+        assert_eq!(format_ranges(&[(7, 8)]), "{[7,9)}");
+        assert!(parse_ranges("{}").is_empty());
+    }
+}

@@ -1,0 +1,236 @@
+//! A node: its number, its address and its connections.
+
+use std::fmt;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use deadpool_postgres::{
+    Hook, HookError, Manager, ManagerConfig, Object, Pool, PoolError, RecyclingMethod, Runtime,
+};
+use futures_util::future::{BoxFuture, join3};
+use tokio_postgres::types::ToSql;
+use tokio_postgres::{Client, NoTls, Row};
+use uuid::Uuid;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::id::NodeId;
+use crate::migrate::{self, Schema};
+use crate::store::connect::{self, refused};
+use crate::store::sql;
+
+/// How long getting a connection may take, a wait for a free one included.
+const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(3);
+/// Prepared statements that a connection keeps: day tables come and go.
+const MAX_STATEMENTS: usize = 512;
+
+/// A pooled connection.
+pub(crate) type Connection = Object;
+
+/// One database that stores messages, or the control database: its pool, and the check that it is
+/// what it should be.
+pub(crate) struct Node {
+    what: String,
+    pool: Pool,
+    /// Why the last new connection was turned away, since the pool has no room for our error.
+    refusal: Arc<Mutex<Option<Error>>>,
+}
+
+impl Node {
+    /// A node's pool. Nothing is connected yet.
+    pub(crate) fn new(url: &str, cluster: Uuid, id: NodeId, connections: usize) -> Result<Self> {
+        let check: Check = Arc::new(move |client| Box::pin(check_node(client, cluster, id)));
+        Self::open(url, &format!("node {id}"), connections, check)
+    }
+
+    /// The control database's pool.
+    pub(crate) fn control(url: &str, connections: usize) -> Result<Self> {
+        let check: Check = Arc::new(|client| Box::pin(migrate::check(client, Schema::Control)));
+        Self::open(url, "the control database", connections, check)
+    }
+
+    fn open(url: &str, name: &str, connections: usize, check: Check) -> Result<Self> {
+        let mut config = connect::parse(url)?;
+        if config.get_application_name().is_none() {
+            config.application_name("shardmq");
+        }
+        let what = format!("connect to {name} at {}", connect::describe(&config));
+        let refusal = Arc::new(Mutex::new(None));
+        let recycling = ManagerConfig {
+            recycling_method: RecyclingMethod::Fast,
+        };
+        let manager = Manager::from_config(config, NoTls, recycling);
+        let kept = Arc::clone(&refusal);
+        let pool = Pool::builder(manager)
+            .max_size(connections)
+            .runtime(Runtime::Tokio1)
+            .wait_timeout(Some(ACQUIRE_TIMEOUT))
+            .create_timeout(Some(ACQUIRE_TIMEOUT))
+            .post_create(Hook::async_fn(move |client, _| {
+                let (kept, check) = (Arc::clone(&kept), Arc::clone(&check));
+                Box::pin(async move {
+                    let outcome = check(client).await;
+                    let refused = outcome.is_err();
+                    *lock(&kept) = outcome.err();
+                    if refused {
+                        Err(HookError::message("not what it should be"))
+                    } else {
+                        Ok(())
+                    }
+                })
+            }))
+            .build()
+            .map_err(|error| Error::with_source(ErrorKind::Invalid, what.clone(), error))?;
+        Ok(Self {
+            what,
+            pool,
+            refusal,
+        })
+    }
+
+    /// A connection, opened where none is idle. Cancel safe.
+    pub(crate) async fn get(&self) -> Result<Connection> {
+        let connection = self.pool.get().await.map_err(|error| self.explain(error))?;
+        if connection.statement_cache.size() > MAX_STATEMENTS {
+            connection.statement_cache.clear();
+        }
+        Ok(connection)
+    }
+
+    fn explain(&self, error: PoolError) -> Error {
+        match error {
+            PoolError::Backend(error) => refused(error, &self.what),
+            PoolError::PostCreateHook(_) => lock(&self.refusal)
+                .clone()
+                .unwrap_or_else(|| Error::new(ErrorKind::Unavailable, self.what.clone())),
+            other => Error::with_source(ErrorKind::Unavailable, self.what.clone(), other),
+        }
+    }
+
+    /// Closes the pool: later calls of `get` fail.
+    pub(crate) fn close(&self) {
+        self.pool.close();
+    }
+}
+
+impl fmt::Debug for Node {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Node")
+            .field("what", &self.what)
+            .finish_non_exhaustive()
+    }
+}
+
+type Check = Arc<dyn Fn(&Client) -> BoxFuture<'_, Result<()>> + Send + Sync>;
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Refuses a database that is not this cluster's node of this number.
+async fn check_node(client: &Client, cluster: Uuid, id: NodeId) -> Result<()> {
+    migrate::check(client, Schema::Node).await?;
+    let what = format!("ask node {id} who it is");
+    let row = client
+        .query_opt(sql::IDENTITY, &[])
+        .await
+        .map_err(|error| refused(error, &what))?;
+    let found: Option<(Uuid, i32)> = row.map(|row| (row.get(0), row.get(1)));
+    match found {
+        Some((uuid, number)) if uuid == cluster && number == i32::from(id.number()) => Ok(()),
+        Some((uuid, number)) => Err(Error::new(
+            ErrorKind::Conflict,
+            format!(
+                "the address of node {id} of cluster {cluster} leads to node {number:02} of \
+                 cluster {uuid}"
+            ),
+        )),
+        None => Err(Error::new(
+            ErrorKind::Conflict,
+            format!("the address of node {id} leads to a database that is not a node yet"),
+        )),
+    }
+}
+
+/// How a transaction of [`write`] is begun.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Durability {
+    /// The commit waits for disk and standby, also where the database's default is weaker.
+    Durable,
+    /// The commit waits for nothing: for leases, which a crash may take back.
+    Relaxed,
+}
+
+impl Durability {
+    fn begin(self) -> &'static str {
+        match self {
+            Self::Durable => sql::BEGIN_DURABLE,
+            Self::Relaxed => sql::BEGIN_RELAXED,
+        }
+    }
+}
+
+/// Runs one prepared statement that reads.
+pub(crate) async fn query(
+    connection: &Connection,
+    statement: &str,
+    params: &[&(dyn ToSql + Sync)],
+) -> Result<Vec<Row>, tokio_postgres::Error> {
+    let prepared = connection.prepare_cached(statement).await?;
+    connection.query(&prepared, params).await
+}
+
+/// Runs one prepared statement in a transaction of its own that does not depend on the database's
+/// defaults, in one round trip. Where an error comes back, `is_definite` tells whether the statement
+/// may have been committed all the same. A connection that was left in the middle is closed.
+pub(crate) async fn write(
+    connection: Connection,
+    durability: Durability,
+    statement: &str,
+    params: &[&(dyn ToSql + Sync)],
+) -> Result<Vec<Row>, tokio_postgres::Error> {
+    let prepared = connection.prepare_cached(statement).await?;
+    let guard = Unfinished::new(connection);
+    let connection = guard.connection();
+    // Each sends as it is polled for the first time, in this order.
+    let (begun, rows, committed) = join3(
+        connection.batch_execute(durability.begin()),
+        connection.query(&prepared, params),
+        connection.batch_execute("commit"),
+    )
+    .await;
+    guard.finished();
+    begun?;
+    let rows = rows?;
+    committed?;
+    Ok(rows)
+}
+
+/// A connection with a pipeline under way. Dropped before the end, it is closed rather than given
+/// back: nothing may be left open in the pool.
+pub(crate) struct Unfinished(Option<Connection>);
+
+impl Unfinished {
+    pub(crate) fn new(connection: Connection) -> Self {
+        Self(Some(connection))
+    }
+
+    pub(crate) fn connection(&self) -> &Connection {
+        // Taken only by `finished` and `drop`, which end this value.
+        self.0
+            .as_ref()
+            .unwrap_or_else(|| unreachable!("the connection is there until the end"))
+    }
+
+    /// The pipeline is through: the connection goes back to its pool.
+    pub(crate) fn finished(mut self) {
+        drop(self.0.take());
+    }
+}
+
+impl Drop for Unfinished {
+    fn drop(&mut self) {
+        if let Some(connection) = self.0.take() {
+            drop(Object::take(connection));
+        }
+    }
+}

@@ -1,0 +1,199 @@
+//! Arrays of a batch in Postgres' binary format, built in place as messages arrive and read without
+//! a copy for each element.
+
+use std::error::Error as StdError;
+
+use bytes::{BufMut, Bytes, BytesMut};
+use tokio_postgres::types::{FromSql, IsNull, ToSql, Type, to_sql_checked};
+
+/// A one-dimensional array to be sent.
+#[derive(Debug, Default, Clone)]
+pub(crate) struct Packed {
+    count: u32,
+    nulls: bool,
+    body: BytesMut,
+}
+
+impl Packed {
+    /// An array of so many nulls.
+    pub(crate) fn of_nulls(count: u32) -> Self {
+        let mut packed = Self::default();
+        (0..count).for_each(|_| packed.push_null());
+        packed
+    }
+
+    pub(crate) fn push(&mut self, element: &[u8]) {
+        self.push_parts(&[], element);
+    }
+
+    /// A `jsonb` element: the format's version, then the text.
+    pub(crate) fn push_json(&mut self, text: &[u8]) {
+        self.push_parts(&[1], text);
+    }
+
+    pub(crate) fn push_null(&mut self) {
+        self.count += 1;
+        self.nulls = true;
+        self.body.put_i32(-1);
+    }
+
+    fn push_parts(&mut self, prefix: &[u8], element: &[u8]) {
+        self.count += 1;
+        self.body.reserve(4 + prefix.len() + element.len());
+        self.body
+            .put_i32(i32::try_from(prefix.len() + element.len()).unwrap_or(i32::MAX));
+        self.body.put_slice(prefix);
+        self.body.put_slice(element);
+    }
+
+    /// The elements again, as they were pushed (with a `jsonb` element's version byte).
+    pub(crate) fn unpack(&self) -> Unpacked {
+        Unpacked::from_body(self.count as usize, self.body.clone().freeze())
+    }
+}
+
+fn element_type(array: &Type) -> Option<Type> {
+    match *array {
+        Type::BYTEA_ARRAY => Some(Type::BYTEA),
+        Type::TEXT_ARRAY => Some(Type::TEXT),
+        Type::JSONB_ARRAY => Some(Type::JSONB),
+        _ => None,
+    }
+}
+
+impl ToSql for Packed {
+    fn to_sql(
+        &self,
+        ty: &Type,
+        out: &mut BytesMut,
+    ) -> Result<IsNull, Box<dyn StdError + Sync + Send>> {
+        let element = element_type(ty).ok_or("not an array of bytea, text or jsonb")?;
+        out.reserve(20 + self.body.len());
+        out.put_i32(1);
+        out.put_i32(i32::from(self.nulls));
+        out.put_u32(element.oid());
+        out.put_u32(self.count);
+        out.put_i32(1);
+        out.put_slice(&self.body);
+        Ok(IsNull::No)
+    }
+
+    fn accepts(ty: &Type) -> bool {
+        element_type(ty).is_some()
+    }
+
+    to_sql_checked!();
+}
+
+/// A one-dimensional array as received: one buffer, and where its elements are.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Unpacked {
+    body: Bytes,
+    /// Start and length of each element; a null has the length `u32::MAX`.
+    elements: Box<[(u32, u32)]>,
+}
+
+impl Unpacked {
+    fn from_body(count: usize, body: Bytes) -> Self {
+        let mut elements = Vec::with_capacity(count.min(body.len() / 4));
+        let mut at = 0;
+        while let Some(length) = body.get(at..at + 4) {
+            let length = i32::from_be_bytes([length[0], length[1], length[2], length[3]]);
+            at += 4;
+            let start = u32::try_from(at).unwrap_or(u32::MAX);
+            let length = u32::try_from(length).unwrap_or(u32::MAX);
+            elements.push((start, length));
+            at += if length == u32::MAX {
+                0
+            } else {
+                length as usize
+            };
+        }
+        Self {
+            body,
+            elements: elements.into(),
+        }
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.elements.len()
+    }
+
+    /// The element at an index; none for a null or beyond the end.
+    pub(crate) fn element(&self, index: usize) -> Option<&[u8]> {
+        let (start, length) = *self.elements.get(index)?;
+        self.body
+            .get(start as usize..start as usize + length as usize)
+    }
+
+    /// The same, sharing the buffer.
+    pub(crate) fn bytes(&self, index: usize) -> Option<Bytes> {
+        let (start, length) = *self.elements.get(index)?;
+        if length == u32::MAX {
+            return None;
+        }
+        Some(
+            self.body
+                .slice(start as usize..start as usize + length as usize),
+        )
+    }
+}
+
+impl<'a> FromSql<'a> for Unpacked {
+    fn from_sql(_: &Type, raw: &'a [u8]) -> Result<Self, Box<dyn StdError + Sync + Send>> {
+        let word = |at: usize| -> Option<i32> {
+            raw.get(at..at + 4)
+                .map(|b| i32::from_be_bytes([b[0], b[1], b[2], b[3]]))
+        };
+        match word(0).ok_or("array too short")? {
+            0 => Ok(Self::default()),
+            1 => {
+                let count = usize::try_from(word(12).ok_or("array too short")?)?;
+                let unpacked = Self::from_body(count, Bytes::copy_from_slice(&raw[20..]));
+                if unpacked.len() == count {
+                    Ok(unpacked)
+                } else {
+                    Err("array cut short".into())
+                }
+            }
+            dimensions => Err(format!("array of {dimensions} dimensions").into()),
+        }
+    }
+
+    fn accepts(ty: &Type) -> bool {
+        element_type(ty).is_some()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn arrays_read_as_they_were_built(elements: Vec<Option<Vec<u8>>>) {
+            let mut packed = Packed::default();
+            for element in &elements {
+                match element {
+                    Some(bytes) => packed.push(bytes),
+                    None => packed.push_null(),
+                }
+            }
+            let mut wire = BytesMut::new();
+            packed.to_sql(&Type::BYTEA_ARRAY, &mut wire).unwrap();
+            let read = Unpacked::from_sql(&Type::BYTEA_ARRAY, &wire).unwrap();
+            prop_assert_eq!(read.len(), elements.len());
+            for (index, element) in elements.iter().enumerate() {
+                prop_assert_eq!(read.element(index), element.as_deref());
+                prop_assert_eq!(read.bytes(index).as_deref(), element.as_deref());
+                prop_assert_eq!(packed.unpack().element(index), element.as_deref());
+            }
+        }
+
+        #[test]
+        fn any_bytes_are_read_or_refused_without_a_panic(wire: Vec<u8>) {
+            let _ = Unpacked::from_sql(&Type::BYTEA_ARRAY, &wire);
+        }
+    }
+}

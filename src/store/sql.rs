@@ -1,0 +1,103 @@
+//! Every statement, by name.
+
+use crate::id::{Day, PartitionId, first_of, last_of};
+
+macro_rules! statements {
+    ($($name:ident = $file:literal;)*) => {
+        $(pub(crate) const $name: &str = include_str!(concat!("sql/", $file, ".sql"));)*
+
+        /// All statements with their files' names, for tests that prepare each.
+        #[cfg(test)]
+        pub(crate) const ALL: &[(&str, &str)] = &[$(($file, $name)),*];
+    };
+}
+
+statements! {
+    ACQUIRE = "acquire";
+    APPENDED_AT = "appended_at";
+    APPEND_AGAIN = "append_again";
+    APPEND_BEGIN = "append_begin";
+    APPEND_INSERT = "append_insert";
+    APPEND_LOCK = "append_lock";
+    BEGIN_DURABLE = "begin_durable";
+    BEGIN_RELAXED = "begin_relaxed";
+    CLAIM_PARTITIONS = "claim_partitions";
+    CONTROL_ADD_NODE = "control_add_node";
+    CONTROL_BUMP = "control_bump";
+    CONTROL_CLUSTER = "control_cluster";
+    CONTROL_CREATE_TOPIC = "control_create_topic";
+    CONTROL_DELETE_TOPIC = "control_delete_topic";
+    CONTROL_GROUP_START = "control_group_start";
+    CONTROL_HEARTBEAT = "control_heartbeat";
+    CONTROL_LEAVE = "control_leave";
+    CONTROL_LOCK = "control_lock";
+    CONTROL_MAKE_GROUP = "control_make_group";
+    CONTROL_NODES = "control_nodes";
+    CONTROL_PARTITIONS = "control_partitions";
+    CONTROL_PARTITION_COUNTS = "control_partition_counts";
+    CONTROL_SLOTS = "control_slots";
+    CONTROL_TOPIC = "control_topic";
+    CONTROL_TOPICS = "control_topics";
+    DELETE_PARTITION = "delete_partition";
+    FENCE = "fence";
+    FETCH = "fetch";
+    FLUSH = "flush";
+    GROUP_START_READ = "group_start_read";
+    GROUP_START_WRITE = "group_start_write";
+    IDENTITY = "identity";
+    LAG = "lag";
+    LEAVE = "leave";
+    LOOK = "look";
+    MAKE_CURSORS = "make_cursors";
+    MAKE_DAYS_AHEAD = "make_days_ahead";
+    MESSAGE = "message";
+    NOTIFY = "notify";
+    PARTITIONS_OF_TOPIC = "partitions_of_topic";
+    PARTITION_STATE = "partition_state";
+    PEEK = "peek";
+    REGISTER_NODE = "register_node";
+    RELEASE = "release";
+    RENEW = "renew";
+    ROLL = "roll";
+    SWEEP_MEMBERS = "sweep_members";
+}
+
+/// A statement for one partition and day: tables are addressed by name.
+pub(crate) fn for_day(statement: &str, partition: PartitionId, day: Day) -> String {
+    statement
+        .replace("{partition}", &partition.to_string())
+        .replace("{day}", &day.to_string())
+        .replace("{day_number}", &day.yymmdd().to_string())
+        .replace("{first_id}", &first_of(partition, day).to_string())
+        .replace("{last_id}", &last_of(partition, day).to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_file_is_in_the_list_and_says_what_it_is_for() {
+        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/src/store/sql");
+        let files = std::fs::read_dir(folder).unwrap().count();
+        assert_eq!(files, ALL.len());
+        for (name, text) in ALL {
+            assert!(text.starts_with("-- "), "{name}");
+        }
+    }
+
+    #[test]
+    fn no_placeholder_is_left_after_filling_in() {
+        let day = Day::from_yymmdd(50_102).unwrap();
+        let partition = PartitionId::new(1, 1).unwrap();
+        for (name, text) in ALL {
+            let filled = for_day(text, partition, day);
+            assert!(
+                !filled.contains("{partition}") && !filled.contains("{day"),
+                "{name}"
+            );
+        }
+        let filled = for_day(FETCH, partition, day);
+        assert!(filled.contains("shardmq.batch_10101_050102"));
+    }
+}

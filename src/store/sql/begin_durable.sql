@@ -1,0 +1,7 @@
+-- Begins a transaction that does not depend on the database's defaults and is durable when committed.
+begin isolation level read committed, read write;
+set local statement_timeout = 0;
+set local lock_timeout = '5s';
+set local idle_in_transaction_session_timeout = '5s';
+select set_config('synchronous_commit', 'on', true)
+ where current_setting('synchronous_commit') in ('off', 'local')

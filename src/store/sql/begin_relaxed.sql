@@ -1,0 +1,7 @@
+-- Begins a transaction that does not depend on the database's defaults, for leases: a crash may take
+-- them back, so its commit waits for nothing.
+begin isolation level read committed, read write;
+set local statement_timeout = 0;
+set local lock_timeout = '5s';
+set local idle_in_transaction_session_timeout = '5s';
+set local synchronous_commit = off

@@ -1,0 +1,3 @@
+-- One topic. Primary key.
+-- $1 topic
+select generation, created_at from shardmq_control.topic where topic = $1

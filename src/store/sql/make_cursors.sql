@@ -1,0 +1,8 @@
+-- Cursors of a group for all partitions of a topic on this node that lack one. Primary keys.
+-- $1 topic  $2 group
+insert into shardmq.cursor (group_name, partition, acked_id)
+select $2, p.partition, shardmq.start_position($1, $2, p.partition)
+  from shardmq.partition p
+ where p.topic = $1 and p.state <> 'deleted'
+   and not exists (select from shardmq.cursor c where c.group_name = $2 and c.partition = p.partition)
+on conflict do nothing

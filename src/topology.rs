@@ -1,0 +1,187 @@
+//! Which partition a key belongs to, and where partitions are. Pure: the I/O is in [`crate::store`].
+
+use std::collections::{BTreeMap, HashMap};
+
+use crc::{CRC_16_XMODEM, Crc};
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::id::{NodeId, PartitionId};
+use crate::name::TopicName;
+
+/// How many key slots there are. A key belongs to a slot for ever, a slot to a partition by a map.
+pub const SLOTS: u16 = 16_384;
+
+const CRC: Crc<u16> = Crc::<u16>::new(&CRC_16_XMODEM);
+
+/// The key slot of a key, 0 to 16,383: CRC-16/XMODEM of its UTF-8 bytes, modulo 16,384. The same for
+/// ever, in every language.
+///
+/// ```
+/// assert_eq!(shardmq::key_slot("123456789"), 0x31C3);
+/// ```
+pub fn key_slot(key: &str) -> u16 {
+    CRC.checksum(key.as_bytes()) % SLOTS
+}
+
+/// A topic as its producers and consumers see it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Topology {
+    pub(crate) topic: TopicName,
+    pub(crate) generation: i32,
+    /// In rising order.
+    pub(crate) partitions: Vec<PartitionId>,
+    /// Ranges of slots: first, last, partition. In order, without gaps.
+    pub(crate) slots: Vec<(u16, u16, PartitionId)>,
+}
+
+impl Topology {
+    /// The index into `partitions` for every slot.
+    pub(crate) fn slot_table(&self) -> Vec<u16> {
+        let mut table = vec![0; usize::from(SLOTS)];
+        for (first, last, partition) in &self.slots {
+            let index = self.partitions.binary_search(partition).unwrap_or(0);
+            let index = u16::try_from(index).unwrap_or(0);
+            table[usize::from(*first)..=usize::from(*last)].fill(index);
+        }
+        table
+    }
+
+    /// The partitions by node.
+    pub(crate) fn by_node(&self) -> BTreeMap<NodeId, Vec<PartitionId>> {
+        let mut nodes: BTreeMap<NodeId, Vec<PartitionId>> = BTreeMap::new();
+        for partition in &self.partitions {
+            nodes.entry(partition.node()).or_default().push(*partition);
+        }
+        nodes
+    }
+}
+
+/// Splits the slots evenly over partitions: ranges of 16,384 / n slots, one more for some.
+pub(crate) fn even_slots(partitions: &[PartitionId]) -> Vec<(u16, u16, PartitionId)> {
+    let count = u32::try_from(partitions.len()).unwrap_or(u32::MAX).max(1);
+    let start = |index: u32| u16::try_from(u32::from(SLOTS) * index / count).unwrap_or(SLOTS);
+    partitions
+        .iter()
+        .zip(0..)
+        .map(|(partition, index)| (start(index), start(index + 1) - 1, *partition))
+        .collect()
+}
+
+/// How many of `count` new partitions each node gets, so that all nodes end with as equal numbers as
+/// can be; no node has more than 99.
+pub(crate) fn spread(
+    count: usize,
+    nodes: &[NodeId],
+    taken: &HashMap<NodeId, usize>,
+) -> Result<BTreeMap<NodeId, usize>> {
+    let mut given: BTreeMap<NodeId, usize> = BTreeMap::new();
+    // First an even share of this topic on each node, then the emptier ones.
+    let used = |node: &NodeId| taken.get(node).copied().unwrap_or(0);
+    for _ in 0..count {
+        let free = |given: &BTreeMap<NodeId, usize>, node: &NodeId| {
+            used(node) + given.get(node).copied().unwrap_or(0) < 99
+        };
+        let next = nodes
+            .iter()
+            .filter(|node| free(&given, node))
+            .min_by_key(|node| (given.get(node).copied().unwrap_or(0), used(node), **node));
+        let Some(node) = next else {
+            return Err(Error::new(
+                ErrorKind::Full,
+                format!(
+                    "{count} partitions do not fit: a node has 99, and there are {} nodes",
+                    nodes.len()
+                ),
+            ));
+        };
+        *given.entry(*node).or_default() += 1;
+    }
+    Ok(given)
+}
+
+/// Takes one partition of each node in turn, so that neighbours in the list are on different nodes.
+pub(crate) fn interleave(by_node: &BTreeMap<NodeId, Vec<PartitionId>>) -> Vec<PartitionId> {
+    let longest = by_node.values().map(Vec::len).max().unwrap_or(0);
+    (0..longest)
+        .flat_map(|turn| {
+            by_node
+                .values()
+                .filter_map(move |list| list.get(turn).copied())
+        })
+        .collect()
+}
+
+/// How many of `partitions` the member at `rank` of `members` has: they differ by at most one.
+pub(crate) fn share(partitions: usize, members: usize, rank: usize) -> usize {
+    let members = members.max(1);
+    partitions / members + usize::from(rank < partitions % members)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn partitions(count: u32) -> Vec<PartitionId> {
+        (0..count)
+            .map(|n| PartitionId::try_from(10_101 + n / 99 * 100 + n % 99).unwrap())
+            .collect()
+    }
+
+    #[test]
+    fn key_slots_have_fixed_values() {
+        let vectors = [
+            ("", 0),
+            ("123456789", 12_739),
+            ("a", 15_495),
+            ("customer-42", 8_763),
+            ("订单", 2_437),
+        ];
+        for (key, slot) in vectors {
+            assert_eq!(key_slot(key), slot, "{key}");
+        }
+    }
+
+    #[test]
+    fn keys_spread_over_a_thousand_partitions_within_five_percent_of_their_slots() {
+        let slots = even_slots(&partitions(1_000));
+        let mean = f64::from(SLOTS) / 1_000.0;
+        for (first, last, _) in &slots {
+            assert!((f64::from(last - first + 1) / mean - 1.0).abs() < 0.05);
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn slots_are_covered_once(count in 1_u32..=9_801) {
+            let slots = even_slots(&partitions(count));
+            let mut next = 0;
+            for (first, last, _) in &slots {
+                prop_assert_eq!(*first, next);
+                next = last + 1;
+            }
+            prop_assert_eq!(next, SLOTS);
+        }
+
+        #[test]
+        fn shares_add_up_and_differ_by_at_most_one(partitions in 0_usize..500, members in 1_usize..50) {
+            let shares: Vec<_> = (0..members).map(|rank| share(partitions, members, rank)).collect();
+            prop_assert_eq!(shares.iter().sum::<usize>(), partitions);
+            prop_assert!(shares.iter().max().unwrap() - shares.iter().min().unwrap() <= 1);
+        }
+
+        #[test]
+        fn new_partitions_are_spread_evenly(count in 1_usize..200, nodes in 1_u8..=20) {
+            let nodes: Vec<NodeId> = (1..=nodes).map(|n| NodeId::new(n).unwrap()).collect();
+            let Ok(given) = spread(count, &nodes, &HashMap::new()) else {
+                prop_assert!(count > nodes.len() * 99);
+                return Ok(());
+            };
+            prop_assert_eq!(given.values().sum::<usize>(), count);
+            let per_node = |node| given.get(node).copied().unwrap_or(0);
+            let most = nodes.iter().map(per_node).max().unwrap();
+            prop_assert!(most - nodes.iter().map(per_node).min().unwrap() <= 1);
+        }
+    }
+}

@@ -1,0 +1,10 @@
+//! Everything that needs real servers, in reading order: from the servers themselves to the command.
+
+#![allow(unreachable_pub, missing_docs)]
+
+mod support;
+
+/// Private Postgres servers: found, started, ended with their parent.
+mod embedded;
+/// A message goes in and comes out.
+mod round_trip;
