@@ -65,15 +65,11 @@ pub(crate) fn describe(config: &Config) -> String {
     )
 }
 
-/// A libpq URL without its password, for the control database; a key-value string likewise.
+/// A libpq URL without its password, for the control database.
 pub(crate) fn without_password(url: &str) -> Result<String> {
     parse(url)?;
     let Some((scheme, rest)) = url.split_once("://") else {
-        let kept: Vec<&str> = url
-            .split_whitespace()
-            .filter(|word| !word.starts_with("password"))
-            .collect();
-        return Ok(kept.join(" "));
+        return Err(Error::invalid("a node's address must be a URL: postgresql://user@host/database"));
     };
     let authority_end = rest.find(['/', '?']).unwrap_or(rest.len());
     let (authority, path) = rest.split_at(authority_end);
@@ -86,19 +82,18 @@ pub(crate) fn without_password(url: &str) -> Result<String> {
     };
     let path = match path.split_once('?') {
         Some((path, query)) => {
-            let kept: Vec<&str> = query
-                .split('&')
-                .filter(|pair| !pair.starts_with("password="))
-                .collect();
-            if kept.is_empty() {
-                path.to_owned()
-            } else {
-                format!("{path}?{}", kept.join("&"))
-            }
+            let kept: Vec<&str> =
+                query.split('&').filter(|pair| !pair.starts_with("password=")).collect();
+            if kept.is_empty() { path.to_owned() } else { format!("{path}?{}", kept.join("&")) }
         }
         None => path.to_owned(),
     };
-    Ok(format!("{scheme}://{authority}{path}"))
+    let stripped = format!("{scheme}://{authority}{path}");
+    // However it was written: what is left must say none.
+    match stripped.parse::<Config>() {
+        Ok(config) if config.get_password().is_none() => Ok(stripped),
+        _ => Err(Error::invalid("the password could not be taken out of the node's address")),
+    }
 }
 
 /// One connection outside of any pool, driven by a task that ends with it.
@@ -173,13 +168,22 @@ mod tests {
                 "postgresql://h/d?password=secret&connect_timeout=3",
                 "postgresql://h/d?connect_timeout=3",
             ),
-            (
-                "host=h user=u password=secret dbname=d",
-                "host=h user=u dbname=d",
-            ),
         ];
         for (url, expected) in cases {
             assert_eq!(without_password(url).unwrap(), expected);
+        }
+    }
+
+    #[test]
+    fn an_address_whose_password_would_stay_is_refused() {
+        for url in [
+            "host=h user=u password='se cret'",
+            "postgresql://u@h/d?p%61ssword=secret",
+        ] {
+            match without_password(url) {
+                Ok(stripped) => assert!(!stripped.contains("secret"), "{stripped}"),
+                Err(error) => assert!(!error.chain().contains("cret")),
+            }
         }
     }
 
