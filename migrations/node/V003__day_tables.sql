@@ -113,9 +113,11 @@ begin
     end if;
     perform shardmq.make_day(p_partition, today);
     if to_regclass('shardmq.' || shardmq.table_name(p_partition, p.day)) is not null then
+        -- The last row by its table's own column: the name alone would be the first row's output column.
         execute format($sql$
-            select $1, $2, (select base_id from shardmq.%1$I order by base_id limit 1), base_id + count - 1, 0
-              from shardmq.%1$I order by base_id desc limit 1
+            select $1, $2, (select f.base_id from shardmq.%1$I f order by f.base_id limit 1),
+                   l.base_id + l.count - 1, 0
+              from shardmq.%1$I l order by l.base_id desc limit 1
             $sql$, shardmq.table_name(p_partition, p.day))
            into finished using p_partition, p.day;
         if finished.last_id is not null then

@@ -8,7 +8,7 @@
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use uuid::Uuid;
 
@@ -160,12 +160,12 @@ impl Lane {
         self.lock().closed = Some(why);
     }
 
-    /// Whether messages without a key may come here. A full lane opens again at midnight UTC.
-    pub(crate) fn is_open(&self) -> bool {
+    /// Whether messages without a key may come here. A full lane opens again when its day is over.
+    pub(crate) fn is_open(&self, today: impl Fn() -> Option<Day>) -> bool {
         match self.lock().closed {
             None => true,
             Some(Closed::Sealed) => false,
-            Some(Closed::Full(day)) => Day::of(SystemTime::now()).is_ok_and(|today| today > day),
+            Some(Closed::Full(day)) => today().is_some_and(|today| today > day),
         }
     }
 

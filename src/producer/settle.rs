@@ -16,7 +16,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::id::{Day, MessageId};
+use crate::id::MessageId;
 use crate::producer::Shared;
 use crate::producer::batch::Batch;
 use crate::producer::lane::{Closed, Lane};
@@ -126,7 +126,7 @@ async fn again(shared: &Shared, lane: &Lane, batch: &mut Batch) -> Result<Again,
     let connection = connection.await.map_err(Trouble::Refused)?;
     let day = match lane.day() {
         Some(day) => day,
-        None => Day::of(std::time::SystemTime::now()).map_err(Trouble::Refused)?,
+        None => shared.today().map_err(Trouble::Refused)?,
     };
     batch.first_day.get_or_insert(day);
     let append = lane.append(shared, batch, day);

@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use tokio::sync::{Notify, Semaphore};
 
@@ -129,7 +129,7 @@ async fn day_of(shared: &Shared, lane: &Lane) -> Result<Day> {
     let day = match roll(shared, lane.partition).await? {
         Rolled::To(day) => day,
         // It says so itself when it is appended to.
-        Rolled::Clock | Rolled::Unknown => Day::of(SystemTime::now())?,
+        Rolled::Clock | Rolled::Unknown => shared.today()?,
     };
     lane.set_day(day);
     Ok(day)
@@ -138,7 +138,7 @@ async fn day_of(shared: &Shared, lane: &Lane) -> Result<Day> {
 /// Moves a partition to the server's date.
 pub(crate) async fn roll(shared: &Shared, partition: PartitionId) -> Result<Rolled> {
     let node = shared.cluster.inner.nodes.node(partition.node()).await?;
-    let rolled = append::roll(node.get().await?, partition, SystemTime::now()).await;
+    let rolled = append::roll(node.get().await?, partition, shared.now()).await;
     rolled.map_err(|error| refused(error, &format!("roll partition {partition}")))
 }
 

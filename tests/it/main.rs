@@ -6,5 +6,7 @@ mod support;
 
 /// Private Postgres servers: found, started, ended with their parent.
 mod embedded;
+/// Midnight, and clocks that are wrong.
+mod midnight;
 /// A message goes in and comes out.
 mod round_trip;
