@@ -6,7 +6,11 @@ mod support;
 
 /// Private Postgres servers: found, started, ended with their parent.
 mod embedded;
+/// A transaction that appends and commits late: no gap, nothing skipped.
+mod late_commit;
 /// Midnight, and clocks that are wrong.
 mod midnight;
 /// A message goes in and comes out.
 mod round_trip;
+/// The functions for SQL users: append, message, messages.
+mod sql_functions;
