@@ -14,3 +14,5 @@ mod midnight;
 mod round_trip;
 /// The functions for SQL users: append, message, messages.
 mod sql_functions;
+/// Input outside of the limits: refused before anything is sent, and by the tables too.
+mod bad_input;
