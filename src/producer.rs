@@ -214,9 +214,7 @@ impl Producer {
         let completions: Vec<_> = lanes.iter().flat_map(|lane| lane.completions()).collect();
         let mut outcome = Ok(());
         for completion in completions {
-            for receipt in completion.receipts() {
-                outcome = outcome.and(receipt.await.map(drop));
-            }
+            outcome = outcome.and(completion.all().await);
         }
         outcome
     }
@@ -369,6 +367,10 @@ impl Shared {
         if pushed.schedule {
             lane.writer.schedule(lane);
         }
+        // After the push: the writer empties its lanes after the end, so one of the two sees it.
+        if self.ended.is_cancelled() {
+            self.abandon(lane);
+        }
         if pushed.filled && message.key.is_none() {
             self.passed(lane);
         }
@@ -421,6 +423,13 @@ impl Shared {
         batch.tickets.complete(result);
         self.budget
             .add_permits(batch.cost.min(self.options.buffer_bytes));
+    }
+
+    /// Nothing is sent any more: answers what waits in a lane.
+    pub(crate) fn abandon(&self, lane: &Lane) {
+        for batch in lane.abandon() {
+            self.answer(&batch, Err(Error::closed("the producer or its cluster")));
+        }
     }
 
     /// A lane's batch is answered: the next may go.

@@ -127,6 +127,11 @@ impl Lane {
         Some(batch)
     }
 
+    /// Takes what waits out of the lane, to be answered without having been sent.
+    pub(crate) fn abandon(&self) -> VecDeque<Batch> {
+        std::mem::take(&mut self.lock().queue)
+    }
+
     /// Puts a batch back that certainly was not stored, before all others. The caller hands the lane to
     /// its writer again.
     pub(crate) fn put_back(&self, batch: Batch) {

@@ -4,15 +4,21 @@
 
 mod support;
 
+/// One message that the server refuses, among many that it takes.
+mod bad_data;
+/// Input outside of the limits: refused before anything is sent, and by the tables too.
+mod bad_input;
 /// Private Postgres servers: found, started, ended with their parent.
 mod embedded;
+/// The 99,999,999th message of a partition's day.
+mod full;
 /// A transaction that appends and commits late: no gap, nothing skipped.
 mod late_commit;
 /// Midnight, and clocks that are wrong.
 mod midnight;
 /// A message goes in and comes out.
 mod round_trip;
+/// Databases with settings of their own, and commits that are none.
+mod settings;
 /// The functions for SQL users: append, message, messages.
 mod sql_functions;
-/// Input outside of the limits: refused before anything is sent, and by the tables too.
-mod bad_input;
