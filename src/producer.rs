@@ -4,14 +4,14 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use tokio::sync::{Notify, Semaphore};
 use tokio_util::sync::CancellationToken;
 
 use crate::cluster::Cluster;
 use crate::error::{Error, ErrorKind, Result};
-use crate::id::{MessageId, NodeId};
+use crate::id::{Day, MessageId, NodeId};
 use crate::message::{DEFAULT_MAX_PAYLOAD_LEN, MAX_PAYLOAD_LEN, Message};
 use crate::metrics as names;
 use crate::name::TopicName;
@@ -44,6 +44,17 @@ pub(crate) struct Options {
     when_full: WhenFull,
     send_timeout: Duration,
     append_timeout: Duration,
+    clock: Clock,
+}
+
+/// This machine's clock, so that a test can move it.
+#[derive(Clone)]
+struct Clock(Arc<dyn Fn() -> SystemTime + Send + Sync>);
+
+impl fmt::Debug for Clock {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Clock")
+    }
 }
 
 /// Settings of a [`Producer`].
@@ -63,6 +74,7 @@ impl ProducerBuilder {
             when_full: WhenFull::Wait,
             send_timeout: Duration::from_secs(30),
             append_timeout: Duration::from_secs(2),
+            clock: Clock(Arc::new(SystemTime::now)),
         };
         Self {
             cluster,
@@ -99,6 +111,13 @@ impl ProducerBuilder {
     /// How long one attempt may take before its connection is given up: 2 s by default.
     pub fn append_timeout(mut self, timeout: Duration) -> Self {
         self.options.append_timeout = timeout.max(Duration::from_millis(10));
+        self
+    }
+
+    /// Takes another clock than this machine's, for tests.
+    #[doc(hidden)]
+    pub fn clock(mut self, clock: impl Fn() -> SystemTime + Send + Sync + 'static) -> Self {
+        self.options.clock = Clock(Arc::new(clock));
         self
     }
 
@@ -195,9 +214,7 @@ impl Producer {
         let completions: Vec<_> = lanes.iter().flat_map(|lane| lane.completions()).collect();
         let mut outcome = Ok(());
         for completion in completions {
-            for receipt in completion.receipts() {
-                outcome = outcome.and(receipt.await.map(drop));
-            }
+            outcome = outcome.and(completion.all().await);
         }
         outcome
     }
@@ -299,6 +316,16 @@ impl Shared {
         }
     }
 
+    /// What this machine's clock shows.
+    pub(crate) fn now(&self) -> SystemTime {
+        (self.options.clock.0)()
+    }
+
+    /// Today's date in UTC by this machine's clock.
+    pub(crate) fn today(&self) -> Result<Day> {
+        Day::of(self.now())
+    }
+
     /// Takes room in the buffer.
     async fn reserve(&self, message: &Message) -> Result<()> {
         let cost = batch::cost(message).min(self.options.buffer_bytes);
@@ -332,13 +359,17 @@ impl Shared {
             None => self.current.load(Ordering::Relaxed),
         };
         let mut lane = &self.lanes[lane];
-        if message.key.is_none() && !lane.is_open() {
+        if message.key.is_none() && !self.is_open(lane) {
             lane = self.open_lane_after(lane.index).unwrap_or(lane);
             self.current.store(lane.index, Ordering::Relaxed);
         }
         let pushed = lane.push(message, self.options.send_timeout);
         if pushed.schedule {
             lane.writer.schedule(lane);
+        }
+        // After the push: the writer empties its lanes after the end, so one of the two sees it.
+        if self.ended.is_cancelled() {
+            self.abandon(lane);
         }
         if pushed.filled && message.key.is_none() {
             self.passed(lane);
@@ -354,7 +385,7 @@ impl Shared {
         }
         let idle = self
             .lanes_after(lane.index)
-            .find(|lane| lane.is_idle() && lane.is_open());
+            .find(|lane| lane.is_idle() && self.is_open(lane));
         let next = idle.or_else(|| self.open_lane_after(lane.index));
         if let Some(next) = next {
             self.current.store(next.index, Ordering::Relaxed);
@@ -363,7 +394,12 @@ impl Shared {
 
     /// The next lane that takes messages without a key, other than this one.
     pub(crate) fn open_lane_after(&self, index: usize) -> Option<&Arc<Lane>> {
-        self.lanes_after(index).find(|lane| lane.is_open())
+        self.lanes_after(index).find(|lane| self.is_open(lane))
+    }
+
+    /// Whether messages without a key may go to this lane. A full one opens again at midnight UTC.
+    fn is_open(&self, lane: &Lane) -> bool {
+        lane.is_open(|| self.today().ok())
     }
 
     fn lanes_after(&self, index: usize) -> impl Iterator<Item = &Arc<Lane>> {
@@ -387,6 +423,13 @@ impl Shared {
         batch.tickets.complete(result);
         self.budget
             .add_permits(batch.cost.min(self.options.buffer_bytes));
+    }
+
+    /// Nothing is sent any more: answers what waits in a lane.
+    pub(crate) fn abandon(&self, lane: &Lane) {
+        for batch in lane.abandon() {
+            self.answer(&batch, Err(Error::closed("the producer or its cluster")));
+        }
     }
 
     /// A lane's batch is answered: the next may go.

@@ -8,7 +8,7 @@
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use uuid::Uuid;
 
@@ -127,6 +127,11 @@ impl Lane {
         Some(batch)
     }
 
+    /// Takes what waits out of the lane, to be answered without having been sent.
+    pub(crate) fn abandon(&self) -> VecDeque<Batch> {
+        std::mem::take(&mut self.lock().queue)
+    }
+
     /// Puts a batch back that certainly was not stored, before all others. The caller hands the lane to
     /// its writer again.
     pub(crate) fn put_back(&self, batch: Batch) {
@@ -160,12 +165,12 @@ impl Lane {
         self.lock().closed = Some(why);
     }
 
-    /// Whether messages without a key may come here. A full lane opens again at midnight UTC.
-    pub(crate) fn is_open(&self) -> bool {
+    /// Whether messages without a key may come here. A full lane opens again when its day is over.
+    pub(crate) fn is_open(&self, today: impl Fn() -> Option<Day>) -> bool {
         match self.lock().closed {
             None => true,
             Some(Closed::Sealed) => false,
-            Some(Closed::Full(day)) => Day::of(SystemTime::now()).is_ok_and(|today| today > day),
+            Some(Closed::Full(day)) => today().is_some_and(|today| today > day),
         }
     }
 

@@ -11,7 +11,9 @@
 use std::time::{Duration, SystemTime};
 
 use futures_util::future::{join_all, join4};
+use tokio::time::timeout;
 use tokio_postgres::error::SqlState;
+use tokio_postgres::types::ToSql;
 use tokio_postgres::{Row, Statement};
 use uuid::Uuid;
 
@@ -25,6 +27,11 @@ use crate::store::sql;
 
 /// The most partitions that one commit carries.
 pub(crate) const MAX_PARTITIONS: usize = 16;
+/// How long a first attempt waits for its first lock at most: the other batches of its transaction
+/// wait with it.
+const FIRST_WAIT: Duration = Duration::from_millis(500);
+/// How long other short transactions may take.
+const SHORT: Duration = Duration::from_secs(6);
 
 /// The arrays of a batch.
 #[derive(Debug, Default, Clone)]
@@ -66,6 +73,9 @@ pub(crate) enum Failure {
     /// The server refused, for another reason. Nothing was stored.
     #[error("the server refused")]
     Refused(#[source] tokio_postgres::Error),
+    /// No answer came in time, but what would store something had not been sent yet.
+    #[error("silence")]
+    Silent,
     /// The connection failed, or no answer came in time: all may have been stored, or may be yet.
     #[error("no answer")]
     Unknown(#[source] Option<tokio_postgres::Error>),
@@ -92,6 +102,15 @@ impl Failure {
         }
     }
 
+    /// Of a commit. Only an error of a deferred constraint tells that nothing was stored.
+    fn of_commit(error: tokio_postgres::Error) -> Self {
+        if is_definite(&error) && is_data_error(&error) {
+            Self::Data(error)
+        } else {
+            Self::Unknown(Some(error))
+        }
+    }
+
     /// The public error, in the words of what was being done.
     pub(crate) fn into_error(self, what: &str) -> Error {
         match self {
@@ -100,6 +119,10 @@ impl Failure {
             Self::Unknown(None) => {
                 Error::new(ErrorKind::Unknown, format!("{what}: no answer in time"))
             }
+            Self::Silent => Error::new(
+                ErrorKind::Unavailable,
+                format!("{what}: the server is silent"),
+            ),
             Self::NoTable => Error::new(ErrorKind::Unavailable, format!("{what}: no day table")),
         }
     }
@@ -125,27 +148,44 @@ pub(crate) async fn append(
     batches: &[Append<'_>],
     deadline: Duration,
 ) -> Result<Vec<Inserted>, Failure> {
-    let lock = connection
-        .prepare_cached(sql::APPEND_LOCK)
-        .await
-        .map_err(Failure::before)?;
-    let mut inserts = Vec::with_capacity(batches.len());
-    for batch in batches {
-        let text = sql::for_day(sql::APPEND_INSERT, batch.partition, batch.day);
-        inserts.push(
-            connection
-                .prepare_cached(&text)
-                .await
-                .map_err(Failure::before)?,
-        );
-    }
-    let guard = Unfinished::new(connection);
-    let pipeline = pipeline(guard.connection(), &lock, &inserts, batches, deadline);
-    let Ok(answers) = tokio::time::timeout(deadline, pipeline).await else {
+    let mut texts = vec![sql::APPEND_LOCK.to_owned()];
+    let insert = |b: &Append<'_>| sql::for_day(sql::APPEND_INSERT, b.partition, b.day);
+    texts.extend(batches.iter().map(insert));
+    let (guard, statements) = prepared(connection, &texts, deadline).await?;
+    let [lock, inserts @ ..] = statements.as_slice() else {
+        return Err(Failure::NoTable);
+    };
+    let pipeline = pipeline(guard.connection(), lock, inserts, batches, deadline);
+    let Ok(answers) = timeout(deadline, pipeline).await else {
         return Err(Failure::Unknown(None));
     };
     guard.finished();
     answers
+}
+
+/// Prepares statements before the transaction begins: a statement that is parsed inside of it would
+/// keep the idle timeout from ending it. A connection that does not answer is closed.
+async fn prepared(
+    connection: Connection,
+    texts: &[String],
+    deadline: Duration,
+) -> Result<(Unfinished, Vec<Statement>), Failure> {
+    let guard = Unfinished::new(connection);
+    let prepare = async {
+        let mut statements = Vec::with_capacity(texts.len());
+        for text in texts {
+            statements.push(guard.connection().prepare_cached(text).await?);
+        }
+        Ok(statements)
+    };
+    let outcome = timeout(deadline, prepare).await;
+    match outcome.map_err(|_| Failure::Silent)? {
+        Ok(statements) => Ok((guard, statements)),
+        Err(error) => {
+            guard.finished();
+            Err(Failure::before(error))
+        }
+    }
 }
 
 async fn pipeline(
@@ -155,38 +195,17 @@ async fn pipeline(
     batches: &[Append<'_>],
     deadline: Duration,
 ) -> Result<Vec<Inserted>, Failure> {
-    let partitions: Vec<i32> = batches
-        .iter()
-        .map(|batch| batch.partition.as_i32())
-        .collect();
-    let lock_timeout = lock_timeout(deadline);
+    let number = |batch: &Append<'_>| batch.partition.as_i32();
+    let partitions: Vec<i32> = batches.iter().map(number).collect();
+    let wait = lock_timeout(deadline.min(FIRST_WAIT));
     let inserts = batches
         .iter()
         .zip(inserts)
-        .map(|(batch, statement)| async move {
-            let topic = batch.topic.as_str();
-            let arrays = batch.arrays;
-            connection
-                .query_opt(
-                    statement,
-                    &[
-                        &arrays.count,
-                        &arrays.bytes,
-                        &batch.producer,
-                        &batch.sequence,
-                        &arrays.keys,
-                        &arrays.headers,
-                        &arrays.payloads,
-                        &topic,
-                        &batch.generation,
-                    ],
-                )
-                .await
-        });
+        .map(|(batch, statement)| insert(connection, statement, batch));
     // Each sends as it is polled for the first time, in this order.
     let (begun, locked, inserted, committed) = join4(
         connection.batch_execute(sql::APPEND_BEGIN),
-        connection.query_one(lock, &[&partitions, &lock_timeout]),
+        connection.query_one(lock, &[&partitions, &wait]),
         join_all(inserts),
         connection.batch_execute("commit"),
     )
@@ -197,13 +216,37 @@ async fn pipeline(
         .into_iter()
         .collect::<Result<_, _>>()
         .map_err(Failure::of)?;
-    // An error here, whatever it is, leaves open whether the commit was done.
-    committed.map_err(|error| Failure::Unknown(Some(error)))?;
+    committed.map_err(Failure::of_commit)?;
     Ok(rows
         .into_iter()
         .zip(batches)
         .map(|(row, batch)| outcome(row, batch, held.as_deref()))
         .collect())
+}
+
+async fn insert(
+    connection: &Connection,
+    statement: &Statement,
+    batch: &Append<'_>,
+) -> Result<Option<Row>, tokio_postgres::Error> {
+    let topic = batch.topic.as_str();
+    let arrays = batch.arrays;
+    connection
+        .query_opt(
+            statement,
+            &[
+                &arrays.count,
+                &arrays.bytes,
+                &batch.producer,
+                &batch.sequence,
+                &arrays.keys,
+                &arrays.headers,
+                &arrays.payloads,
+                &topic,
+                &batch.generation,
+            ],
+        )
+        .await
 }
 
 fn outcome(row: Option<Row>, batch: &Append<'_>, held: Option<&str>) -> Inserted {
@@ -254,15 +297,11 @@ pub(crate) async fn append_again(
     batch: &Append<'_>,
     deadline: Duration,
 ) -> Result<Again, Failure> {
-    let lock = connection
-        .prepare_cached(sql::APPEND_LOCK)
-        .await
-        .map_err(Failure::before)?;
-    let again = connection
-        .prepare_cached(sql::APPEND_AGAIN)
-        .await
-        .map_err(Failure::before)?;
-    let guard = Unfinished::new(connection);
+    let texts = [sql::APPEND_LOCK, sql::APPEND_AGAIN].map(str::to_owned);
+    let (guard, statements) = prepared(connection, &texts, deadline).await?;
+    let [lock, again] = statements.as_slice() else {
+        return Err(Failure::NoTable);
+    };
     let connection = guard.connection();
     let (partitions, lock_timeout) = (vec![batch.partition.as_i32()], lock_timeout(deadline));
     let (topic, arrays) = (batch.topic.as_str(), batch.arrays);
@@ -274,9 +313,9 @@ pub(crate) async fn append_again(
     let pipeline = async {
         join4(
             connection.batch_execute(sql::APPEND_BEGIN),
-            connection.query_one(&lock, &[&partitions, &lock_timeout]),
+            connection.query_one(lock, &[&partitions, &lock_timeout]),
             connection.query_one(
-                &again,
+                again,
                 &[
                     &partition,
                     &topic,
@@ -295,14 +334,14 @@ pub(crate) async fn append_again(
         )
         .await
     };
-    let Ok((begun, locked, row, committed)) = tokio::time::timeout(deadline, pipeline).await else {
+    let Ok((begun, locked, row, committed)) = timeout(deadline, pipeline).await else {
         return Err(Failure::Unknown(None));
     };
     guard.finished();
     begun.map_err(Failure::of)?;
     locked.map_err(Failure::of)?;
     let row = row.map_err(Failure::of)?;
-    committed.map_err(|error| Failure::Unknown(Some(error)))?;
+    committed.map_err(Failure::of_commit)?;
     Ok(read_again(&row))
 }
 
@@ -330,10 +369,10 @@ pub(crate) async fn fence(
     deadline: Duration,
 ) -> Result<Option<MessageId>, Failure> {
     let (partition, first_day) = (batch.partition.as_i32(), batch.first_day.as_i32());
-    let params: [&(dyn tokio_postgres::types::ToSql + Sync); 4] =
+    let params: [&(dyn ToSql + Sync); 4] =
         [&partition, &batch.producer, &batch.sequence, &first_day];
     let asked = write(connection, Durability::Durable, sql::FENCE, &params);
-    let rows = tokio::time::timeout(deadline, asked)
+    let rows = timeout(deadline, asked)
         .await
         .map_err(|_| Failure::Unknown(None))?
         .map_err(Failure::of)?;
@@ -357,15 +396,10 @@ pub(crate) async fn roll(
     connection: Connection,
     partition: PartitionId,
     client_clock: SystemTime,
-) -> Result<Rolled, tokio_postgres::Error> {
+) -> Result<Rolled, Error> {
+    let what = format!("roll partition {partition}");
     let number = partition.as_i32();
-    let rows = write(
-        connection,
-        Durability::Durable,
-        sql::ROLL,
-        &[&number, &client_clock],
-    )
-    .await?;
+    let rows = short(connection, sql::ROLL, &[&number, &client_clock], &what).await?;
     Ok(rows
         .first()
         .map_or(Rolled::Unknown, |row| match row.get(0) {
@@ -381,14 +415,28 @@ pub(crate) async fn make_days_ahead(
     connection: Connection,
     partition: PartitionId,
     days: i32,
-) -> Result<(), tokio_postgres::Error> {
-    let number = partition.as_i32();
-    write(
-        connection,
-        Durability::Durable,
-        sql::MAKE_DAYS_AHEAD,
-        &[&number, &days],
-    )
-    .await
-    .map(drop)
+) -> Result<(), Error> {
+    let what = format!("make day tables ahead for partition {partition}");
+    let params: [&(dyn ToSql + Sync); 2] = [&partition.as_i32(), &days];
+    short(connection, sql::MAKE_DAYS_AHEAD, &params, &what)
+        .await
+        .map(drop)
+}
+
+/// One statement that may be repeated, in a transaction of its own; a server that does not answer is
+/// an error, not a stall.
+async fn short(
+    connection: Connection,
+    statement: &str,
+    params: &[&(dyn ToSql + Sync)],
+    what: &str,
+) -> Result<Vec<Row>, Error> {
+    let asked = write(connection, Durability::Durable, statement, params);
+    match timeout(SHORT, asked).await {
+        Ok(answer) => answer.map_err(|error| refused(error, what)),
+        Err(_) => Err(Error::new(
+            ErrorKind::Unavailable,
+            format!("{what}: the server is silent"),
+        )),
+    }
 }

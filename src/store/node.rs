@@ -89,7 +89,14 @@ impl Node {
 
     /// A connection, opened where none is idle. Cancel safe.
     pub(crate) async fn get(&self) -> Result<Connection> {
-        let connection = self.pool.get().await.map_err(|error| self.explain(error))?;
+        // The pool bounds the wait for a free connection and the making of one, but not its check.
+        let got = tokio::time::timeout(ACQUIRE_TIMEOUT * 2, self.pool.get()).await;
+        let connection = got
+            .map_err(|_| {
+                let why = format!("{}: the server is silent", self.what);
+                Error::new(ErrorKind::Unavailable, why)
+            })?
+            .map_err(|error| self.explain(error))?;
         if connection.statement_cache.size() > MAX_STATEMENTS {
             connection.statement_cache.clear();
         }
@@ -188,9 +195,15 @@ pub(crate) async fn write(
     statement: &str,
     params: &[&(dyn ToSql + Sync)],
 ) -> Result<Vec<Row>, tokio_postgres::Error> {
-    let prepared = connection.prepare_cached(statement).await?;
     let guard = Unfinished::new(connection);
     let connection = guard.connection();
+    let prepared = match connection.prepare_cached(statement).await {
+        Ok(prepared) => prepared,
+        Err(error) => {
+            guard.finished();
+            return Err(error);
+        }
+    };
     // Each sends as it is polled for the first time, in this order.
     let (begun, rows, committed) = join3(
         connection.batch_execute(durability.begin()),

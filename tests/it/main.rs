@@ -4,7 +4,25 @@
 
 mod support;
 
+/// One message that the server refuses, among many that it takes.
+mod bad_data;
+/// Input outside of the limits: refused before anything is sent, and by the tables too.
+mod bad_input;
+/// Several partitions in one commit, without waiting for each other.
+mod convoy;
 /// Private Postgres servers: found, started, ended with their parent.
 mod embedded;
+/// The 99,999,999th message of a partition's day.
+mod full;
+/// A client that falls silent in the middle, or goes away: no lock stays, nobody is harmed.
+mod half_pipeline;
+/// A transaction that appends and commits late: no gap, nothing skipped.
+mod late_commit;
+/// Midnight, and clocks that are wrong.
+mod midnight;
 /// A message goes in and comes out.
 mod round_trip;
+/// Databases with settings of their own, and commits that are none.
+mod settings;
+/// The functions for SQL users: append, message, messages.
+mod sql_functions;

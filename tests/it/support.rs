@@ -12,6 +12,10 @@ use shardmq::{Cluster, NodeId};
 use tokio::sync::OnceCell;
 use tokio_postgres::{Client, NoTls};
 
+pub mod clocks;
+pub mod proxy;
+pub mod stored;
+
 /// The runtime of what outlives a test: each test has a runtime of its own.
 static BACKGROUND: LazyLock<tokio::runtime::Runtime> = LazyLock::new(|| {
     tokio::runtime::Builder::new_multi_thread()
