@@ -183,11 +183,13 @@ mod tests {
             let mut wire = BytesMut::new();
             packed.to_sql(&Type::BYTEA_ARRAY, &mut wire).unwrap();
             let read = Unpacked::from_sql(&Type::BYTEA_ARRAY, &wire).unwrap();
+            let unpacked = packed.unpack();
             prop_assert_eq!(read.len(), elements.len());
             for (index, element) in elements.iter().enumerate() {
+                let bytes = read.bytes(index);
                 prop_assert_eq!(read.element(index), element.as_deref());
-                prop_assert_eq!(read.bytes(index).as_deref(), element.as_deref());
-                prop_assert_eq!(packed.unpack().element(index), element.as_deref());
+                prop_assert_eq!(bytes.as_deref(), element.as_deref());
+                prop_assert_eq!(unpacked.element(index), element.as_deref());
             }
         }
 
