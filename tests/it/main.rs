@@ -8,8 +8,12 @@ mod support;
 mod bounded_reads;
 /// Private Postgres servers: found, started, ended with their parent.
 mod embedded;
+/// The statements of leases and cursors: who may move what.
+mod fence;
 /// A transaction that appends and commits late: no gap, nothing skipped.
 mod late_commit;
+/// Who owns a partition, through joins, crashes, pauses and restarts.
+mod leases;
 /// Midnight, and clocks that are wrong.
 mod midnight;
 /// A position anywhere in a batch: exactly the rest comes.
