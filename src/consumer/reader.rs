@@ -105,6 +105,7 @@ impl Reader {
                 self.holding.set_position(self.day, self.position);
                 continue;
             }
+            self.shared.failpoint("empty").await;
             self.next = self.day_after(Some(day)).await?;
             if self.next.is_none() {
                 return Ok(());

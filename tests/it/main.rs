@@ -6,6 +6,8 @@ mod support;
 
 /// What is fetched ahead is bounded by bytes.
 mod bounded_reads;
+/// From day to day: no message is left behind, and lag is right.
+mod days;
 /// Private Postgres servers: found, started, ended with their parent.
 mod embedded;
 /// The statements of leases and cursors: who may move what.
