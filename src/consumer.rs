@@ -1,13 +1,13 @@
 //! Receiving messages: consumers of a group share the partitions of a topic and keep only a cursor.
 
 use std::fmt;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use futures_util::future::{BoxFuture, join_all};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
-use tokio::time::Instant;
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
@@ -20,13 +20,18 @@ use crate::store::node::Connection;
 use crate::topology::Topology;
 
 mod acks;
+mod budget;
+mod commit;
 mod holding;
+mod lease;
 mod member;
 mod messages;
 mod reader;
 mod roster;
+mod seat;
 mod start;
 
+use budget::{Budget, Room};
 use holding::Holding;
 use member::Command;
 pub use messages::{Delivery, Messages};
@@ -57,6 +62,9 @@ pub(crate) struct Options {
     only: Option<Vec<PartitionId>>,
     failpoint: Option<Failpoint>,
 }
+
+/// How much longer than its deadline a shutdown may take, where nodes don't answer.
+const GRACE: Duration = Duration::from_secs(6);
 
 type Failpoint = Arc<dyn Fn(&'static str) -> BoxFuture<'static, ()> + Send + Sync>;
 
@@ -112,7 +120,7 @@ impl ConsumerBuilder {
     /// How long after its last sign of life a consumer's partitions go to others: 10 s by default, 1 s
     /// to 10 min. Renewed three times in that time.
     pub fn lease(mut self, lease: Duration) -> Self {
-        self.options.lease = lease.clamp(Duration::from_secs(1), Duration::from_secs(600));
+        self.options.lease = lease.clamp(Duration::from_secs(1), Duration::from_mins(10));
         self
     }
 
@@ -120,7 +128,7 @@ impl ConsumerBuilder {
     /// to 1 h.
     pub fn poll_interval(mut self, interval: Duration) -> Self {
         self.options.poll_interval =
-            interval.clamp(Duration::from_millis(10), Duration::from_secs(3600));
+            interval.clamp(Duration::from_millis(10), Duration::from_hours(1));
         self
     }
 
@@ -128,7 +136,7 @@ impl ConsumerBuilder {
     /// to 1 min.
     pub fn flush_interval(mut self, interval: Duration) -> Self {
         self.options.flush_interval =
-            interval.clamp(Duration::from_millis(10), Duration::from_secs(60));
+            interval.clamp(Duration::from_millis(10), Duration::from_mins(1));
         self
     }
 
@@ -163,12 +171,13 @@ impl ConsumerBuilder {
         let start = start::resolve(&self.cluster, &topology, &group, self.options.start).await?;
         let (events, receiver) = mpsc::unbounded_channel();
         let shared = Arc::new(Shared {
-            budget: Arc::new(Semaphore::new(self.options.prefetch_bytes)),
+            budget: Budget::new(self.options.prefetch_bytes),
             // Time-ordered, so that members rank by when they joined.
             member: Uuid::now_v7(),
             share: AtomicUsize::new(topology.partitions.len()),
-            held: AtomicUsize::new(0),
+            held: Arc::default(),
             events: Mutex::new(Some(events)),
+            stopped: AtomicBool::new(false),
             stopping: self.cluster.inner.shutdown.child_token(),
             left: CancellationToken::new(),
             commands: Mutex::default(),
@@ -179,13 +188,7 @@ impl ConsumerBuilder {
             options: self.options,
         });
         shared.launch().await;
-        Ok(Messages::new(
-            receiver,
-            topic,
-            ConsumerHandle {
-                owner: Arc::new(Owner { shared }),
-            },
-        ))
+        Ok(Messages::new(receiver, topic, ConsumerHandle { shared }))
     }
 }
 
@@ -199,6 +202,9 @@ impl fmt::Debug for ConsumerBuilder {
 }
 
 fn check_partitions(topology: &Topology, only: Option<&[PartitionId]>) -> Result<()> {
+    if only.is_some_and(<[_]>::is_empty) {
+        return Err(Error::invalid("the list of partitions to take is empty"));
+    }
     let stranger = only
         .unwrap_or_default()
         .iter()
@@ -215,11 +221,6 @@ fn check_partitions(topology: &Topology, only: Option<&[PartitionId]>) -> Result
 /// Flushes and shuts down a consumer, from any task. Cheap to clone.
 #[derive(Clone)]
 pub struct ConsumerHandle {
-    owner: Arc<Owner>,
-}
-
-/// Gives the partitions back when the last handle and the stream are gone.
-struct Owner {
     shared: Arc<Shared>,
 }
 
@@ -231,12 +232,12 @@ impl ConsumerHandle {
     /// [`ErrorKind::LeaseLost`] or [`ErrorKind::Reset`] where a partition's acknowledgements were
     /// refused, [`ErrorKind::Closed`] after a shutdown, or what keeps a node from answering.
     pub async fn flush(&self) -> Result<()> {
-        let answers = self.owner.shared.command(Command::Flush);
+        let answers = self.shared.command(Command::Flush);
         let mut outcome = Ok(());
         for answer in join_all(answers).await {
             outcome = outcome.and(answer.unwrap_or_else(|_| Err(Error::closed("the consumer"))));
         }
-        if self.owner.shared.left.is_cancelled() {
+        if self.shared.left.is_cancelled() {
             return Err(Error::closed("the consumer"));
         }
         outcome
@@ -249,40 +250,52 @@ impl ConsumerHandle {
     /// # Errors
     /// Those of [`flush`](Self::flush); the consumer has ended all the same.
     pub async fn shutdown(&self, deadline: Duration) -> Result<()> {
-        let shared = &self.owner.shared;
-        if shared.stopping.is_cancelled() {
+        let shared = &self.shared;
+        let Some(answers) = shared.stop(Instant::now() + deadline) else {
             shared.left.cancelled().await;
             return Ok(());
-        }
-        shared.stopping.cancel();
-        let until = Instant::now() + deadline;
-        let answers = join_all(shared.command(|reply| Command::Stop { until, reply }));
-        let grace = deadline + Duration::from_secs(5);
-        let mut outcome = Ok(());
-        match tokio::time::timeout(grace, answers).await {
-            Ok(answers) => {
-                for answer in answers {
-                    outcome = outcome.and(answer.unwrap_or(Ok(())));
-                }
+        };
+        let ended = async {
+            let mut outcome = Ok(());
+            for answer in join_all(answers).await {
+                outcome = outcome.and(answer.unwrap_or(Ok(())));
             }
-            Err(_) => {
-                let what = "commit acknowledgements at shutdown: a node did not answer";
-                outcome = Err(Error::new(ErrorKind::Timeout, what));
-            }
+            shared.left.cancelled().await;
+            outcome
+        };
+        if let Ok(outcome) = timeout(deadline + GRACE, ended).await {
+            return outcome;
         }
         shared.leave().await;
-        outcome
+        let what = "commit acknowledgements at shutdown: a node did not answer";
+        Err(Error::new(ErrorKind::Timeout, what))
     }
 
     /// The partitions that this consumer owns now.
     pub fn held_partitions(&self) -> usize {
-        self.owner.shared.held.load(Ordering::Acquire)
+        self.shared.held.load(Ordering::Acquire)
+    }
+
+    /// Bytes that are fetched, or about to be, and not yet handed out: for tests.
+    #[doc(hidden)]
+    pub fn prefetched_bytes(&self) -> usize {
+        self.shared.budget.taken()
+    }
+
+    /// A shutdown has begun: nothing is handed out any more.
+    fn is_stopped(&self) -> bool {
+        self.shared.stopped.load(Ordering::Acquire)
+    }
+
+    /// Nobody reads the stream any more: gives everything back, and waits for nothing.
+    fn abandon(&self) {
+        drop(self.shared.stop(Instant::now()));
     }
 }
 
 impl fmt::Debug for ConsumerHandle {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let shared = &self.owner.shared;
+        let shared = &self.shared;
         f.debug_struct("ConsumerHandle")
             .field("member", &shared.member)
             .field("group", &shared.group)
@@ -291,32 +304,16 @@ impl fmt::Debug for ConsumerHandle {
     }
 }
 
-impl Drop for Owner {
-    fn drop(&mut self) {
-        let shared = Arc::clone(&self.shared);
-        if shared.stopping.is_cancelled() {
-            return;
-        }
-        shared.stopping.cancel();
-        let until = Instant::now();
-        let answers = shared.command(|reply| Command::Stop { until, reply });
-        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
-            runtime.spawn(async move {
-                join_all(answers).await;
-                shared.leave().await;
-            });
-        }
-    }
-}
-
 /// What goes through the stream's channel.
 pub(crate) enum Event {
-    /// Messages of one row, from an id on, with the room that they take.
+    /// Messages of one row, from an id on, with the room that they take. Patchy: some of them were
+    /// acknowledged in an earlier holding.
     Batch {
         holding: Arc<Holding>,
         row: Arc<Batch>,
         from: i64,
-        permit: Option<OwnedSemaphorePermit>,
+        patchy: bool,
+        room: Room,
     },
     /// News for whoever consumes.
     Error(Error),
@@ -332,12 +329,15 @@ pub(crate) struct Shared {
     options: Options,
     /// Taken when the consumer has left: the stream ends then.
     events: Mutex<Option<mpsc::UnboundedSender<Event>>>,
-    /// Bytes that may be fetched and not yet handed out.
-    budget: Arc<Semaphore>,
+    budget: Arc<Budget>,
     /// How many partitions are this member's even share.
     share: AtomicUsize,
-    held: AtomicUsize,
+    held: Arc<AtomicUsize>,
+    /// A shutdown was asked for.
+    stopped: AtomicBool,
+    /// Ends the heartbeat.
     stopping: CancellationToken,
+    /// All is given back, and the stream has ended.
     left: CancellationToken,
     commands: Mutex<Vec<mpsc::UnboundedSender<Command>>>,
 }
@@ -348,6 +348,7 @@ impl Shared {
         roster::beat(self).await;
         let tasks = &self.cluster.inner.tasks;
         tasks.spawn(roster::run(Arc::clone(self)));
+        let mut members = Vec::new();
         for (node, partitions) in self.topology.by_node() {
             let wanted = |p: &PartitionId| self.options.only.as_ref().is_none_or(|o| o.contains(p));
             let partitions: Vec<PartitionId> = partitions.into_iter().filter(wanted).collect();
@@ -359,8 +360,24 @@ impl Shared {
                 .lock()
                 .unwrap_or_else(PoisonError::into_inner)
                 .push(sender);
-            tasks.spawn(member::run(Arc::clone(self), node, partitions, commands));
+            members.push(tasks.spawn(member::run(Arc::clone(self), node, partitions, commands)));
         }
+        // However they end, by a shutdown of the consumer or of the whole cluster.
+        let shared = Arc::clone(self);
+        tasks.spawn(async move {
+            join_all(members).await;
+            shared.leave().await;
+        });
+    }
+
+    /// Tells every node's member to give everything back; returns their answers to come. None where
+    /// they were told before.
+    fn stop(&self, until: Instant) -> Option<Vec<oneshot::Receiver<Result<()>>>> {
+        if self.stopped.swap(true, Ordering::AcqRel) {
+            return None;
+        }
+        self.stopping.cancel();
+        Some(self.command(|reply| Command::Stop { until, reply }))
     }
 
     /// Tells every node's member; returns their answers to come.
@@ -378,7 +395,7 @@ impl Shared {
         commands.iter().map(tell).collect()
     }
 
-    /// The members of all nodes have ended: the stream ends too.
+    /// The members of all nodes have ended: the stream ends too. Idempotent.
     async fn leave(&self) {
         roster::leave(self).await;
         drop(
@@ -401,18 +418,11 @@ impl Shared {
         self.cluster.inner.nodes.node(node).await?.get().await
     }
 
-    /// Takes room for one fetch.
-    async fn reserve(&self) -> Result<OwnedSemaphorePermit> {
-        let size = (self.options.prefetch_bytes / 4).clamp(1, 1 << 20);
-        let size = u32::try_from(size).unwrap_or(u32::MAX);
-        let permit = Arc::clone(&self.budget).acquire_many_owned(size).await;
-        permit.map_err(|_| Error::closed("the consumer"))
-    }
-
     /// What a row counts for: its bytes, or more where its messages are many and small.
     fn weight(&self, row: &Batch) -> usize {
         let each = self.options.prefetch_bytes / self.options.prefetch_messages;
-        row.bytes.max(row.count as usize * each)
+        let many = (row.count as usize).saturating_mul(each);
+        row.bytes.max(many.min(self.options.prefetch_bytes))
     }
 
     async fn failpoint(&self, name: &'static str) {

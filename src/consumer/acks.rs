@@ -22,6 +22,16 @@ pub(crate) struct Tracker {
     flushed: u64,
 }
 
+/// What is to be committed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Pending {
+    pub(crate) acked_id: i64,
+    /// First and last of each run above it.
+    pub(crate) acked_ahead: Vec<(i64, i64)>,
+    /// To report back.
+    pub(crate) version: u64,
+}
+
 impl Tracker {
     /// From what is committed.
     pub(crate) fn new(acked_id: i64, ahead: impl IntoIterator<Item = (i64, i64)>) -> Self {
@@ -32,14 +42,20 @@ impl Tracker {
         }
     }
 
-    /// A run of ids was read, later than all before.
-    pub(crate) fn read(&mut self, first: i64, last: i64) {
+    /// A run of ids was read, later than all before. Says whether parts of it are acknowledged
+    /// already, since an earlier holding: asked later, the watermark may have passed them.
+    pub(crate) fn read(&mut self, first: i64, last: i64) -> bool {
+        let patchy = self
+            .ahead
+            .range(..=last)
+            .next_back()
+            .is_some_and(|(_, end)| *end >= first);
         match self.read.back_mut() {
             Some(run) if run.1 + 1 == first => run.1 = last,
             _ => self.read.push_back((first, last)),
         }
-        // Parts of it may be acknowledged since an earlier holding.
         self.advance();
+        patchy
     }
 
     /// An id is acknowledged; again does no harm.
@@ -66,25 +82,20 @@ impl Tracker {
                 .is_some_and(|(_, last)| *last >= id)
     }
 
-    /// Whether anything above the watermark is acknowledged.
-    pub(crate) fn has_acked_ahead(&self) -> bool {
-        !self.ahead.is_empty()
-    }
-
     /// Everything up to here is acknowledged.
+    #[cfg(test)]
     pub(crate) fn acked_id(&self) -> i64 {
         self.acked_id
     }
 
-    /// What is to be committed, with the version to report back; none where nothing changed.
-    pub(crate) fn pending(&self) -> Option<(i64, Vec<(i64, i64)>, u64)> {
-        let ahead = || {
-            self.ahead
-                .iter()
-                .map(|(first, last)| (*first, *last))
-                .collect()
-        };
-        (self.version > self.flushed).then(|| (self.acked_id, ahead(), self.version))
+    /// What is to be committed; none where nothing changed.
+    pub(crate) fn pending(&self) -> Option<Pending> {
+        let ahead = self.ahead.iter().map(|(first, last)| (*first, *last));
+        (self.version > self.flushed).then(|| Pending {
+            acked_id: self.acked_id,
+            acked_ahead: ahead.collect(),
+            version: self.version,
+        })
     }
 
     /// That version is committed.
@@ -159,7 +170,7 @@ mod tests {
         tracker.ack(102);
         assert_eq!(tracker.acked_id(), 1001);
         assert_eq!(
-            tracker.pending().map(|(id, ahead, _)| (id, ahead)),
+            tracker.pending().map(|p| (p.acked_id, p.acked_ahead)),
             Some((1001, vec![]))
         );
     }
@@ -170,12 +181,12 @@ mod tests {
         tracker.read(6, 10);
         assert!(tracker.pending().is_none());
         tracker.ack(6);
-        let (_, _, version) = tracker.pending().unwrap();
+        let first = tracker.pending().unwrap();
         tracker.ack(8);
-        tracker.flushed(version);
-        let (acked, ahead, version) = tracker.pending().unwrap();
-        assert_eq!((acked, ahead), (6, vec![(8, 8)]));
-        tracker.flushed(version);
+        tracker.flushed(first.version);
+        let second = tracker.pending().unwrap();
+        assert_eq!((second.acked_id, second.acked_ahead), (6, vec![(8, 8)]));
+        tracker.flushed(second.version);
         assert!(tracker.pending().is_none());
     }
 
@@ -183,7 +194,8 @@ mod tests {
     fn what_was_acknowledged_ahead_before_is_passed_when_it_is_read() {
         let mut tracker = Tracker::new(2, [(3, 4), (6, 7)]);
         assert!(tracker.is_acked(4) && !tracker.is_acked(5));
-        tracker.read(3, 7);
+        assert!(tracker.read(3, 7));
+        assert!(!tracker.read(8, 9));
         assert_eq!(tracker.acked_id(), 4);
         tracker.ack(5);
         assert_eq!(tracker.acked_id(), 7);

@@ -7,6 +7,7 @@ use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
 use crate::consumer::acks::Tracker;
+use crate::consumer::seat::Seat;
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::{Day, PartitionId};
 use crate::store::group::{Acquired, Fence};
@@ -16,12 +17,14 @@ use crate::store::group::{Acquired, Fence};
 pub(crate) struct Holding {
     pub(crate) partition: PartitionId,
     pub(crate) fence: Fence,
-    pub(crate) tracker: Mutex<Tracker>,
+    tracker: Mutex<Tracker>,
+    /// Its place in the consumer's share, for as long as it is held.
+    seat: Mutex<Option<Seat>>,
     state: AtomicU8,
     /// Deliveries handed out and not answered.
     outstanding: AtomicUsize,
     /// Woken when `outstanding` falls to none.
-    pub(crate) answered: Notify,
+    answered: Notify,
     /// Woken when there may be something to read.
     pub(crate) wake: Notify,
     /// Ends the reader.
@@ -36,8 +39,9 @@ const LOST: u8 = 2;
 const RESET: u8 = 3;
 
 impl Holding {
-    pub(crate) fn new(acquired: Acquired, ended: CancellationToken) -> Self {
+    pub(crate) fn new(acquired: Acquired, seat: Seat, ended: CancellationToken) -> Self {
         Self {
+            seat: Mutex::new(Some(seat)),
             partition: acquired.partition,
             fence: acquired.fence,
             position: AtomicI64::new(acquired.acked_id),
@@ -57,32 +61,59 @@ impl Holding {
 
     /// Whether messages of it may still be handed out.
     pub(crate) fn is_held(&self) -> bool {
-        self.state.load(Ordering::Acquire) == HELD
+        self.state.load(Ordering::SeqCst) == HELD
     }
 
     /// Nothing more is read or handed out; what is in hand may still be acknowledged.
     pub(crate) fn drain(&self) {
         let _ = self
             .state
-            .compare_exchange(HELD, DRAINING, Ordering::AcqRel, Ordering::Acquire);
+            .compare_exchange(HELD, DRAINING, Ordering::SeqCst, Ordering::SeqCst);
         self.ended.cancel();
+        self.leave_seat();
     }
 
-    /// It is another's, or its position was moved: acknowledgements are refused from now on.
+    /// The same, if the consumer holds more than its share.
+    pub(crate) fn drain_above(&self, share: usize) -> bool {
+        let mut seat = self.seat.lock().unwrap_or_else(PoisonError::into_inner);
+        let surplus = seat.as_mut().is_some_and(|seat| seat.free_above(share));
+        drop(seat);
+        if surplus {
+            self.drain();
+        }
+        surplus
+    }
+
+    /// It is another's, its position was moved, or it is given back: acknowledgements are refused from
+    /// now on. Those that were accepted before are in the tracker.
     pub(crate) fn end(&self, why: ErrorKind) {
         let state = if why == ErrorKind::Reset { RESET } else { LOST };
-        self.state.store(state, Ordering::Release);
+        let tracker = self.tracker();
+        self.state.store(state, Ordering::SeqCst);
+        drop(tracker);
         self.ended.cancel();
+        self.leave_seat();
         self.answered.notify_waiters();
+    }
+
+    fn leave_seat(&self) {
+        drop(
+            self.seat
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .take(),
+        );
     }
 
     /// Records an acknowledgement.
     pub(crate) fn ack(&self, id: i64) -> Result<()> {
-        match self.state.load(Ordering::Acquire) {
+        // Under the lock, so that what is accepted here is seen by the flush that follows an end.
+        let mut tracker = self.tracker();
+        match self.state.load(Ordering::SeqCst) {
             LOST => Err(self.refusal(ErrorKind::LeaseLost)),
             RESET => Err(self.refusal(ErrorKind::Reset)),
             _ => {
-                self.tracker().ack(id);
+                tracker.ack(id);
                 Ok(())
             }
         }
@@ -97,12 +128,20 @@ impl Holding {
         Error::new(kind, format!("partition {}: {why}", self.partition))
     }
 
-    pub(crate) fn hand_out(&self) {
-        self.outstanding.fetch_add(1, Ordering::AcqRel);
+    /// Counts a delivery, unless the partition is no longer held. Counted first: whoever ends it then
+    /// either sees the delivery or is seen here.
+    pub(crate) fn hand_out(&self) -> bool {
+        self.outstanding.fetch_add(1, Ordering::SeqCst);
+        let held = self.is_held();
+        if !held {
+            self.take_back();
+        }
+        held
     }
 
+    /// A delivery was answered, or dropped.
     pub(crate) fn take_back(&self) {
-        if self.outstanding.fetch_sub(1, Ordering::AcqRel) == 1 {
+        if self.outstanding.fetch_sub(1, Ordering::SeqCst) == 1 {
             self.answered.notify_waiters();
         }
     }
@@ -111,8 +150,8 @@ impl Holding {
     pub(crate) async fn drained(&self) {
         loop {
             let answered = self.answered.notified();
-            let lost = self.state.load(Ordering::Acquire) >= LOST;
-            if lost || self.outstanding.load(Ordering::Acquire) == 0 {
+            let lost = self.state.load(Ordering::SeqCst) >= LOST;
+            if lost || self.outstanding.load(Ordering::SeqCst) == 0 {
                 return;
             }
             answered.await;

@@ -9,12 +9,13 @@ use std::time::{Duration, SystemTime};
 use bytes::Bytes;
 use futures_util::Stream;
 use serde::de::DeserializeOwned;
-use tokio::sync::{OwnedSemaphorePermit, mpsc};
+use tokio::sync::mpsc;
 
 use crate::codec::{Codec, Json};
+use crate::consumer::budget::Room;
 use crate::consumer::holding::Holding;
 use crate::consumer::{ConsumerHandle, Event};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::id::{MessageId, PartitionId, Uid};
 use crate::message::{Headers, RESERVED_HEADER_PREFIX};
 use crate::metrics as names;
@@ -27,8 +28,8 @@ use crate::store::fetch::Batch;
 /// [`shutdown`](ConsumerHandle::shutdown) only. An error in it is news, not its end: of the kind
 /// [`LeaseLost`](crate::ErrorKind::LeaseLost) where a partition went to another consumer.
 ///
-/// Dropping it gives its partitions back in the background; what was acknowledged is committed if the
-/// runtime still lives, else it is delivered again.
+/// Dropping it gives its partitions back in the background, also where a handle is kept; what was
+/// acknowledged is committed if the runtime still lives, else it is delivered again.
 #[must_use = "a stream does nothing unless polled"]
 pub struct Messages {
     events: mpsc::UnboundedReceiver<Event>,
@@ -42,9 +43,10 @@ struct Current {
     holding: Arc<Holding>,
     row: Arc<Batch>,
     next: i64,
+    handed: u64,
     /// Whether parts of it were acknowledged in an earlier holding.
     patchy: bool,
-    _permit: Option<OwnedSemaphorePermit>,
+    _room: Room,
 }
 
 impl Messages {
@@ -84,13 +86,17 @@ impl Messages {
     /// The next message of the current batch.
     fn hand_out(&mut self) -> Option<Delivery> {
         let current = self.current.as_mut()?;
-        while current.holding.is_held() && current.next <= current.row.last_id() {
+        while current.next <= current.row.last_id() {
             let id = current.next;
-            current.next += 1;
             if current.patchy && current.holding.tracker().is_acked(id) {
+                current.next += 1;
                 continue;
             }
-            current.holding.hand_out();
+            if self.handle.is_stopped() || !current.holding.hand_out() {
+                break;
+            }
+            current.next += 1;
+            current.handed += 1;
             return Some(Delivery {
                 index: usize::try_from(id - current.row.base_id).unwrap_or(0),
                 topic: self.topic.clone(),
@@ -98,8 +104,7 @@ impl Messages {
                 holding: Some(Arc::clone(&current.holding)),
             });
         }
-        let handed = u64::try_from(current.next - current.row.base_id).unwrap_or(0);
-        ::metrics::counter!(names::DELIVERED).increment(handed);
+        ::metrics::counter!(names::DELIVERED).increment(current.handed);
         self.current = None;
         None
     }
@@ -118,24 +123,32 @@ impl Stream for Messages {
                     holding,
                     row,
                     from,
-                    permit,
+                    patchy,
+                    room,
                 }) => {
-                    let patchy = {
-                        let tracker = holding.tracker();
-                        tracker.has_acked_ahead()
-                    };
                     self.current = Some(Current {
                         holding,
                         row,
                         next: from,
+                        handed: 0,
                         patchy,
-                        _permit: permit,
+                        _room: room,
                     });
                 }
-                Some(Event::Error(error)) => return Poll::Ready(Some(Err(error))),
+                Some(Event::Error(error)) if !self.handle.is_stopped() => {
+                    return Poll::Ready(Some(Err(error)));
+                }
+                // The shutdown returns it.
+                Some(Event::Error(_)) => {}
                 None => return Poll::Ready(None),
             }
         }
+    }
+}
+
+impl Drop for Messages {
+    fn drop(&mut self) {
+        self.handle.abandon();
     }
 }
 
@@ -294,11 +307,5 @@ impl fmt::Debug for Delivery {
             .field("key", &self.key())
             .field("bytes", &self.payload().len())
             .finish_non_exhaustive()
-    }
-}
-
-impl From<Error> for Event {
-    fn from(error: Error) -> Self {
-        Self::Error(error)
     }
 }

@@ -14,8 +14,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::OwnedSemaphorePermit;
-
+use crate::consumer::budget::Room;
 use crate::consumer::holding::Holding;
 use crate::consumer::{Event, Shared};
 use crate::error::{Error, ErrorKind, Result};
@@ -72,8 +71,19 @@ impl Reader {
                     }
                     tokio::time::sleep(backoff).await;
                     backoff = (backoff * 2).min(BACKOFF.1);
+                    self.reachable(&mut backoff).await;
                 }
             }
+        }
+    }
+
+    /// Waits until the node takes connections. Without this every reader of a dead node would sit on
+    /// room that those of the others need.
+    async fn reachable(&self, backoff: &mut Duration) {
+        let node = self.holding.partition.node();
+        while self.shared.connection(node).await.is_err() {
+            tokio::time::sleep(*backoff).await;
+            *backoff = (*backoff * 2).min(BACKOFF.1);
         }
     }
 
@@ -83,9 +93,8 @@ impl Reader {
             let Some(day) = self.day else {
                 if self.find_day().await? {
                     continue;
-                } else {
-                    return Ok(());
                 }
+                return Ok(());
             };
             if self.fetch(day).await? {
                 continue;
@@ -96,6 +105,7 @@ impl Reader {
                 self.holding.set_position(self.day, self.position);
                 continue;
             }
+            self.shared.failpoint("empty").await;
             self.next = self.day_after(Some(day)).await?;
             if self.next.is_none() {
                 return Ok(());
@@ -128,11 +138,8 @@ impl Reader {
     async fn fetch(&mut self, day: Day) -> Result<bool> {
         let partition = self.holding.partition;
         let shared = Arc::clone(&self.shared);
-        let reserved = shared.reserve().await?;
-        let bounds = (
-            i64::try_from(reserved.num_permits()).unwrap_or(i64::MAX),
-            MAX_ROWS,
-        );
+        let reserved = shared.budget.reserve().await;
+        let bounds = (i64::try_from(reserved.size()).unwrap_or(i64::MAX), MAX_ROWS);
         let connection = shared.connection(partition.node()).await?;
         let rows = fetch::fetch(&connection, partition, day, self.position, bounds)
             .await
@@ -150,19 +157,19 @@ impl Reader {
     }
 
     /// Hands rows to the stream, each with its part of the room that was reserved; the rest goes back.
-    fn deliver(&mut self, rows: Vec<Batch>, mut reserved: OwnedSemaphorePermit) {
+    fn deliver(&mut self, rows: Vec<Batch>, mut reserved: Room) {
         for row in rows {
             let from = self.position.max(row.base_id - 1) + 1;
             self.position = row.last_id();
-            self.holding.tracker().read(from, self.position);
-            let weight = self.shared.weight(&row).min(reserved.num_permits());
-            let permit = reserved.split(weight);
+            let patchy = self.holding.tracker().read(from, self.position);
+            let room = reserved.split(self.shared.weight(&row));
             let holding = Arc::clone(&self.holding);
             self.shared.send(Event::Batch {
                 holding,
                 row: Arc::new(row),
                 from,
-                permit,
+                patchy,
+                room,
             });
         }
         self.holding.set_position(self.day, self.position);

@@ -6,7 +6,7 @@ use futures_util::future::join_all;
 
 use crate::cluster::Cluster;
 use crate::consumer::Start;
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::id::{MessageId, NodeId};
 use crate::name::GroupName;
 use crate::store::connect::refused;
@@ -16,7 +16,7 @@ use crate::topology::Topology;
 
 /// By how much earlier a node starts that could not be asked when the group began at "latest": its
 /// clock may be short of control's.
-const LATEST_MARGIN: Duration = Duration::from_secs(60);
+const LATEST_MARGIN: Duration = Duration::from_mins(1);
 
 /// What a node is told that does not know the group yet.
 #[derive(Debug, Clone, Copy)]
@@ -29,13 +29,8 @@ pub(crate) async fn resolve(
     name: &GroupName,
     wanted: Start,
 ) -> Result<GroupStart> {
-    let what = format!("look up where group {name} starts");
-    let connection = cluster.inner.control.get().await?;
-    let known = control::group_start(&connection, &topology.topic, name).await;
-    drop(connection);
-    let known = known.map_err(|error| refused(error, &what))?;
-    if let Some((start, by_clock)) = known {
-        return Ok(GroupStart(later(start, by_clock)));
+    if let Some(known) = recorded(cluster, topology, name).await? {
+        return Ok(known);
     }
     // Nodes first: whoever finds the group in control finds it on them too.
     let start = of(cluster, wanted).await?;
@@ -50,11 +45,25 @@ pub(crate) async fn resolve(
     control::make_group(connection, &topology.topic, name, start)
         .await
         .map_err(|error| refused(error, &format!("record where group {name} starts")))?;
-    let now = StartAt {
-        at: start.at.or(Some(SystemTime::now())),
-        ..start
-    };
-    Ok(GroupStart(later(now, start.at.is_none())))
+    // As it is recorded: somebody else may have been first, and the clock is control's, not this
+    // machine's.
+    let recorded = recorded(cluster, topology, name).await?;
+    recorded.ok_or_else(|| {
+        let what = format!("topic {} was deleted meanwhile", topology.topic);
+        Error::new(ErrorKind::NotFound, what)
+    })
+}
+
+async fn recorded(
+    cluster: &Cluster,
+    topology: &Topology,
+    name: &GroupName,
+) -> Result<Option<GroupStart>> {
+    let connection = cluster.inner.control.get().await?;
+    let known = control::group_start(&connection, &topology.topic, name)
+        .await
+        .map_err(|error| refused(error, &format!("look up where group {name} starts")))?;
+    Ok(known.map(|(start, by_clock)| GroupStart(later(start, by_clock))))
 }
 
 /// What a node is told later.

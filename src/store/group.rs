@@ -116,18 +116,19 @@ pub(crate) async fn renew(
     Ok(owned.collect())
 }
 
-/// Takes up to `most` free partitions of a topic; the lease of `member` must be live.
+/// Takes up to `most` of these partitions that are free, or, where `ended_too`, whose member's lease
+/// has ended; the lease of `member` must be live.
 pub(crate) async fn acquire(
     connection: Connection,
     (topic, group): (&TopicName, &GroupName),
     member: Uuid,
     most: i64,
-    grace_secs: f64,
-    only: Option<&[i32]>,
+    ended_too: bool,
+    partitions: &[i32],
 ) -> Result<Vec<Acquired>, Error> {
     let (topic, group) = (topic.as_str(), group.as_str());
     let params: [&(dyn tokio_postgres::types::ToSql + Sync); 6] =
-        [&topic, &group, &member, &most, &grace_secs, &only];
+        [&topic, &group, &member, &most, &ended_too, &partitions];
     let rows = write(connection, Durability::Durable, sql::ACQUIRE, &params).await?;
     let acquired = rows.iter().filter_map(|row| {
         Some(Acquired {
@@ -192,7 +193,7 @@ pub(crate) async fn flush(
         &ahead,
     ];
     let rows = write(connection, Durability::Durable, sql::FLUSH, &params).await?;
-    let moved = rows.iter().filter_map(|row| {
+    let outcomes = rows.iter().filter_map(|row| {
         let outcome = match row.get(1) {
             "moved" => Moved::Yes,
             "locked" => Moved::Locked,
@@ -201,7 +202,7 @@ pub(crate) async fn flush(
         };
         Some((PartitionId::from_i32(row.get(0)).ok()?, outcome))
     });
-    Ok(moved.collect())
+    Ok(outcomes.collect())
 }
 
 /// Gives partitions back, where they are still these owners'.

@@ -16,10 +16,20 @@ mod embedded;
 mod full;
 /// A client that falls silent in the middle, or goes away: no lock stays, nobody is harmed.
 mod half_pipeline;
+/// What is fetched ahead is bounded by bytes.
+mod bounded_reads;
+/// From day to day: no message is left behind, and lag is right.
+mod days;
+/// The statements of leases and cursors: who may move what.
+mod fence;
 /// A transaction that appends and commits late: no gap, nothing skipped.
 mod late_commit;
+/// Who owns a partition, through joins, crashes, pauses and restarts.
+mod leases;
 /// Midnight, and clocks that are wrong.
 mod midnight;
+/// A position anywhere in a batch: exactly the rest comes.
+mod positions;
 /// A message goes in and comes out.
 mod round_trip;
 /// Databases with settings of their own, and commits that are none.

@@ -14,6 +14,7 @@ use tokio_postgres::{Client, NoTls};
 
 pub mod clocks;
 pub mod proxy;
+pub mod reading;
 pub mod stored;
 
 /// The runtime of what outlives a test: each test has a runtime of its own.
