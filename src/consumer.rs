@@ -274,6 +274,11 @@ impl ConsumerHandle {
         outcome
     }
 
+    /// This consumer's name in the group, as [`PartitionLag::member`](crate::PartitionLag::member) shows it.
+    pub fn member(&self) -> Uuid {
+        self.owner.shared.member
+    }
+
     /// The partitions that this consumer owns now.
     pub fn held_partitions(&self) -> usize {
         self.owner.shared.held.load(Ordering::Acquire)
