@@ -1,0 +1,28 @@
+//! Ctrl-C and SIGTERM, for commands that have something to finish.
+
+use std::io;
+
+use tokio::signal::unix::{Signal, SignalKind, signal};
+
+/// From when this is made on, these signals don't end the process by themselves.
+pub(crate) struct Interrupt {
+    terminal: Signal,
+    system: Signal,
+}
+
+impl Interrupt {
+    pub(crate) fn new() -> io::Result<Self> {
+        Ok(Self {
+            terminal: signal(SignalKind::interrupt())?,
+            system: signal(SignalKind::terminate())?,
+        })
+    }
+
+    /// Returns when one of the signals came. Cancel safe.
+    pub(crate) async fn caught(&mut self) {
+        tokio::select! {
+            _ = self.terminal.recv() => {}
+            _ = self.system.recv() => {}
+        }
+    }
+}
