@@ -8,3 +8,6 @@ mod support;
 mod embedded;
 /// A message goes in and comes out.
 mod round_trip;
+
+/// The command, as people and scripts run it.
+mod command;

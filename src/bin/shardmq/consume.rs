@@ -10,17 +10,19 @@ use jiff::Timestamp;
 use jiff::civil::DateTime;
 use jiff::tz::TimeZone;
 use shardmq::{Delivery, ErrorKind, Messages, Start};
-use tokio::time::sleep_until;
+use tokio::time::{sleep, sleep_until};
 
 use crate::caught_up::CaughtUp;
 use crate::context::Context;
 use crate::failure::Failure;
-use crate::output::{MessageLine, Out, counter, note};
+use crate::output::{MessageLine, Out, counted, counter, note};
 use crate::signals::Interrupt;
 
 /// Lines that are flushed and acknowledged together: so many messages or bytes.
 const MOST_LINES: usize = 1_000;
 const MOST_BYTES: usize = 1 << 20;
+/// How long the reader may take to take lines that it was given before a signal.
+const PATIENCE_AFTER_SIGNAL: Duration = Duration::from_secs(1);
 const SHUTDOWN: Duration = Duration::from_secs(5);
 
 /// Ends when the group has consumed what was there at the start, or with `--follow` at a signal.
@@ -62,17 +64,14 @@ pub(crate) async fn run(context: &Context, args: Args) -> Result<(), Failure> {
         refused: 0,
         counter: counter(),
     };
-    let outcome = tokio::select! {
-        outcome = session.print() => outcome,
-        () = interrupt.caught() => Ok(()),
-    };
+    let outcome = session.print(&mut interrupt).await;
     session.counter.finish_and_clear();
     let ended = session.messages.shutdown(SHUTDOWN).await;
     cluster.shutdown().await;
     if session.refused > 0 {
-        let refused = session.refused;
+        let again = counted(session.refused, "message");
         note(&format!(
-            "{refused} messages are delivered to another member of the group too"
+            "delivered to another member of the group too: {again}"
         ));
     }
     outcome.and(ended.or_else(tolerate_lost_lease).map_err(Failure::from))
@@ -102,15 +101,14 @@ struct Session {
 }
 
 impl Session {
-    /// Prints until nothing is left to print. If dropped, what was not acknowledged is delivered again.
-    async fn print(&mut self) -> Result<(), Failure> {
+    /// Prints until nothing is left to print, or a signal comes.
+    async fn print(&mut self, interrupt: &mut Interrupt) -> Result<(), Failure> {
         while self.rest > 0 && !self.caught_up.as_ref().is_some_and(CaughtUp::is_done) {
-            let look_at = self.caught_up.as_ref().map(CaughtUp::look_at);
             let first = tokio::select! {
+                biased;
+                () = interrupt.caught() => return Ok(()),
                 first = self.messages.next() => first,
-                () = async { sleep_until(look_at.unwrap_or_else(tokio::time::Instant::now)).await },
-                    if look_at.is_some() =>
-                {
+                () = time_to_look(self.caught_up.as_ref()) => {
                     if let Some(caught_up) = &mut self.caught_up {
                         caught_up.look().await?;
                     }
@@ -119,7 +117,7 @@ impl Session {
             };
             let Some(first) = first else { return Ok(()) };
             let batch = self.batch(first);
-            self.print_batch(batch).await?;
+            self.print_batch(batch, interrupt).await?;
         }
         Ok(())
     }
@@ -148,11 +146,19 @@ impl Session {
     }
 
     /// Writes, flushes, then acknowledges.
-    async fn print_batch(&mut self, batch: Vec<Delivery>) -> Result<(), Failure> {
+    async fn print_batch(
+        &mut self,
+        batch: Vec<Delivery>,
+        interrupt: &mut Interrupt,
+    ) -> Result<(), Failure> {
         for delivery in &batch {
             self.out.json(&MessageLine::from(delivery))?;
         }
-        self.out.flush().await?;
+        tokio::select! {
+            flushed = self.out.flush() => flushed?,
+            // The reader is stuck, and gets these lines again.
+            () = at_last(interrupt) => return Ok(()),
+        }
         self.counter.inc(batch.len() as u64);
         self.rest -= batch.len() as u64;
         for delivery in batch {
@@ -164,6 +170,20 @@ impl Session {
         }
         Ok(())
     }
+}
+
+/// Returns when the nodes are to be asked; never where nobody asks.
+async fn time_to_look(caught_up: Option<&CaughtUp>) {
+    match caught_up {
+        Some(caught_up) => sleep_until(caught_up.look_at()).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Returns a while after a signal.
+async fn at_last(interrupt: &mut Interrupt) {
+    interrupt.caught().await;
+    sleep(PATIENCE_AFTER_SIGNAL).await;
 }
 
 fn parse_start(text: &str) -> Result<Start, String> {
@@ -198,7 +218,7 @@ mod tests {
     fn a_start_is_a_word_a_time_or_an_id() {
         assert_eq!(parse_start("earliest"), Ok(Start::Earliest));
         assert_eq!(parse_start("latest"), Ok(Start::Latest));
-        let day = Start::At(UNIX_EPOCH + Duration::from_secs(86_400));
+        let day = Start::At(UNIX_EPOCH + Duration::from_hours(24));
         assert_eq!(parse_start("1970-01-02T00:00:00Z"), Ok(day));
         assert_eq!(parse_start("1970-01-02T02:00:00+02:00"), Ok(day));
         assert_eq!(parse_start("1970-01-02T00:00:00"), Ok(day));

@@ -20,7 +20,7 @@ use shardmq::{Cluster, TopicOptions};
 
 use crate::context::Context;
 use crate::failure::{FAILED, Failure};
-use crate::output::{Out, note};
+use crate::output::{Out, counted, note};
 use crate::servers::{self, Node};
 use crate::signals::Interrupt;
 pub(crate) use member::{MemberArgs, run as member};
@@ -47,7 +47,8 @@ pub(crate) async fn run(context: &Context, args: Args) -> Result<(), Failure> {
     let stage = Stage {
         quiet: context.json,
     };
-    stage.enter(&format!("starting {} private Postgres servers", args.nodes));
+    let servers = counted(args.nodes.into(), "private Postgres server");
+    stage.enter(&format!("starting {servers}"));
     let nodes = tokio::select! {
         nodes = servers::start(args.nodes) => nodes?,
         () = interrupt.caught() => return Err(interrupted()),

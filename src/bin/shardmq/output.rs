@@ -91,6 +91,12 @@ pub(crate) fn time(at: SystemTime) -> String {
     Timestamp::try_from(at).map_or_else(|_| "out of range".to_owned(), |at| format!("{at:.6}"))
 }
 
+/// `1 line`, `2 lines`.
+pub(crate) fn counted(count: u64, what: &str) -> String {
+    let plural = if count == 1 { "" } else { "s" };
+    format!("{count} {what}{plural}")
+}
+
 /// What is there, or a dash.
 pub(crate) fn or_dash(value: Option<impl ToString>) -> String {
     value.map_or_else(|| "-".to_owned(), |value| value.to_string())
@@ -194,7 +200,7 @@ mod tests {
 
     #[test]
     fn times_have_six_decimals_and_end_in_z() {
-        let at = UNIX_EPOCH + Duration::from_micros(1_500_000);
+        let at = UNIX_EPOCH + Duration::from_millis(1_500);
         assert_eq!(time(at), "1970-01-01T00:00:01.500000Z");
         assert_eq!(time(UNIX_EPOCH), "1970-01-01T00:00:00.000000Z");
     }

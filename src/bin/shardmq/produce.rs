@@ -16,7 +16,7 @@ use tokio::time::Instant;
 use crate::context::Context;
 use crate::failure::Failure;
 use crate::lines::{Line, Lines};
-use crate::output::{Out, counter, note};
+use crate::output::{Out, counted, counter, note};
 use crate::signals::Interrupt;
 
 /// How many lines may be under way.
@@ -56,7 +56,7 @@ pub(crate) async fn run(context: &Context, args: Args) -> Result<(), Failure> {
     while outcome.is_ok() && !session.window.is_empty() {
         outcome = session.settle().await;
     }
-    // Nobody reads the ids any more, but what was read is sent.
+    // Lines that were read are sent, also after an error of the input.
     let _ = session.producer.shutdown(SHUTDOWN).await;
     cluster.shutdown().await;
     session.summarize(began.elapsed());
@@ -160,10 +160,15 @@ impl Session {
                 self.settled(pending.number, result)?;
             }
         }
-        match &mut self.out {
-            Some(out) => out.flush().await,
-            None => Ok(()),
+        let Some(out) = &mut self.out else {
+            return Ok(());
+        };
+        match out.flush().await {
+            // Nobody reads the ids any more. The lines are sent all the same.
+            Err(Failure::ReaderGone) => self.out = None,
+            flushed => flushed?,
         }
+        Ok(())
     }
 
     fn settled(&mut self, number: u64, result: &Result<MessageId, String>) -> Result<(), Failure> {
@@ -186,13 +191,11 @@ impl Session {
 
     fn summarize(&self, took: Duration) {
         self.counter.finish_and_clear();
-        let (sent, secs) = (self.sent, took.as_secs_f64());
+        let (sent, secs) = (counted(self.sent, "message"), took.as_secs_f64());
         let topic = &self.args.topic;
-        note(&format!(
-            "{sent} messages sent to topic {topic} in {secs:.1} s"
-        ));
+        note(&format!("{sent} sent to topic {topic} in {secs:.1} s"));
         if self.failed > 0 {
-            note(&format!("{} lines failed", self.failed));
+            note(&format!("{} failed", counted(self.failed, "line")));
         }
     }
 }

@@ -8,6 +8,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 pub(crate) struct Interrupt {
     terminal: Signal,
     system: Signal,
+    came: bool,
 }
 
 impl Interrupt {
@@ -15,14 +16,18 @@ impl Interrupt {
         Ok(Self {
             terminal: signal(SignalKind::interrupt())?,
             system: signal(SignalKind::terminate())?,
+            came: false,
         })
     }
 
-    /// Returns when one of the signals came. Cancel safe.
+    /// Returns when one of the signals came, and from then on at once. Cancel safe.
     pub(crate) async fn caught(&mut self) {
-        tokio::select! {
-            _ = self.terminal.recv() => {}
-            _ = self.system.recv() => {}
+        if !self.came {
+            tokio::select! {
+                _ = self.terminal.recv() => {}
+                _ = self.system.recv() => {}
+            }
+            self.came = true;
         }
     }
 }

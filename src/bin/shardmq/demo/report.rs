@@ -5,7 +5,7 @@ use serde::Serialize;
 use super::record::Record;
 use super::workload::Workload;
 use crate::failure::{FAILED, Failure};
-use crate::output::Out;
+use crate::output::{Out, counted};
 
 /// The one object that `--json` prints.
 #[derive(Serialize)]
@@ -87,7 +87,7 @@ impl Report {
             (
                 "redelivered",
                 self.redelivered.to_string(),
-                "seen twice: in hand when the member was killed",
+                "seen twice: what the killed member had not committed",
             ),
             (
                 "produced",
@@ -107,8 +107,9 @@ impl Report {
             ("latency p99", latency(self.latency_ms.p99), ""),
         ];
         out.line(&format!(
-            "\n{} nodes, {} partitions\n",
-            self.nodes, self.partitions
+            "\n{}, {}\n",
+            counted(self.nodes as u64, "node"),
+            counted(self.partitions as u64, "partition")
         ));
         for (name, value, meaning) in rows {
             out.line(format!("{name:<13} {value:>12}  {meaning}").trim_end());
