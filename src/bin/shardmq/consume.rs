@@ -25,6 +25,8 @@ const MOST_BYTES: usize = 1 << 20;
 const PATIENCE_AFTER_SIGNAL: Duration = Duration::from_secs(1);
 const SHUTDOWN: Duration = Duration::from_secs(5);
 
+/// Print a group's messages, one JSON object per line, and acknowledge what was printed.
+///
 /// Ends when the group has consumed what was there at the start, or with `--follow` at a signal.
 #[derive(Parser)]
 pub(crate) struct Args {

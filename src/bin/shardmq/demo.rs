@@ -31,7 +31,9 @@ use workload::Workload;
 const TOPIC: &str = "demo";
 const PARTITIONS_PER_NODE: usize = 4;
 
-/// Starts private Postgres servers, which flush to disk as yours do, and removes them at the end.
+/// Show the main job on private servers: many messages, a crash in the middle, nothing lost.
+///
+/// Starts Postgres servers, which flush to disk as yours do, and removes them at the end.
 #[derive(Parser)]
 pub(crate) struct Args {
     /// How many nodes, each on a server of its own.

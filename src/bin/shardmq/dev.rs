@@ -18,7 +18,9 @@ use crate::signals::Interrupt;
 /// How often to look whether somebody started a dead server again.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 
-/// All data is removed at the end.
+/// Start private servers for development, until a signal ends them.
+///
+/// All their data is removed at the end.
 #[derive(Parser)]
 pub(crate) struct Args {
     /// How many nodes, each on a server of its own.

@@ -10,6 +10,7 @@ use crate::context::Context;
 use crate::failure::Failure;
 use crate::output::{Out, note, or_dash, table};
 
+/// Show how far the groups are.
 #[derive(Parser)]
 pub(crate) struct Args {
     /// Only of this topic.

@@ -11,6 +11,7 @@ use crate::output::{MessageLine, Out, or_dash, time};
 /// Partitions that are asked at once.
 const AT_ONCE: usize = 8;
 
+/// Look at messages without consuming them.
 #[derive(Parser)]
 pub(crate) struct PeekArgs {
     topic: String,
@@ -25,6 +26,7 @@ pub(crate) struct PeekArgs {
     count: u32,
 }
 
+/// Show one message.
 #[derive(Parser)]
 pub(crate) struct MessageArgs {
     /// 19 digits.

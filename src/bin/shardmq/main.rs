@@ -34,17 +34,19 @@ use failure::Failure;
 #[command(name = "shardmq", version, after_help = EXIT_CODES)]
 struct Cli {
     /// The control database, a libpq URL. Its password may come from PGPASSWORD.
-    #[arg(long, global = true, env = "SHARDMQ_URL", hide_env_values = true)]
+    #[arg(long, global = true, env = "SHARDMQ_URL", hide_env_values = true, help_heading = GLOBAL)]
     url: Option<String>,
     /// Print JSON, one object per line.
-    #[arg(long, global = true)]
+    #[arg(long, global = true, help_heading = GLOBAL)]
     json: bool,
     /// Say more on stderr; twice for still more. `RUST_LOG` has the last word.
-    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    #[arg(short, long, global = true, action = clap::ArgAction::Count, help_heading = GLOBAL)]
     verbose: u8,
     #[command(subcommand)]
     command: Command,
 }
+
+const GLOBAL: &str = "For all commands";
 
 const EXIT_CODES: &str = "\
 Exit codes:
@@ -56,29 +58,18 @@ Exit codes:
 
 #[derive(Subcommand)]
 enum Command {
-    /// Show the main job on private servers: many messages, a crash in the middle, nothing lost.
     Demo(demo::Args),
-    /// Start private servers for development, until a signal ends them.
     Dev(dev::Args),
-    /// Make the schemas, or bring them up to date.
     Migrate(migrate::Args),
-    /// Register and list nodes.
     #[command(subcommand)]
     Node(node::Command),
-    /// Make, list, describe and delete topics.
     #[command(subcommand)]
     Topic(topic::Command),
-    /// Send each line of stdin as a message.
     Produce(produce::Args),
-    /// Print a group's messages, one JSON object per line, and acknowledge what was printed.
     Consume(consume::Args),
-    /// Look at messages without consuming them.
     Peek(look::PeekArgs),
-    /// Show one message.
     Message(look::MessageArgs),
-    /// Show how far the groups are.
     Lag(lag::Args),
-    /// A consumer that the demo kills.
     #[command(hide = true)]
     DemoMember(demo::MemberArgs),
 }

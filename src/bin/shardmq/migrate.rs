@@ -9,7 +9,9 @@ use crate::context::Context;
 use crate::failure::Failure;
 use crate::output::Out;
 
-/// Without arguments: the control and log schemas, and all registered nodes.
+/// Make the schemas, or bring them up to date.
+///
+/// Without arguments: the control and log schemas in the control database, and all registered nodes.
 #[derive(Parser)]
 pub(crate) struct Args {
     /// A database that is to become a node, instead; may be repeated.

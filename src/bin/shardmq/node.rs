@@ -8,6 +8,7 @@ use crate::context::Context;
 use crate::failure::Failure;
 use crate::output::{Out, table};
 
+/// Register and list nodes.
 #[derive(Subcommand)]
 pub(crate) enum Command {
     /// Register a migrated database as a node, or change a node's address.

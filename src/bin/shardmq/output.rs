@@ -55,14 +55,14 @@ pub(crate) fn note(text: &str) {
 
 /// A count of messages on stderr, where that is a terminal.
 pub(crate) fn counter() -> ProgressBar {
-    let style = ProgressStyle::with_template("{spinner} {human_pos} messages, {per_sec}");
+    let style = ProgressStyle::with_template("{spinner} {human_pos} messages in {elapsed}");
     let bar = ProgressBar::new_spinner();
     style.map_or(bar.clone(), |style| bar.with_style(style))
 }
 
 /// Progress towards a known count, on stderr, where that is a terminal.
 pub(crate) fn progress(count: u64, doing: &'static str) -> ProgressBar {
-    let template = "{msg:12} {wide_bar} {human_pos}/{human_len} {per_sec}";
+    let template = "{msg:12} {wide_bar} {human_pos}/{human_len}";
     let bar = ProgressBar::new(count).with_message(doing);
     ProgressStyle::with_template(template).map_or(bar.clone(), |style| {
         bar.with_style(style.progress_chars("=> "))

@@ -24,7 +24,10 @@ const WINDOW: usize = 50_000;
 const READ_BYTES: usize = 256 << 10;
 const SHUTDOWN: Duration = Duration::from_secs(35);
 
-/// Each line up to its newline is a message, unchanged: also an empty one, and a carriage return.
+/// Send each line of stdin as a message.
+///
+/// A line up to its newline is a message, unchanged: also an empty one, and with a carriage return. With
+/// `--json` prints the id of each, in the order of the lines.
 #[derive(Parser)]
 pub(crate) struct Args {
     topic: String,

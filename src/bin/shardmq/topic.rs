@@ -11,6 +11,7 @@ use crate::context::Context;
 use crate::failure::Failure;
 use crate::output::{Out, note, or_dash, table, time};
 
+/// Make, list, describe and delete topics.
 #[derive(Subcommand)]
 pub(crate) enum Command {
     /// Make a topic.

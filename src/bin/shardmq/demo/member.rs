@@ -17,6 +17,7 @@ use crate::output::Out;
 /// How often it takes some messages.
 const TURNS_PER_SECOND: u32 = 50;
 
+/// A consumer that the demo kills.
 #[derive(Parser)]
 pub(crate) struct MemberArgs {
     /// How fast it works, so that it is killed in the middle.
