@@ -271,6 +271,11 @@ impl ConsumerHandle {
         Err(Error::new(ErrorKind::Timeout, what))
     }
 
+    /// This consumer's name in the group, as [`PartitionLag::member`](crate::PartitionLag::member) shows it.
+    pub fn member(&self) -> Uuid {
+        self.owner.shared.member
+    }
+
     /// The partitions that this consumer owns now.
     pub fn held_partitions(&self) -> usize {
         self.shared.held.load(Ordering::Acquire)

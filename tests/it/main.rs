@@ -36,3 +36,6 @@ mod round_trip;
 mod settings;
 /// The functions for SQL users: append, message, messages.
 mod sql_functions;
+
+/// The command, as people and scripts run it.
+mod command;
