@@ -30,6 +30,7 @@ mod start;
 use holding::Holding;
 use member::Command;
 pub use messages::{Delivery, Messages};
+pub(crate) use roster::jitter;
 use start::GroupStart;
 
 /// Where a group starts that has not consumed the topic before. Later it goes on from its cursor.
@@ -178,6 +179,7 @@ impl ConsumerBuilder {
             start,
             options: self.options,
         });
+        shared.cluster.keep_up();
         shared.launch().await;
         Ok(Messages::new(
             receiver,

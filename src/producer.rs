@@ -114,6 +114,7 @@ impl ProducerBuilder {
             ));
         }
         let shared = Arc::new(Shared::new(self.cluster, topology, self.options));
+        shared.cluster.keep_up();
         let tasks = &shared.cluster.inner.tasks;
         for writer in shared.writers.values() {
             tasks.spawn(writer::run(Arc::clone(&shared), Arc::clone(writer)));
