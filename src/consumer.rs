@@ -341,7 +341,7 @@ pub(crate) struct Shared {
     held: AtomicUsize,
     stopping: CancellationToken,
     left: CancellationToken,
-    commands: Mutex<Vec<mpsc::UnboundedSender<Command>>>,
+    commands: Mutex<Vec<(NodeId, mpsc::UnboundedSender<Command>)>>,
 }
 
 impl Shared {
@@ -360,7 +360,7 @@ impl Shared {
             self.commands
                 .lock()
                 .unwrap_or_else(PoisonError::into_inner)
-                .push(sender);
+                .push((node, sender));
             tasks.spawn(member::run(Arc::clone(self), node, partitions, commands));
         }
     }
@@ -371,13 +371,21 @@ impl Shared {
         make: impl Fn(oneshot::Sender<Result<()>>) -> Command,
     ) -> Vec<oneshot::Receiver<Result<()>>> {
         let commands = self.commands.lock().unwrap_or_else(PoisonError::into_inner);
-        let tell = |sender: &mpsc::UnboundedSender<Command>| {
+        let tell = |(_, sender): &(NodeId, mpsc::UnboundedSender<Command>)| {
             let (reply, answer) = oneshot::channel();
             // A member that has ended drops the reply, which the receiver sees.
             let _ = sender.send(make(reply));
             answer
         };
         commands.iter().map(tell).collect()
+    }
+
+    /// Tells one node's member.
+    fn tell(&self, node: NodeId, command: Command) {
+        let commands = self.commands.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, sender)) = commands.iter().find(|(known, _)| *known == node) {
+            let _ = sender.send(command);
+        }
     }
 
     /// The members of all nodes have ended: the stream ends too.

@@ -2,6 +2,7 @@
 
 use std::sync::atomic::{AtomicI64, AtomicU8, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::SystemTime;
 
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
@@ -28,6 +29,8 @@ pub(crate) struct Holding {
     pub(crate) ended: CancellationToken,
     position: AtomicI64,
     day: AtomicU32,
+    /// The server on which the last row read was last seen: when that was started.
+    incarnation: Mutex<SystemTime>,
 }
 
 const HELD: u8 = 0;
@@ -40,6 +43,7 @@ impl Holding {
         Self {
             partition: acquired.partition,
             fence: acquired.fence,
+            incarnation: Mutex::new(acquired.incarnation),
             position: AtomicI64::new(acquired.acked_id),
             tracker: Mutex::new(Tracker::new(acquired.acked_id, acquired.acked_ahead)),
             state: AtomicU8::new(HELD),
@@ -117,6 +121,16 @@ impl Holding {
             }
             answered.await;
         }
+    }
+
+    /// The server that everything read so far was last seen on.
+    pub(crate) fn incarnation(&self) -> SystemTime {
+        *self.incarnation.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The last row read was seen on this server.
+    pub(crate) fn seen_on(&self, incarnation: SystemTime) {
+        *self.incarnation.lock().unwrap_or_else(PoisonError::into_inner) = incarnation;
     }
 
     /// How far it was read, for looks.

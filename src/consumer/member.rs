@@ -11,12 +11,14 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use futures_util::{FutureExt, StreamExt};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until, timeout};
+
+use uuid::Uuid;
 
 use crate::consumer::holding::Holding;
 use crate::consumer::reader::read;
@@ -27,7 +29,7 @@ use crate::id::{NodeId, PartitionId};
 use crate::metrics as names;
 use crate::notifier::{Hint, Hints};
 use crate::store::connect::refused;
-use crate::store::group::{Move, Moved};
+use crate::store::group::{Fence, Move, Moved};
 use crate::store::{fetch, group};
 
 /// What a member is told.
@@ -36,6 +38,8 @@ pub(crate) enum Command {
     Flush(oneshot::Sender<Result<()>>),
     /// The share has changed.
     Rebalance(oneshot::Sender<Result<()>>),
+    /// A reader found that the server lacks what it has read.
+    TailLost { partition: PartitionId, owner: Uuid, silent: bool },
     /// Give everything back: when all is answered, or at the deadline.
     Stop {
         until: Instant,
@@ -53,6 +57,9 @@ const DRAIN: Duration = Duration::from_secs(10);
 /// time: after a restart of the server all leases may be over, and all members well.
 const GRACE: Duration = Duration::from_secs(3);
 
+/// How soon a member tries again to renew, after it found another server.
+const UNSETTLED: Duration = Duration::from_millis(100);
+
 struct Member {
     shared: Arc<Shared>,
     node: NodeId,
@@ -63,6 +70,9 @@ struct Member {
     renewed: Option<Instant>,
     /// Since when the lease was kept without a break.
     kept_since: Option<Instant>,
+    /// The server whose log all partitions were last seen on: when it was started.
+    incarnation: Option<SystemTime>,
+    other_server: bool,
     started: bool,
     failing: bool,
     stop: Option<(Instant, oneshot::Sender<Result<()>>)>,
@@ -87,6 +97,8 @@ pub(crate) async fn run(
         draining: JoinSet::new(),
         renewed: None,
         kept_since: None,
+        incarnation: None,
+        other_server: false,
         started: false,
         failing: false,
         stop: None,
@@ -106,7 +118,12 @@ impl Member {
         loop {
             let deadline = self.stop.as_ref().map(|(until, _)| *until);
             tokio::select! {
-                _ = renew.tick() => self.attempt(Work::Renew).await,
+                _ = renew.tick() => {
+                    self.attempt(Work::Renew).await;
+                    if self.unsettled() {
+                        renew.reset_after(UNSETTLED);
+                    }
+                }
                 _ = acquire.tick(), if deadline.is_none() => self.attempt(Work::Balance).await,
                 _ = flush.tick() => self.attempt(Work::Flush).await,
                 () = sleep_until(look_at) => {
@@ -162,6 +179,11 @@ impl Member {
         }));
     }
 
+    /// Whether another server has answered, and not all partitions were looked at there.
+    fn unsettled(&self) -> bool {
+        self.other_server
+    }
+
     /// Says once that a node is in trouble, and once that it is well again.
     fn note(&mut self, outcome: Result<()>) {
         match outcome {
@@ -185,28 +207,67 @@ impl Member {
         let connection = shared.connection(self.node).await?;
         let asked = Instant::now();
         let lease = shared.options.lease.as_secs_f64();
-        let owned = group::renew(connection, shared.member, &shared.group, lease)
-            .await
-            .map_err(|error| refused(error, &format!("renew the lease on node {}", self.node)))?;
-        if self
-            .renewed
-            .is_none_or(|at| asked - at > shared.options.lease)
-        {
+        let renewed =
+            group::renew(connection, shared.member, &shared.group, lease, self.incarnation)
+                .await
+                .map_err(|error| refused(error, &format!("renew the lease on node {}", self.node)))?;
+        self.other_server = !renewed.same_server;
+        if self.other_server {
+            // Every partition is looked at before anything moves there.
+            self.wake_all();
+            let held = || self.holdings.values().filter(|holding| holding.is_held());
+            if held().all(|holding| holding.incarnation() == renewed.incarnation) {
+                self.incarnation = Some(renewed.incarnation);
+            }
+            return Ok(());
+        }
+        self.incarnation = Some(renewed.incarnation);
+        if self.renewed.is_none_or(|at| asked - at > shared.options.lease) {
             self.kept_since = Some(asked);
         }
         self.renewed = Some(asked);
-        let owned: HashMap<_, _> = owned.into_iter().collect();
+        self.reconcile(renewed.owned.into_iter().collect()).await
+    }
+
+    /// Compares what is owned by the node's account with what is held here.
+    async fn reconcile(&mut self, owned: HashMap<PartitionId, Fence>) -> Result<()> {
         let holdings: Vec<_> = self.holdings.values().cloned().collect();
-        for holding in holdings {
+        for holding in &holdings {
             match owned.get(&holding.partition) {
                 Some(fence) if *fence == holding.fence => {}
                 Some(fence) if fence.owner == holding.fence.owner => {
-                    self.lose(&holding, ErrorKind::Reset).await;
+                    self.lose(holding, ErrorKind::Reset).await;
                 }
-                _ => self.lose(&holding, ErrorKind::LeaseLost).await,
+                _ => self.lose(holding, ErrorKind::LeaseLost).await,
             }
         }
-        Ok(())
+        // Rolled back to an earlier acquisition of this member, which nobody can take while it lives.
+        let ours = |fence: &Fence| holdings.iter().any(|holding| holding.fence.owner == fence.owner);
+        let orphans: Vec<_> = owned.into_iter().filter(|(_, fence)| !ours(fence)).collect();
+        let orphans: Vec<_> = orphans.into_iter().map(|(id, fence)| (id, fence.owner)).collect();
+        self.release_owned(&orphans).await
+    }
+
+    /// The server lacks what a reader has read: what was not committed is void, and the partition is
+    /// taken again, under a new epoch, from the committed cursor.
+    async fn lose_tail(&mut self, partition: PartitionId, owner: Uuid, silent: bool) {
+        let held = self.holdings.get(&partition).filter(|holding| holding.fence.owner == owner);
+        let Some(holding) = held.cloned() else { return };
+        if !silent {
+            let what = format!(
+                "partition {partition}: the server lacks messages that were read: a failover lost the \
+                 end of the log; reading goes on from the committed cursor, and effects of lost \
+                 messages may exist"
+            );
+            tracing::error!(alert = "lost_tail", "{what}");
+            self.shared.send(Event::Error(Error::new(ErrorKind::LeaseLost, what)));
+        }
+        self.forget(&holding, ErrorKind::LeaseLost);
+        let released = timeout(STATEMENT, self.release_owned(&[(partition, owner)])).await;
+        if let Ok(Err(error)) = released {
+            tracing::debug!(error = %error.chain(), "release after a lost tail");
+        }
+        self.attempt(Work::Balance).await;
     }
 
     /// Takes free partitions up to the even share, or gives up what is above it.
@@ -334,6 +395,7 @@ impl Member {
                 moves.push(Move {
                     partition,
                     fence,
+                    incarnation: holding.incarnation(),
                     acked_id,
                     acked_ahead,
                 });
@@ -362,6 +424,12 @@ impl Member {
                 }
                 Moved::Locked => {
                     let why = format!("{what}: partition {partition} is locked by a transaction");
+                    result = result.and(Err(Error::new(ErrorKind::Unavailable, why)));
+                    continue;
+                }
+                Moved::OtherServer => {
+                    holding.wake.notify_one();
+                    let why = format!("{what}: another server answered, partition {partition} is looked at first");
                     result = result.and(Err(Error::new(ErrorKind::Unavailable, why)));
                     continue;
                 }
@@ -427,6 +495,9 @@ impl Member {
                 };
                 let _ = reply.send(done.unwrap_or_else(|_| late()));
             }
+            Command::TailLost { partition, owner, silent } => {
+                self.lose_tail(partition, owner, silent).await;
+            }
             Command::Rebalance(reply) => {
                 self.attempt(Work::Balance).await;
                 let _ = reply.send(Ok(()));
@@ -485,23 +556,21 @@ impl Member {
             .filter_map(|partition| self.holdings.get(partition))
             .map(|holding| (holding.partition, holding.fence.owner))
             .collect();
+        self.release_owned(&owned).await
+    }
+
+    async fn release_owned(&self, owned: &[(PartitionId, Uuid)]) -> Result<()> {
         if owned.is_empty() {
             return Ok(());
         }
         let connection = self.shared.connection(self.node).await?;
-        group::release(connection, &self.shared.group, &owned)
+        group::release(connection, &self.shared.group, owned)
             .await
             .map_err(|error| refused(error, &format!("release partitions on node {}", self.node)))
     }
 
     /// A partition is another's, or was moved by a seek.
     async fn lose(&mut self, holding: &Arc<Holding>, why: ErrorKind) {
-        let was_held = holding.is_held();
-        holding.end(why);
-        if was_held {
-            self.shared.held.fetch_sub(1, Ordering::AcqRel);
-        }
-        ::metrics::counter!(names::LEASE_LOST).increment(1);
         self.shared.send(Event::Error(holding.refusal(why)));
         if why == ErrorKind::Reset {
             // Still this member's: free, to be taken again from the new position.
@@ -509,6 +578,16 @@ impl Member {
                 tracing::debug!(error = %error.chain(), "release after a seek");
             }
         }
+        self.forget(holding, why);
+    }
+
+    /// Refuses what is acknowledged from now on.
+    fn forget(&mut self, holding: &Arc<Holding>, why: ErrorKind) {
+        if holding.is_held() {
+            self.shared.held.fetch_sub(1, Ordering::AcqRel);
+        }
+        holding.end(why);
+        ::metrics::counter!(names::LEASE_LOST).increment(1);
         self.holdings.remove(&holding.partition);
     }
 

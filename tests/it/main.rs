@@ -6,5 +6,7 @@ mod support;
 
 /// Private Postgres servers: found, started, ended with their parent.
 mod embedded;
+/// A server that comes back without the end of its log.
+mod lost_tail;
 /// A message goes in and comes out.
 mod round_trip;

@@ -2,6 +2,7 @@
 -- $1 partition  $2 day
 select p.day, p.state, p.topic, p.generation, p.low_watermark,
        (select d.day from shardmq.day d where d.partition = p.partition and d.day > $2 and not d.dropped
-         order by d.day limit 1)
+         order by d.day limit 1),
+       pg_postmaster_start_time()
   from shardmq.partition p
  where p.partition = $1
