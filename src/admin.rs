@@ -251,6 +251,9 @@ impl Cluster {
                 format!("topic {topic} exists already"),
             ));
         }
+        if !exists {
+            self.set_retention(topic.as_str(), options.retention).await?;
+        }
         self.topic(topic.as_str()).await
     }
 

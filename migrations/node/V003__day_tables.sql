@@ -114,13 +114,15 @@ begin
     perform shardmq.make_day(p_partition, today);
     if to_regclass('shardmq.' || shardmq.table_name(p_partition, p.day)) is not null then
         execute format($sql$
-            select $1, $2, (select base_id from shardmq.%1$I order by base_id limit 1), base_id + count - 1, 0
+            select (select base_id from shardmq.%1$I order by base_id limit 1) as first_id, base_id + count - 1 as last_id
               from shardmq.%1$I order by base_id desc limit 1
             $sql$, shardmq.table_name(p_partition, p.day))
-           into finished using p_partition, p.day;
+           into finished.first_id, finished.last_id;
         if finished.last_id is not null then
             finished.count := finished.last_id - finished.first_id + 1;
-            insert into shardmq.day select finished.* on conflict do nothing;
+            insert into shardmq.day (partition, day, first_id, last_id, count)
+            values (p_partition, p.day, finished.first_id, finished.last_id, finished.count)
+            on conflict do nothing;
         end if;
     end if;
     -- A late original names the day that is closed now, and is turned away by that.

@@ -45,6 +45,8 @@ struct Reader {
     day: Option<Day>,
     /// The day was seen to be closed, and this one comes next.
     next: Option<Day>,
+    /// The day that took appends when the partition was looked at last.
+    open: Option<Day>,
     /// The row read last, and the day that it is of.
     last: Option<(Day, Identity)>,
 }
@@ -66,7 +68,7 @@ pub(crate) async fn read(shared: Arc<Shared>, holding: Arc<Holding>) {
     let ended = holding.ended.clone();
     let (_, position) = holding.position();
     let day = fetch::day_of(position);
-    let reader = Reader { shared, holding, position, day, next: None, last: None };
+    let reader = Reader { shared, holding, position, day, next: None, open: None, last: None };
     tokio::select! {
         () = ended.cancelled() => {}
         () = reader.run() => {}
@@ -100,8 +102,8 @@ impl Reader {
         }
     }
 
-    /// Reads until there is nothing more for now. What is appended after a fetch that brought all there
-    /// was comes with a hint, or a look, which wakes this reader again.
+    /// Reads until there is nothing more for now. What is appended to the open day after a fetch that
+    /// brought all there was comes with a hint, or a look, which wakes this reader again.
     async fn drain(&mut self) -> Result<(), Stop> {
         loop {
             let Some(day) = self.day else {
@@ -111,8 +113,8 @@ impl Reader {
             };
             match self.fetch(day).await? {
                 Fetched::Full | Fetched::Moved => continue,
-                Fetched::Rows if self.next.is_some() => continue,
-                Fetched::Rows => return Ok(()),
+                Fetched::Rows if self.open == self.day => return Ok(()),
+                Fetched::Rows => continue,
                 Fetched::Nothing => {}
             }
             // Was the day seen to be closed before this read?
@@ -152,6 +154,7 @@ impl Reader {
                 .map_err(|error| refused(error, &what()))?;
             self.pass(state.low_watermark, missed);
         }
+        self.open = Some(state.day);
         Ok(state.day_after(self.day))
     }
 

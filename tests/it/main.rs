@@ -8,5 +8,7 @@ mod support;
 mod embedded;
 /// A server that comes back without the end of its log.
 mod lost_tail;
+/// Old days are dropped, and nobody stumbles over it.
+mod retention;
 /// A message goes in and comes out.
 mod round_trip;
