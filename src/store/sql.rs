@@ -58,6 +58,7 @@ statements! {
     MESSAGE = "message";
     MISSED = "missed";
     NOTIFY = "notify";
+    NOTIFY_BEAT = "notify_beat";
     OVERLAP = "overlap";
     PARTITIONS_OF_TOPIC = "partitions_of_topic";
     PARTITION_STATE = "partition_state";
