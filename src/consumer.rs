@@ -35,6 +35,7 @@ use budget::{Budget, Room};
 use holding::Holding;
 use member::Command;
 pub use messages::{Delivery, Messages};
+pub(crate) use roster::jitter;
 use start::GroupStart;
 
 /// Where a group starts that has not consumed the topic before. Later it goes on from its cursor.
@@ -89,12 +90,7 @@ impl ConsumerBuilder {
             only: None,
             failpoint: None,
         };
-        Self {
-            cluster,
-            topic: topic.to_owned(),
-            group: group.to_owned(),
-            options,
-        }
+        Self { cluster, topic: topic.to_owned(), group: group.to_owned(), options }
     }
 
     /// Where the group starts if it is new: at the earliest message by default.
@@ -187,6 +183,7 @@ impl ConsumerBuilder {
             start,
             options: self.options,
         });
+        shared.cluster.keep_up();
         shared.launch().await;
         Ok(Messages::new(receiver, topic, ConsumerHandle { shared }))
     }
@@ -205,15 +202,9 @@ fn check_partitions(topology: &Topology, only: Option<&[PartitionId]>) -> Result
     if only.is_some_and(<[_]>::is_empty) {
         return Err(Error::invalid("the list of partitions to take is empty"));
     }
-    let stranger = only
-        .unwrap_or_default()
-        .iter()
-        .find(|p| !topology.partitions.contains(p));
+    let stranger = only.unwrap_or_default().iter().find(|p| !topology.partitions.contains(p));
     stranger.map_or(Ok(()), |partition| {
-        let what = format!(
-            "partition {partition} is not one of topic {}",
-            topology.topic
-        );
+        let what = format!("partition {partition} is not one of topic {}", topology.topic);
         Err(Error::new(ErrorKind::NotFound, what))
     })
 }
@@ -273,7 +264,7 @@ impl ConsumerHandle {
 
     /// This consumer's name in the group, as [`PartitionLag::member`](crate::PartitionLag::member) shows it.
     pub fn member(&self) -> Uuid {
-        self.owner.shared.member
+        self.shared.member
     }
 
     /// The partitions that this consumer owns now.
@@ -313,13 +304,7 @@ impl fmt::Debug for ConsumerHandle {
 pub(crate) enum Event {
     /// Messages of one row, from an id on, with the room that they take. Patchy: some of them were
     /// acknowledged in an earlier holding.
-    Batch {
-        holding: Arc<Holding>,
-        row: Arc<Batch>,
-        from: i64,
-        patchy: bool,
-        room: Room,
-    },
+    Batch { holding: Arc<Holding>, row: Arc<Batch>, from: i64, patchy: bool, room: Room },
     /// News for whoever consumes.
     Error(Error),
 }
@@ -344,7 +329,7 @@ pub(crate) struct Shared {
     stopping: CancellationToken,
     /// All is given back, and the stream has ended.
     left: CancellationToken,
-    commands: Mutex<Vec<mpsc::UnboundedSender<Command>>>,
+    commands: Mutex<Vec<(NodeId, mpsc::UnboundedSender<Command>)>>,
 }
 
 impl Shared {
@@ -361,10 +346,7 @@ impl Shared {
                 continue;
             }
             let (sender, commands) = mpsc::unbounded_channel();
-            self.commands
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .push(sender);
+            self.commands.lock().unwrap_or_else(PoisonError::into_inner).push((node, sender));
             members.push(tasks.spawn(member::run(Arc::clone(self), node, partitions, commands)));
         }
         // However they end, by a shutdown of the consumer or of the whole cluster.
@@ -391,7 +373,7 @@ impl Shared {
         make: impl Fn(oneshot::Sender<Result<()>>) -> Command,
     ) -> Vec<oneshot::Receiver<Result<()>>> {
         let commands = self.commands.lock().unwrap_or_else(PoisonError::into_inner);
-        let tell = |sender: &mpsc::UnboundedSender<Command>| {
+        let tell = |(_, sender): &(NodeId, mpsc::UnboundedSender<Command>)| {
             let (reply, answer) = oneshot::channel();
             // A member that has ended drops the reply, which the receiver sees.
             let _ = sender.send(make(reply));
@@ -400,15 +382,18 @@ impl Shared {
         commands.iter().map(tell).collect()
     }
 
+    /// Tells one node's member.
+    fn tell(&self, node: NodeId, command: Command) {
+        let commands = self.commands.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, sender)) = commands.iter().find(|(known, _)| *known == node) {
+            let _ = sender.send(command);
+        }
+    }
+
     /// The members of all nodes have ended: the stream ends too. Idempotent.
     async fn leave(&self) {
         roster::leave(self).await;
-        drop(
-            self.events
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .take(),
-        );
+        drop(self.events.lock().unwrap_or_else(PoisonError::into_inner).take());
         self.left.cancel();
     }
 

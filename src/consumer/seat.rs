@@ -21,23 +21,15 @@ impl Seat {
         let Ok(before) = held.fetch_update(Ordering::AcqRel, Ordering::Acquire, more) else {
             return Vec::new();
         };
-        let seat = |_| Self {
-            held: Arc::clone(held),
-            taken: true,
-        };
-        (0..share.saturating_sub(before).min(most))
-            .map(seat)
-            .collect()
+        let seat = |_| Self { held: Arc::clone(held), taken: true };
+        (0..share.saturating_sub(before).min(most)).map(seat).collect()
     }
 
     /// Frees the seat if more are taken than the share; says whether it did.
     pub(crate) fn free_above(&mut self, share: usize) -> bool {
         let fewer = |held: usize| (held > share).then(|| held - 1);
         let freed = self.taken
-            && self
-                .held
-                .fetch_update(Ordering::AcqRel, Ordering::Acquire, fewer)
-                .is_ok();
+            && self.held.fetch_update(Ordering::AcqRel, Ordering::Acquire, fewer).is_ok();
         self.taken &= !freed;
         freed
     }

@@ -8,28 +8,32 @@ mod support;
 mod bad_data;
 /// Input outside of the limits: refused before anything is sent, and by the tables too.
 mod bad_input;
+/// What is fetched ahead is bounded by bytes.
+mod bounded_reads;
 /// Several partitions in one commit, without waiting for each other.
 mod convoy;
+/// From day to day: no message is left behind, and lag is right.
+mod days;
 /// Private Postgres servers: found, started, ended with their parent.
 mod embedded;
+/// The statements of leases and cursors: who may move what.
+mod fence;
 /// The 99,999,999th message of a partition's day.
 mod full;
 /// A client that falls silent in the middle, or goes away: no lock stays, nobody is harmed.
 mod half_pipeline;
-/// What is fetched ahead is bounded by bytes.
-mod bounded_reads;
-/// From day to day: no message is left behind, and lag is right.
-mod days;
-/// The statements of leases and cursors: who may move what.
-mod fence;
 /// A transaction that appends and commits late: no gap, nothing skipped.
 mod late_commit;
 /// Who owns a partition, through joins, crashes, pauses and restarts.
 mod leases;
+/// A server that comes back without the end of its log.
+mod lost_tail;
 /// Midnight, and clocks that are wrong.
 mod midnight;
 /// A position anywhere in a batch: exactly the rest comes.
 mod positions;
+/// Old days are dropped, and nobody stumbles over it.
+mod retention;
 /// A message goes in and comes out.
 mod round_trip;
 /// Databases with settings of their own, and commits that are none.
