@@ -20,6 +20,8 @@ mod half_pipeline;
 mod late_commit;
 /// Midnight, and clocks that are wrong.
 mod midnight;
+/// Batches that are repeated since their answer was lost: one copy, in every order of events.
+mod repeats;
 /// A message goes in and comes out.
 mod round_trip;
 /// Databases with settings of their own, and commits that are none.
