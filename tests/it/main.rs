@@ -10,6 +10,8 @@ mod bad_data;
 mod bad_input;
 /// Several partitions in one commit, without waiting for each other.
 mod convoy;
+/// A server that crashes under load, again and again.
+mod crash;
 /// Private Postgres servers: found, started, ended with their parent.
 mod embedded;
 /// The 99,999,999th message of a partition's day.
@@ -18,8 +20,12 @@ mod full;
 mod half_pipeline;
 /// A transaction that appends and commits late: no gap, nothing skipped.
 mod late_commit;
+/// Many processes that append to one partition, while another ends their connections.
+mod many_processes;
 /// Midnight, and clocks that are wrong.
 mod midnight;
+/// Every statement is one that the server takes, and the hot ones go by indexes only.
+mod plans;
 /// Batches that are repeated since their answer was lost: one copy, in every order of events.
 mod repeats;
 /// A message goes in and comes out.
