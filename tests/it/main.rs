@@ -14,6 +14,8 @@ mod bounded_reads;
 mod convoy;
 /// From day to day: no message is left behind, and lag is right.
 mod days;
+/// A server that crashes under load, again and again.
+mod crash;
 /// Private Postgres servers: found, started, ended with their parent.
 mod embedded;
 /// The statements of leases and cursors: who may move what.
@@ -34,6 +36,12 @@ mod midnight;
 mod positions;
 /// Old days are dropped, and nobody stumbles over it.
 mod retention;
+/// Many processes that append to one partition, while another ends their connections.
+mod many_processes;
+/// Every statement is one that the server takes, and the hot ones go by indexes only.
+mod plans;
+/// Batches that are repeated since their answer was lost: one copy, in every order of events.
+mod repeats;
 /// A message goes in and comes out.
 mod round_trip;
 /// Databases with settings of their own, and commits that are none.
