@@ -4,6 +4,8 @@
 
 mod support;
 
+/// Positions, last ids and lag are computed: compared with a count.
+mod arithmetic;
 /// What is fetched ahead is bounded by bytes.
 mod bounded_reads;
 /// From day to day: no message is left behind, and lag is right.
