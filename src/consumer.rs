@@ -35,6 +35,7 @@ use budget::{Budget, Room};
 use holding::Holding;
 use member::Command;
 pub use messages::{Delivery, Messages};
+use seat::Seats;
 use start::GroupStart;
 
 /// Where a group starts that has not consumed the topic before. Later it goes on from its cursor.
@@ -175,7 +176,7 @@ impl ConsumerBuilder {
             // Time-ordered, so that members rank by when they joined.
             member: Uuid::now_v7(),
             share: AtomicUsize::new(topology.partitions.len()),
-            held: Arc::default(),
+            seats: Arc::default(),
             events: Mutex::new(Some(events)),
             stopped: AtomicBool::new(false),
             stopping: self.cluster.inner.shutdown.child_token(),
@@ -273,7 +274,7 @@ impl ConsumerHandle {
 
     /// The partitions that this consumer owns now.
     pub fn held_partitions(&self) -> usize {
-        self.shared.held.load(Ordering::Acquire)
+        self.shared.seats.occupied()
     }
 
     /// Bytes that are fetched, or about to be, and not yet handed out: for tests.
@@ -299,7 +300,7 @@ impl fmt::Debug for ConsumerHandle {
         f.debug_struct("ConsumerHandle")
             .field("member", &shared.member)
             .field("group", &shared.group)
-            .field("held", &shared.held)
+            .field("held", &shared.seats.occupied())
             .finish_non_exhaustive()
     }
 }
@@ -332,7 +333,7 @@ pub(crate) struct Shared {
     budget: Arc<Budget>,
     /// How many partitions are this member's even share.
     share: AtomicUsize,
-    held: Arc<AtomicUsize>,
+    seats: Arc<Seats>,
     /// A shutdown was asked for.
     stopped: AtomicBool,
     /// Ends the heartbeat.

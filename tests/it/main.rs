@@ -26,3 +26,5 @@ mod positions;
 mod round_trip;
 /// The functions for SQL users: append, message, messages.
 mod sql_functions;
+/// Where a group starts: earliest, latest, a time, an id.
+mod starts;
