@@ -90,12 +90,7 @@ impl ConsumerBuilder {
             only: None,
             failpoint: None,
         };
-        Self {
-            cluster,
-            topic: topic.to_owned(),
-            group: group.to_owned(),
-            options,
-        }
+        Self { cluster, topic: topic.to_owned(), group: group.to_owned(), options }
     }
 
     /// Where the group starts if it is new: at the earliest message by default.
@@ -206,15 +201,9 @@ fn check_partitions(topology: &Topology, only: Option<&[PartitionId]>) -> Result
     if only.is_some_and(<[_]>::is_empty) {
         return Err(Error::invalid("the list of partitions to take is empty"));
     }
-    let stranger = only
-        .unwrap_or_default()
-        .iter()
-        .find(|p| !topology.partitions.contains(p));
+    let stranger = only.unwrap_or_default().iter().find(|p| !topology.partitions.contains(p));
     stranger.map_or(Ok(()), |partition| {
-        let what = format!(
-            "partition {partition} is not one of topic {}",
-            topology.topic
-        );
+        let what = format!("partition {partition} is not one of topic {}", topology.topic);
         Err(Error::new(ErrorKind::NotFound, what))
     })
 }
@@ -272,6 +261,11 @@ impl ConsumerHandle {
         Err(Error::new(ErrorKind::Timeout, what))
     }
 
+    /// This consumer's name in the group, as [`PartitionLag::member`](crate::PartitionLag::member) shows it.
+    pub fn member(&self) -> Uuid {
+        self.shared.member
+    }
+
     /// The partitions that this consumer owns now.
     pub fn held_partitions(&self) -> usize {
         self.shared.seats.occupied()
@@ -309,13 +303,7 @@ impl fmt::Debug for ConsumerHandle {
 pub(crate) enum Event {
     /// Messages of one row, from an id on, with the room that they take. Patchy: some of them were
     /// acknowledged in an earlier holding.
-    Batch {
-        holding: Arc<Holding>,
-        row: Arc<Batch>,
-        from: i64,
-        patchy: bool,
-        room: Room,
-    },
+    Batch { holding: Arc<Holding>, row: Arc<Batch>, from: i64, patchy: bool, room: Room },
     /// News for whoever consumes.
     Error(Error),
 }
@@ -357,10 +345,7 @@ impl Shared {
                 continue;
             }
             let (sender, commands) = mpsc::unbounded_channel();
-            self.commands
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .push(sender);
+            self.commands.lock().unwrap_or_else(PoisonError::into_inner).push(sender);
             members.push(tasks.spawn(member::run(Arc::clone(self), node, partitions, commands)));
         }
         // However they end, by a shutdown of the consumer or of the whole cluster.
@@ -399,12 +384,7 @@ impl Shared {
     /// The members of all nodes have ended: the stream ends too. Idempotent.
     async fn leave(&self) {
         roster::leave(self).await;
-        drop(
-            self.events
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .take(),
-        );
+        drop(self.events.lock().unwrap_or_else(PoisonError::into_inner).take());
         self.left.cancel();
     }
 

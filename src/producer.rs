@@ -76,11 +76,7 @@ impl ProducerBuilder {
             append_timeout: Duration::from_secs(2),
             clock: Clock(Arc::new(SystemTime::now)),
         };
-        Self {
-            cluster,
-            topic: topic.to_owned(),
-            options,
-        }
+        Self { cluster, topic: topic.to_owned(), options }
     }
 
     /// The most bytes of a payload: 4 MiB by default, up to 64 MiB.
@@ -138,9 +134,7 @@ impl ProducerBuilder {
             tasks.spawn(writer::run(Arc::clone(&shared), Arc::clone(writer)));
         }
         tasks.spawn(writer::make_tables_ahead(Arc::clone(&shared)));
-        Ok(Producer {
-            handle: Arc::new(Handle { shared }),
-        })
+        Ok(Producer { handle: Arc::new(Handle { shared }) })
     }
 }
 
@@ -214,9 +208,7 @@ impl Producer {
         let completions: Vec<_> = lanes.iter().flat_map(|lane| lane.completions()).collect();
         let mut outcome = Ok(());
         for completion in completions {
-            for receipt in completion.receipts() {
-                outcome = outcome.and(receipt.await.map(drop));
-            }
+            outcome = outcome.and(completion.all().await);
         }
         outcome
     }
@@ -243,9 +235,7 @@ impl Producer {
 
 impl fmt::Debug for Producer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Producer")
-            .field("topic", self.topic())
-            .finish_non_exhaustive()
+        f.debug_struct("Producer").field("topic", self.topic()).finish_non_exhaustive()
     }
 }
 
@@ -287,19 +277,9 @@ impl Shared {
             .collect();
         let lane = |(index, partition): (usize, &crate::id::PartitionId)| {
             let writer = Arc::clone(writers.get(&partition.node())?);
-            Some(Arc::new(Lane::new(
-                *partition,
-                topology.generation,
-                index,
-                writer,
-            )))
+            Some(Arc::new(Lane::new(*partition, topology.generation, index, writer)))
         };
-        let lanes: Vec<_> = topology
-            .partitions
-            .iter()
-            .enumerate()
-            .filter_map(lane)
-            .collect();
+        let lanes: Vec<_> = topology.partitions.iter().enumerate().filter_map(lane).collect();
         // A random start, so that producers don't all begin with the same partition.
         let start = uuid::Uuid::new_v4().as_u128() as usize % lanes.len().max(1);
         Self {
@@ -340,24 +320,17 @@ impl Shared {
             return Err(Error::closed("the producer"));
         }
         if self.options.when_full == WhenFull::Fail {
-            let why = format!(
-                "the producer's buffer of {} bytes is full",
-                self.options.buffer_bytes
-            );
+            let why =
+                format!("the producer's buffer of {} bytes is full", self.options.buffer_bytes);
             return Err(Error::new(ErrorKind::Full, why));
         }
         let permit = self.budget.acquire_many(cost).await;
-        permit
-            .map(tokio::sync::SemaphorePermit::forget)
-            .map_err(|_| Error::closed("the producer"))
+        permit.map(tokio::sync::SemaphorePermit::forget).map_err(|_| Error::closed("the producer"))
     }
 
     fn push(&self, message: &Message) -> Result<Receipt> {
         let lane = match &message.key {
-            Some(key) => self
-                .slots
-                .get(usize::from(key_slot(key)))
-                .map_or(0, |i| usize::from(*i)),
+            Some(key) => self.slots.get(usize::from(key_slot(key))).map_or(0, |i| usize::from(*i)),
             None => self.current.load(Ordering::Relaxed),
         };
         let mut lane = &self.lanes[lane];
@@ -368,6 +341,10 @@ impl Shared {
         let pushed = lane.push(message, self.options.send_timeout);
         if pushed.schedule {
             lane.writer.schedule(lane);
+        }
+        // After the push: the writer empties its lanes after the end, so one of the two sees it.
+        if self.ended.is_cancelled() {
+            self.abandon(lane);
         }
         if pushed.filled && message.key.is_none() {
             self.passed(lane);
@@ -381,9 +358,7 @@ impl Shared {
         if self.current.load(Ordering::Relaxed) != lane.index {
             return;
         }
-        let idle = self
-            .lanes_after(lane.index)
-            .find(|lane| lane.is_idle() && self.is_open(lane));
+        let idle = self.lanes_after(lane.index).find(|lane| lane.is_idle() && self.is_open(lane));
         let next = idle.or_else(|| self.open_lane_after(lane.index));
         if let Some(next) = next {
             self.current.store(next.index, Ordering::Relaxed);
@@ -419,8 +394,14 @@ impl Shared {
             Err(_) => ::metrics::counter!(names::SEND_FAILED).increment(count),
         }
         batch.tickets.complete(result);
-        self.budget
-            .add_permits(batch.cost.min(self.options.buffer_bytes));
+        self.budget.add_permits(batch.cost.min(self.options.buffer_bytes));
+    }
+
+    /// Nothing is sent any more: answers what waits in a lane.
+    pub(crate) fn abandon(&self, lane: &Lane) {
+        for batch in lane.abandon() {
+            self.answer(&batch, Err(Error::closed("the producer or its cluster")));
+        }
     }
 
     /// A lane's batch is answered: the next may go.

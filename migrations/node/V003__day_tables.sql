@@ -1,8 +1,9 @@
 -- Day tables: made, and left behind at midnight. The functions run with their owner's rights, since a
 -- producer's role can't create tables. New objects only.
 
--- Limits on single keys and headers, for CHECKs. They look at each element only where all together
--- are longer than one may be.
+-- Limits on single keys, headers and payloads, for CHECKs. Keys and payloads are looked at one by one
+-- only where all together are longer than one may be. To be joined with nothing unpacks an array that
+-- comes compressed from another table, whose size would be that on disk.
 create function shardmq.keys_fit(keys text[]) returns boolean
     language sql immutable
     as $$ select coalesce(bool_and(octet_length(k) <= 1024), true) from unnest(keys) k $$;
@@ -15,6 +16,10 @@ create function shardmq.headers_fit(headers jsonb[]) returns boolean
                from jsonb_each_text(case when jsonb_typeof(h) = 'object' then h else '{}' end) e)), true)
           from unnest(headers) h
     $$;
+
+create function shardmq.payloads_fit(payloads bytea[]) returns boolean
+    language sql immutable
+    as $$ select coalesce(bool_and(octet_length(m) <= 67108864), true) from unnest(payloads) m $$;
 
 -- Makes the table of a partition and day if it is missing. lz4 where the server has it: two to four
 -- times as quick as pglz.
@@ -53,16 +58,19 @@ begin
             check (bytes between 0 and 134217728),
             check (keys is null or cardinality(keys) = count),
             check (headers is null or cardinality(headers) = count),
-            check (keys is null or pg_column_size(keys) <= 1024 or shardmq.keys_fit(keys)),
+            check (keys is null or pg_column_size(keys || '{}'::text[]) <= 1024 or shardmq.keys_fit(keys)),
+            check (pg_column_size(payloads || '{}'::bytea[]) <= 67108864 or shardmq.payloads_fit(payloads)),
             check (headers is null or shardmq.headers_fit(headers))
         ) with (autovacuum_vacuum_insert_scale_factor = 1, toast.autovacuum_vacuum_insert_scale_factor = 1)
         $sql$, shardmq.table_name(p_partition, p_day), compression, first_id, first_id + 99999998);
 end $$;
 
--- Tables for today and the days ahead, so that midnight finds them made.
+-- Tables for today and the days ahead, so that midnight finds them made. Not worth a long wait: what is
+-- not made here is made on demand.
 create function shardmq.make_days_ahead(p_partition int, p_days int) returns void
     language plpgsql volatile security definer
     set search_path = pg_catalog, pg_temp
+    set lock_timeout = '300ms'
     as $$
 declare
     today int := shardmq.day_of(shardmq.clock());
@@ -76,7 +84,7 @@ begin
     end if;
     for ahead in 0 .. least(p_days, 7) loop
         perform shardmq.make_day(p_partition,
-            shardmq.day_of(shardmq.day_start(today) + ahead * interval '1 day'));
+            shardmq.day_of(shardmq.day_start(today) + ahead * interval '24 hours'));
     end loop;
 end $$;
 

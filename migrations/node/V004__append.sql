@@ -40,6 +40,7 @@ declare
     p shardmq.partition;
     last record;
     overtaken boolean;
+    inserted int;
 begin
     perform shardmq.lock_partition(p_partition);
     select * into p from shardmq.partition x where x.partition = p_partition;
@@ -98,6 +99,11 @@ begin
         $sql$, shardmq.table_name(p_partition, p.day))
       using base_id, p_payloads, p_bytes, last.appended_at, shardmq.day_start(p.day),
             p_producer, p_sequence, p_keys, p_headers;
+    get diagnostics inserted = row_count;
+    if inserted <> 1 then
+        raise exception 'shardmq: a trigger or rule kept the batch from being stored in partition %', p_partition
+            using errcode = 'integrity_constraint_violation';
+    end if;
     outcome := 'appended';
 end $$;
 

@@ -67,9 +67,7 @@ impl Holding {
 
     /// Nothing more is read or handed out; what is in hand may still be acknowledged.
     pub(crate) fn drain(&self) {
-        let _ = self
-            .state
-            .compare_exchange(HELD, DRAINING, Ordering::SeqCst, Ordering::SeqCst);
+        let _ = self.state.compare_exchange(HELD, DRAINING, Ordering::SeqCst, Ordering::SeqCst);
         self.ended.cancel();
         self.leave_seat();
     }
@@ -98,12 +96,7 @@ impl Holding {
     }
 
     fn leave_seat(&self) {
-        drop(
-            self.seat
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .take(),
-        );
+        drop(self.seat.lock().unwrap_or_else(PoisonError::into_inner).take());
     }
 
     /// Records an acknowledgement.
@@ -166,8 +159,7 @@ impl Holding {
     }
 
     pub(crate) fn set_position(&self, day: Option<Day>, position: i64) {
-        self.day
-            .store(day.map_or(0, Day::yymmdd), Ordering::Relaxed);
+        self.day.store(day.map_or(0, Day::yymmdd), Ordering::Relaxed);
         self.position.store(position, Ordering::Relaxed);
     }
 }

@@ -32,14 +32,9 @@ impl Member {
         let connection = shared.connection(self.node).await?;
         let asked = Instant::now();
         let lease = shared.options.lease;
-        let owned = group::renew(
-            connection,
-            shared.member,
-            &shared.group,
-            lease.as_secs_f64(),
-        )
-        .await
-        .map_err(|error| refused(error, &format!("renew the lease on node {}", self.node)))?;
+        let owned = group::renew(connection, shared.member, &shared.group, lease.as_secs_f64())
+            .await
+            .map_err(|error| refused(error, &format!("renew the lease on node {}", self.node)))?;
         // Longer than between two renewals: the node may have been away from everybody.
         if self.renewed.is_none_or(|at| asked - at > lease / 2) {
             self.kept_since = Some(asked);
@@ -58,10 +53,8 @@ impl Member {
         }
         // Taken, or not released, in a statement whose answer was lost: nobody else would take them for
         // as long as this member lives.
-        let strays: Vec<_> = owned
-            .into_iter()
-            .map(|(partition, fence)| (partition, fence.owner))
-            .collect();
+        let strays: Vec<_> =
+            owned.into_iter().map(|(partition, fence)| (partition, fence.owner)).collect();
         self.release_owned(&strays).await
     }
 
@@ -70,10 +63,7 @@ impl Member {
         let shared = Arc::clone(&self.shared);
         let share = shared.share.load(Ordering::Acquire);
         self.give_up_above(share);
-        if self
-            .renewed
-            .is_none_or(|at| at.elapsed() > shared.options.lease)
-        {
+        if self.renewed.is_none_or(|at| at.elapsed() > shared.options.lease) {
             self.renew().await?;
         }
         let free_here = self.partitions.len().saturating_sub(self.holdings.len());
@@ -93,31 +83,19 @@ impl Member {
         let names = (&shared.topology.topic, &shared.group);
         let what = format!("take partitions on node {}", self.node);
         if !self.started {
-            shared
-                .start
-                .tell(&shared.cluster, &shared.topology, &shared.group, self.node)
-                .await?;
+            shared.start.tell(&shared.cluster, &shared.topology, &shared.group, self.node).await?;
             self.started = true;
         }
         let connection = shared.connection(self.node).await?;
         group::make_cursors(connection, names.0, names.1)
             .await
             .map_err(|error| refused(error, &what))?;
-        let ended_too = self
-            .kept_since
-            .is_some_and(|since| since.elapsed() >= GRACE);
+        let ended_too = self.kept_since.is_some_and(|since| since.elapsed() >= GRACE);
         let most = i64::try_from(most).unwrap_or(i64::MAX);
         let connection = shared.connection(self.node).await?;
-        group::acquire(
-            connection,
-            names,
-            shared.member,
-            most,
-            ended_too,
-            &self.partitions,
-        )
-        .await
-        .map_err(|error| refused(error, &what))
+        group::acquire(connection, names, shared.member, most, ended_too, &self.partitions)
+            .await
+            .map_err(|error| refused(error, &what))
     }
 
     /// Starts to read a partition that was taken.
@@ -129,11 +107,7 @@ impl Member {
         }
         let ended = self.shared.cluster.inner.shutdown.child_token();
         let holding = Arc::new(Holding::new(acquired, seat, ended));
-        self.shared
-            .cluster
-            .inner
-            .tasks
-            .spawn(read(Arc::clone(&self.shared), Arc::clone(&holding)));
+        self.shared.cluster.inner.tasks.spawn(read(Arc::clone(&self.shared), Arc::clone(&holding)));
         ::metrics::counter!(names::ACQUIRED).increment(1);
         tracing::info!(%partition, group = %self.shared.group, "partition taken");
         self.holdings.insert(partition, holding);
@@ -201,10 +175,8 @@ impl Member {
     }
 
     pub(super) async fn release(&self, holdings: &[Arc<Holding>]) -> Result<()> {
-        let owned: Vec<_> = holdings
-            .iter()
-            .map(|holding| (holding.partition, holding.fence.owner))
-            .collect();
+        let owned: Vec<_> =
+            holdings.iter().map(|holding| (holding.partition, holding.fence.owner)).collect();
         self.release_owned(&owned).await
     }
 

@@ -34,10 +34,7 @@ pub(crate) enum Command {
     /// The share has changed.
     Rebalance(oneshot::Sender<Result<()>>),
     /// Give everything back: when all is answered, or at the deadline.
-    Stop {
-        until: Instant,
-        reply: oneshot::Sender<Result<()>>,
-    },
+    Stop { until: Instant, reply: oneshot::Sender<Result<()>> },
 }
 
 /// How long a statement of a member may take.
@@ -136,9 +133,9 @@ impl Member {
         let outcome = match work {
             Work::Renew => timeout(STATEMENT, self.renew()).await,
             Work::Balance => timeout(STATEMENT, self.balance()).await,
-            Work::Flush => timeout(STATEMENT, self.flush(None))
-                .await
-                .map(|flushed| flushed.map(drop)),
+            Work::Flush => {
+                timeout(STATEMENT, self.flush(None)).await.map(|flushed| flushed.map(drop))
+            }
             Work::Look => {
                 let looked = timeout(STATEMENT, self.look()).await;
                 if !matches!(looked, Ok(Ok(()))) {
@@ -204,30 +201,21 @@ impl Member {
     }
 
     fn wake(&self, partitions: &[PartitionId]) {
-        for holding in partitions
-            .iter()
-            .filter_map(|partition| self.holdings.get(partition))
-        {
+        for holding in partitions.iter().filter_map(|partition| self.holdings.get(partition)) {
             holding.wake.notify_one();
         }
     }
 
     fn wake_all(&self) {
-        self.holdings
-            .values()
-            .for_each(|holding| holding.wake.notify_one());
+        self.holdings.values().for_each(|holding| holding.wake.notify_one());
     }
 
     async fn obey(&mut self, command: Command) {
         match command {
             Command::Flush(reply) => {
                 let done = timeout(STATEMENT, self.flush_through()).await;
-                let late = || {
-                    Err(Error::new(
-                        ErrorKind::Timeout,
-                        "commit cursors: no answer in time",
-                    ))
-                };
+                let late =
+                    || Err(Error::new(ErrorKind::Timeout, "commit cursors: no answer in time"));
                 let _ = reply.send(done.unwrap_or_else(|_| late()));
             }
             Command::Rebalance(reply) => {
@@ -253,9 +241,7 @@ impl Member {
             let _ = group::sweep_members(self.shared.connection(self.node).await?).await;
             let connection = self.shared.connection(self.node).await?;
             let left = group::leave(connection, self.shared.member).await;
-            flushed
-                .and(released)
-                .and(left.map_err(|error| refused(error, "end the lease")))
+            flushed.and(released).and(left.map_err(|error| refused(error, "end the lease")))
         });
         let outcome = done.await.unwrap_or_else(|_| {
             let what = format!("commit acknowledgements on node {}: no answer", self.node);

@@ -55,12 +55,7 @@ impl Messages {
         topic: TopicName,
         handle: ConsumerHandle,
     ) -> Self {
-        Self {
-            events,
-            current: None,
-            topic,
-            handle,
-        }
+        Self { events, current: None, topic, handle }
     }
 
     /// A handle to flush and to shut down with, from anywhere.
@@ -119,21 +114,9 @@ impl Stream for Messages {
                 return Poll::Ready(Some(Ok(delivery)));
             }
             match std::task::ready!(self.events.poll_recv(context)) {
-                Some(Event::Batch {
-                    holding,
-                    row,
-                    from,
-                    patchy,
-                    room,
-                }) => {
-                    self.current = Some(Current {
-                        holding,
-                        row,
-                        next: from,
-                        handed: 0,
-                        patchy,
-                        _room: room,
-                    });
+                Some(Event::Batch { holding, row, from, patchy, room }) => {
+                    self.current =
+                        Some(Current { holding, row, next: from, handed: 0, patchy, _room: room });
                 }
                 Some(Event::Error(error)) if !self.handle.is_stopped() => {
                     return Poll::Ready(Some(Err(error)));
@@ -154,9 +137,7 @@ impl Drop for Messages {
 
 impl fmt::Debug for Messages {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Messages")
-            .field("topic", &self.topic)
-            .finish_non_exhaustive()
+        f.debug_struct("Messages").field("topic", &self.topic).finish_non_exhaustive()
     }
 }
 
@@ -208,9 +189,7 @@ impl Delivery {
     /// The headers it was sent with; a value that is not a string as its JSON text.
     pub fn headers(&self) -> Headers {
         let all = self.all_headers();
-        all.into_iter()
-            .filter(|(name, _)| !name.starts_with(RESERVED_HEADER_PREFIX))
-            .collect()
+        all.into_iter().filter(|(name, _)| !name.starts_with(RESERVED_HEADER_PREFIX)).collect()
     }
 
     /// The value of one header.
@@ -266,11 +245,7 @@ impl Delivery {
     }
 
     fn all_headers(&self) -> Headers {
-        let json = self
-            .row
-            .headers
-            .as_ref()
-            .and_then(|all| all.element(self.index));
+        let json = self.row.headers.as_ref().and_then(|all| all.element(self.index));
         let text = json.and_then(|json| json.get(1..)).unwrap_or(b"{}");
         let values: serde_json::Map<String, serde_json::Value> =
             serde_json::from_slice(text).unwrap_or_default();
@@ -278,16 +253,12 @@ impl Delivery {
             serde_json::Value::String(text) => text,
             other => other.to_string(),
         };
-        values
-            .into_iter()
-            .map(|(name, value)| (name, text(value)))
-            .collect()
+        values.into_iter().map(|(name, value)| (name, text(value))).collect()
     }
 
     fn reserved_header(&self, name: &str) -> Option<String> {
         self.row.headers.as_ref()?;
-        self.all_headers()
-            .remove(&format!("{RESERVED_HEADER_PREFIX}{name}"))
+        self.all_headers().remove(&format!("{RESERVED_HEADER_PREFIX}{name}"))
     }
 }
 

@@ -42,13 +42,7 @@ pub(crate) async fn read(shared: Arc<Shared>, holding: Arc<Holding>) {
     let ended = holding.ended.clone();
     let (_, position) = holding.position();
     let day = fetch::day_of(position);
-    let reader = Reader {
-        shared,
-        holding,
-        position,
-        day,
-        next: None,
-    };
+    let reader = Reader { shared, holding, position, day, next: None };
     tokio::select! {
         () = ended.cancelled() => {}
         () = reader.run() => {}
@@ -147,10 +141,8 @@ impl Reader {
         drop(connection);
         // A table that is gone has nothing more to say.
         let rows = rows.unwrap_or_default();
-        let new: Vec<Batch> = rows
-            .into_iter()
-            .filter(|row| row.last_id() > self.position)
-            .collect();
+        let new: Vec<Batch> =
+            rows.into_iter().filter(|row| row.last_id() > self.position).collect();
         let any = !new.is_empty();
         self.deliver(new, reserved);
         Ok(any)
@@ -164,13 +156,7 @@ impl Reader {
             let patchy = self.holding.tracker().read(from, self.position);
             let room = reserved.split(self.shared.weight(&row));
             let holding = Arc::clone(&self.holding);
-            self.shared.send(Event::Batch {
-                holding,
-                row: Arc::new(row),
-                from,
-                patchy,
-                room,
-            });
+            self.shared.send(Event::Batch { holding, row: Arc::new(row), from, patchy, room });
         }
         self.holding.set_position(self.day, self.position);
     }

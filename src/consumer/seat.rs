@@ -17,20 +17,11 @@ impl Seats {
             let room = share.saturating_sub(taken).min(most);
             (room > 0).then_some(taken + room)
         };
-        let Ok(before) = self
-            .taken
-            .fetch_update(Ordering::AcqRel, Ordering::Acquire, more)
-        else {
+        let Ok(before) = self.taken.fetch_update(Ordering::AcqRel, Ordering::Acquire, more) else {
             return Vec::new();
         };
-        let seat = |_| Seat {
-            seats: Arc::clone(self),
-            taken: true,
-            occupied: false,
-        };
-        (0..share.saturating_sub(before).min(most))
-            .map(seat)
-            .collect()
+        let seat = |_| Seat { seats: Arc::clone(self), taken: true, occupied: false };
+        (0..share.saturating_sub(before).min(most)).map(seat).collect()
     }
 
     /// Seats of partitions that are owned.
@@ -60,11 +51,7 @@ impl Seat {
     pub(crate) fn free_above(&mut self, share: usize) -> bool {
         let fewer = |taken: usize| (taken > share).then(|| taken - 1);
         let freed = self.taken
-            && self
-                .seats
-                .taken
-                .fetch_update(Ordering::AcqRel, Ordering::Acquire, fewer)
-                .is_ok();
+            && self.seats.taken.fetch_update(Ordering::AcqRel, Ordering::Acquire, fewer).is_ok();
         self.taken &= !freed;
         freed
     }
@@ -72,12 +59,8 @@ impl Seat {
 
 impl Drop for Seat {
     fn drop(&mut self) {
-        self.seats
-            .taken
-            .fetch_sub(usize::from(self.taken), Ordering::AcqRel);
-        self.seats
-            .occupied
-            .fetch_sub(usize::from(self.occupied), Ordering::AcqRel);
+        self.seats.taken.fetch_sub(usize::from(self.taken), Ordering::AcqRel);
+        self.seats.occupied.fetch_sub(usize::from(self.occupied), Ordering::AcqRel);
     }
 }
 

@@ -58,12 +58,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl PostgresNotifier {
     pub(crate) fn new(nodes: Arc<Nodes>, shutdown: CancellationToken, tasks: TaskTracker) -> Self {
-        Self {
-            nodes,
-            shutdown,
-            tasks,
-            channels: Mutex::default(),
-        }
+        Self { nodes, shutdown, tasks, channels: Mutex::default() }
     }
 
     fn channel(&self, node: NodeId) -> Arc<Channel> {
@@ -104,14 +99,9 @@ impl Notifier for PostgresNotifier {
 
     fn subscribe(&self, partitions: &[PartitionId]) -> Hints {
         let wanted: Arc<HashSet<PartitionId>> = Arc::new(partitions.iter().copied().collect());
-        let nodes: BTreeSet<NodeId> = partitions
-            .iter()
-            .map(|partition| partition.node())
-            .collect();
-        let streams: Vec<Hints> = nodes
-            .into_iter()
-            .map(|node| self.subscribe_node(node, Arc::clone(&wanted)))
-            .collect();
+        let nodes: BTreeSet<NodeId> = partitions.iter().map(|partition| partition.node()).collect();
+        let streams: Vec<Hints> =
+            nodes.into_iter().map(|node| self.subscribe_node(node, Arc::clone(&wanted))).collect();
         Box::pin(stream::select_all(streams))
     }
 }
@@ -153,9 +143,7 @@ async fn send(nodes: Arc<Nodes>, channel: Arc<Channel>) {
             let partitions: Vec<PartitionId> = {
                 let mut pending = lock(&channel.pending);
                 let rest = pending.iter().nth(MAX_PARTITIONS).copied();
-                let rest = rest
-                    .map(|from| pending.split_off(&from))
-                    .unwrap_or_default();
+                let rest = rest.map(|from| pending.split_off(&from)).unwrap_or_default();
                 std::mem::replace(&mut *pending, rest).into_iter().collect()
             };
             if partitions.is_empty() {
@@ -174,14 +162,9 @@ async fn notify(nodes: &Nodes, id: NodeId, partitions: &[PartitionId]) -> Result
     let names: Vec<String> = partitions.iter().map(ToString::to_string).collect();
     let payload = names.join(",");
     let connection = nodes.node(id).await?.get().await?;
-    node::write(
-        connection,
-        node::Durability::Relaxed,
-        sql::NOTIFY,
-        &[&payload],
-    )
-    .await
-    .map_err(|error| connect::refused(error, "notify"))?;
+    node::write(connection, node::Durability::Relaxed, sql::NOTIFY, &[&payload])
+        .await
+        .map_err(|error| connect::refused(error, "notify"))?;
     Ok(())
 }
 
@@ -235,10 +218,7 @@ async fn listen_once(nodes: &Nodes, channel: &Channel, backoff: &mut Duration) -
 
 /// The partitions of a payload. Anybody who may log in may notify: what is no partition is ignored.
 fn parse(payload: &str) -> Vec<PartitionId> {
-    payload
-        .split(',')
-        .filter_map(|name| name.parse().ok())
-        .collect()
+    payload.split(',').filter_map(|name| name.parse().ok()).collect()
 }
 
 #[cfg(test)]

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
+use tokio::sync::Notify;
 use tokio::time::Instant;
 
 use crate::error::Result;
@@ -38,8 +39,10 @@ pub(crate) struct Batch {
     pub(crate) deadline: Instant,
     /// Drawn when it is sent for the first time to its partition.
     pub(crate) sequence: Option<i64>,
-    /// The day of that first attempt.
+    /// The earliest day that an attempt has named: where a repeat looks from.
     pub(crate) first_day: Option<Day>,
+    /// Whether an attempt had no answer: it may have been stored, or may be yet.
+    pub(crate) unknown: bool,
 }
 
 impl Batch {
@@ -51,13 +54,21 @@ impl Batch {
             deadline: Instant::now() + timeout,
             sequence: None,
             first_day: None,
+            unknown: false,
         }
     }
 
-    /// Whether a message of this size still goes in.
+    /// Whether a message of this size still goes in. What was divided takes no more: its tickets are
+    /// some of those of a batch that others have a part in.
     pub(crate) fn has_room(&self, size: usize) -> bool {
         let count = self.len();
-        count == 0 || (count < MAX_MESSAGES && self.bytes() + size <= MAX_BYTES)
+        let fits = count == 0 || (count < MAX_MESSAGES && self.bytes() + size <= MAX_BYTES);
+        fits && self.tickets.is_run()
+    }
+
+    /// Notes that an attempt names this day.
+    pub(crate) fn attempted_on(&mut self, day: Day) {
+        self.first_day = Some(self.first_day.map_or(day, |first| first.min(day)));
     }
 
     pub(crate) fn len(&self) -> u32 {
@@ -92,24 +103,20 @@ impl Batch {
         let arrays = &mut self.arrays;
         let before = arrays.count.unsigned_abs();
         match (key, &mut arrays.keys) {
-            (Some(key), keys) => keys
-                .get_or_insert_with(|| Packed::of_nulls(before))
-                .push(key),
+            (Some(key), keys) => keys.get_or_insert_with(|| Packed::of_nulls(before)).push(key),
             (None, Some(keys)) => keys.push_null(),
             (None, None) => {}
         }
         match (headers, &mut arrays.headers) {
-            (Some(text), all) => all
-                .get_or_insert_with(|| Packed::of_nulls(before))
-                .push_json(text),
+            (Some(text), all) => {
+                all.get_or_insert_with(|| Packed::of_nulls(before)).push_json(text)
+            }
             (None, Some(all)) => all.push_null(),
             (None, None) => {}
         }
         arrays.payloads.push(payload);
         arrays.count += 1;
-        arrays.bytes = arrays
-            .bytes
-            .saturating_add(i32::try_from(size).unwrap_or(i32::MAX));
+        arrays.bytes = arrays.bytes.saturating_add(i32::try_from(size).unwrap_or(i32::MAX));
     }
 
     /// Two batches of the same messages, in the same order: those for which the question about index
@@ -120,9 +127,7 @@ impl Batch {
         let payloads = self.arrays.payloads.unpack();
         let mut halves = [Vec::new(), Vec::new()];
         for index in 0..self.len() {
-            let keyed = keys
-                .as_ref()
-                .is_some_and(|keys| keys.element(index as usize).is_some());
+            let keyed = keys.as_ref().is_some_and(|keys| keys.element(index as usize).is_some());
             halves[usize::from(!first(index, keyed))].push(index);
         }
         let [ours, mut others] =
@@ -145,14 +150,13 @@ impl Batch {
             deadline: self.deadline,
             sequence: None,
             first_day: None,
+            unknown: false,
         };
         for &index in indices {
             let index = index as usize;
             let key = keys.and_then(|keys| keys.element(index));
             // The version byte of jsonb is put before it again.
-            let text = headers
-                .and_then(|all| all.element(index))
-                .and_then(|json| json.get(1..));
+            let text = headers.and_then(|all| all.element(index)).and_then(|json| json.get(1..));
             let payload = payloads.element(index).unwrap_or_default();
             let size = payload.len() + key.map_or(0, <[u8]>::len) + text.map_or(0, <[u8]>::len);
             batch.push_parts(key, text, payload, size);
@@ -175,6 +179,15 @@ enum Indices {
     Some(Arc<[u32]>),
 }
 
+impl Indices {
+    fn len(&self) -> usize {
+        match self {
+            Self::Run(run) => run.len(),
+            Self::Some(list) => list.len(),
+        }
+    }
+}
+
 impl Default for Indices {
     fn default() -> Self {
         Self::Run(0..0)
@@ -182,15 +195,16 @@ impl Default for Indices {
 }
 
 impl Tickets {
+    fn is_run(&self) -> bool {
+        matches!(self.indices, Indices::Run(_))
+    }
+
     fn draw(&mut self) -> Receipt {
         let index = self.completion.lock().draw();
         if let Indices::Run(run) = &mut self.indices {
             run.end = index + 1;
         }
-        Receipt {
-            completion: Arc::clone(&self.completion),
-            index,
-        }
+        Receipt { completion: Arc::clone(&self.completion), index }
     }
 
     fn subset(&self, places: &[u32]) -> Self {
@@ -199,38 +213,38 @@ impl Tickets {
             Indices::Some(indices) => indices.get(*place as usize).copied().unwrap_or(0),
         };
         let indices = Indices::Some(places.iter().map(index).collect());
-        Self {
-            completion: Arc::clone(&self.completion),
-            indices,
-        }
+        Self { completion: Arc::clone(&self.completion), indices }
     }
 
     /// Answers the receipts: the first message has this id, the others follow; or all failed.
     pub(crate) fn complete(&self, result: Result<MessageId>) {
         let mut state = self.completion.lock();
+        state.answered += self.indices.len();
         state.outcomes.push((self.indices.clone(), result));
         let woken: Vec<Waker> = match &self.indices {
-            Indices::Run(run) => run
-                .clone()
-                .filter_map(|index| state.take_waker(index))
-                .collect(),
-            Indices::Some(list) => list
-                .iter()
-                .filter_map(|index| state.take_waker(*index))
-                .collect(),
+            Indices::Run(run) => run.clone().filter_map(|index| state.take_waker(index)).collect(),
+            Indices::Some(list) => {
+                list.iter().filter_map(|index| state.take_waker(*index)).collect()
+            }
         };
         drop(state);
         woken.into_iter().for_each(Waker::wake);
+        self.completion.changed.notify_waiters();
     }
 }
 
 /// What became of the messages of a batch, and who waits to hear of it.
 #[derive(Debug, Default)]
-pub(crate) struct Completion(Mutex<State>);
+pub(crate) struct Completion {
+    state: Mutex<State>,
+    /// Tells those who wait for all messages. Each receipt has a waker of its own.
+    changed: Notify,
+}
 
 #[derive(Debug, Default)]
 struct State {
     drawn: u32,
+    answered: usize,
     /// One outcome for nearly all batches; more where a batch had to be divided.
     outcomes: Vec<(Indices, Result<MessageId>)>,
     wakers: Vec<Option<Waker>>,
@@ -238,18 +252,22 @@ struct State {
 
 impl Completion {
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A receipt for each message that was drawn so far.
-    pub(crate) fn receipts(self: &Arc<Self>) -> Vec<Receipt> {
-        let drawn = self.lock().drawn;
-        (0..drawn)
-            .map(|index| Receipt {
-                completion: Arc::clone(self),
-                index,
-            })
-            .collect()
+    /// Waits until all messages are answered; the first failure. Cancel safe.
+    pub(crate) async fn all(&self) -> Result<()> {
+        loop {
+            let changed = self.changed.notified();
+            {
+                let state = self.lock();
+                if state.answered >= state.drawn as usize {
+                    let failure = state.outcomes.iter().find_map(|(_, r)| r.as_ref().err());
+                    return failure.map_or(Ok(()), |error| Err(error.clone()));
+                }
+            }
+            changed.await;
+        }
     }
 }
 
@@ -341,11 +359,7 @@ mod tests {
         let receipts: Vec<_> = (0..4)
             .map(|n| {
                 let message = Message::new("x");
-                batch.push(&if n % 2 == 0 {
-                    message.key("k")
-                } else {
-                    message
-                })
+                batch.push(&if n % 2 == 0 { message.key("k") } else { message })
             })
             .collect();
         let (keyed, keyless) = batch.divide(|_, keyed| keyed);
@@ -354,6 +368,41 @@ mod tests {
         second.tickets.complete(Ok(id(20)));
         first.tickets.complete(Ok(id(10)));
         assert_eq!(answers(receipts).await, [None, Some(10), None, Some(20)]);
+    }
+
+    #[tokio::test]
+    async fn a_divided_batch_takes_no_more_messages() {
+        let mut batch = Batch::new(Duration::from_secs(1));
+        let _receipts = [(); 2].map(|()| batch.push(&Message::new("x")));
+        assert!(batch.has_room(1));
+        let (first, second) = batch.divide(|index, _| index < 1);
+        assert!(!first.has_room(1) && !second.has_room(1));
+    }
+
+    #[tokio::test]
+    async fn whoever_waits_for_all_and_whoever_waits_for_one_are_both_woken() {
+        let mut batch = Batch::new(Duration::from_secs(1));
+        let one = tokio::spawn(batch.push(&Message::new("x")));
+        tokio::task::yield_now().await;
+        let completion = Arc::clone(&batch.tickets.completion);
+        let all = tokio::spawn(async move { completion.all().await });
+        tokio::task::yield_now().await;
+        batch.tickets.complete(Ok(id(1)));
+        assert_eq!(one.await.unwrap().unwrap(), id(1));
+        all.await.unwrap().unwrap();
+    }
+
+    #[tokio::test]
+    async fn whoever_waits_for_all_hears_of_the_first_failure_when_all_are_answered() {
+        let mut batch = Batch::new(Duration::from_secs(1));
+        let _receipts = [(); 3].map(|()| batch.push(&Message::new("x")));
+        let completion = Arc::clone(&batch.tickets.completion);
+        let (first, second) = batch.divide(|index, _| index < 1);
+        first.tickets.complete(Err(Error::invalid("no")));
+        let soon = tokio::time::timeout(Duration::ZERO, completion.all());
+        assert!(soon.await.is_err());
+        second.tickets.complete(Ok(id(1)));
+        assert!(completion.all().await.is_err());
     }
 
     #[tokio::test]

@@ -13,6 +13,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::sync::SemaphorePermit;
 use tokio::time::Instant;
 
 use crate::error::{Error, ErrorKind, Result};
@@ -21,7 +22,7 @@ use crate::producer::Shared;
 use crate::producer::batch::Batch;
 use crate::producer::lane::{Closed, Lane};
 use crate::producer::writer::roll;
-use crate::store::append::{self, Again, Failure, Rolled};
+use crate::store::append::{self, Again, Append, Failure, Rolled};
 
 /// Between attempts.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(10), Duration::from_secs(1));
@@ -67,42 +68,51 @@ enum Settled {
 async fn settle_part(shared: &Shared, lane: &Lane, batch: &mut Batch) -> Settled {
     let what = format!("append to partition {}", lane.partition);
     let mut backoff = BACKOFF.0;
-    // Whether an attempt may have been stored, or may be yet.
-    let mut unknown = true;
     let mut last: Option<Error> = None;
-    while Instant::now() < batch.deadline {
-        match again(shared, lane, batch).await {
+    while let Some(turn) = turn(lane, batch.deadline).await {
+        let trouble = match again(shared, lane, batch).await {
             Ok(Again::At(id)) => return Settled::At(id),
-            Ok(answer) => {
-                unknown = false;
-                match step(shared, lane, answer, &what).await {
-                    Ok(()) => {}
-                    Err(Step::Wait(error)) => last = Some(error),
-                    Err(Step::End(settled)) => return settled,
-                }
+            Ok(answer) => match step(shared, lane, answer, &what).await {
+                Ok(()) => continue,
+                Err(Step::Wait(error)) => error,
+                Err(Step::End(settled)) => return settled,
+            },
+            Err(Trouble::Data(error)) => {
+                return end(shared, lane, batch, Settled::Divide(error)).await;
             }
-            Err(Trouble::Data(error)) => return Settled::Divide(error),
-            Err(Trouble::Refused(error)) if is_permanent(&error) => return Settled::Failed(error),
-            Err(Trouble::Refused(error)) => last = Some(error),
+            Err(Trouble::Refused(error)) if is_permanent(&error) => {
+                return end(shared, lane, batch, Settled::Failed(error)).await;
+            }
+            Err(Trouble::Refused(error)) => error,
             Err(Trouble::Unknown(error)) => {
-                unknown = true;
-                last = Some(error);
+                batch.unknown = true;
+                error
             }
-        }
-        if last.is_some() {
-            tokio::time::sleep(backoff).await;
-            backoff = (backoff * 2).min(BACKOFF.1);
-        }
+        };
+        drop(turn);
+        last = Some(trouble);
+        tokio::time::sleep(backoff).await;
+        backoff = (backoff * 2).min(BACKOFF.1);
     }
-    give_up(shared, lane, batch, unknown, last, &what).await
+    let seconds = shared.options.send_timeout.as_secs_f32();
+    let cause = last.map_or_else(|| "no answer".to_owned(), |error| error.chain());
+    let why = format!("{what}: not done within {seconds} s");
+    let error = Error::with_source(ErrorKind::Timeout, why, cause);
+    end(shared, lane, batch, Settled::Failed(error)).await
+}
+
+/// Waits for the batch's turn; none where its deadline comes first.
+async fn turn(lane: &Lane, deadline: Instant) -> Option<SemaphorePermit<'_>> {
+    if Instant::now() >= deadline {
+        return None;
+    }
+    let turn = tokio::time::timeout_at(deadline, lane.writer.patience());
+    turn.await.ok().flatten()
 }
 
 /// Errors that time does not cure.
 fn is_permanent(error: &Error) -> bool {
-    matches!(
-        error.kind(),
-        ErrorKind::Database | ErrorKind::Incompatible | ErrorKind::Conflict
-    )
+    matches!(error.kind(), ErrorKind::Database | ErrorKind::Incompatible | ErrorKind::Conflict)
 }
 
 enum Trouble {
@@ -113,30 +123,22 @@ enum Trouble {
 
 async fn again(shared: &Shared, lane: &Lane, batch: &mut Batch) -> Result<Again, Trouble> {
     let what = format!("append to partition {}", lane.partition);
-    let connection = async {
-        shared
-            .cluster
-            .inner
-            .nodes
-            .node(lane.partition.node())
-            .await?
-            .get()
-            .await
-    };
+    let connection =
+        async { shared.cluster.inner.nodes.node(lane.partition.node()).await?.get().await };
     let connection = connection.await.map_err(Trouble::Refused)?;
     let day = match lane.day() {
         Some(day) => day,
         None => shared.today().map_err(Trouble::Refused)?,
     };
-    batch.first_day.get_or_insert(day);
+    batch.attempted_on(day);
     let append = lane.append(shared, batch, day);
-    append::append_again(connection, &append, shared.options.append_timeout)
-        .await
-        .map_err(|failure| match failure {
+    append::append_again(connection, &append, shared.options.append_timeout).await.map_err(
+        |failure| match failure {
             Failure::Data(_) => Trouble::Data(failure.into_error(&what)),
             Failure::Unknown(_) => Trouble::Unknown(failure.into_error(&what)),
             _ => Trouble::Refused(failure.into_error(&what)),
-        })
+        },
+    )
 }
 
 enum Step {
@@ -166,17 +168,11 @@ async fn step(shared: &Shared, lane: &Lane, answer: Again, what: &str) -> Result
         }
         Again::Sealed | Again::WrongGeneration => {
             lane.close(Closed::Sealed);
-            Settled::Elsewhere(refuse(
-                ErrorKind::Unavailable,
-                "it takes no messages any more",
-            ))
+            Settled::Elsewhere(refuse(ErrorKind::Unavailable, "it takes no messages any more"))
         }
         Again::WrongTopic => {
             lane.close(Closed::Sealed);
-            Settled::Failed(refuse(
-                ErrorKind::NotFound,
-                "it is not this topic's any more",
-            ))
+            Settled::Failed(refuse(ErrorKind::NotFound, "it is not this topic's any more"))
         }
         Again::Refused => Settled::Failed(refuse(ErrorKind::Timeout, "the batch was given up")),
     };
@@ -193,10 +189,7 @@ async fn roll_lane(shared: &Shared, lane: &Lane, what: &str) -> Result<(), Step>
             let why = "the server's clock is more than an hour ahead of this machine's, and would \
                        move the partition to another day: set the clocks right";
             tracing::error!(partition = %lane.partition, alert = "clock", "{why}");
-            Err(Step::Wait(Error::new(
-                ErrorKind::Unavailable,
-                format!("{what}: {why}"),
-            )))
+            Err(Step::Wait(Error::new(ErrorKind::Unavailable, format!("{what}: {why}"))))
         }
         Ok(Rolled::Unknown) => {
             let error = Error::new(ErrorKind::NotFound, format!("{what}: it does not exist"));
@@ -206,56 +199,39 @@ async fn roll_lane(shared: &Shared, lane: &Lane, what: &str) -> Result<(), Step>
     }
 }
 
-/// The deadline is over. A batch that may have been stored is asked for once more; where it is not
-/// there, the answer sees to it that it never will be.
-async fn give_up(
-    shared: &Shared,
-    lane: &Lane,
-    batch: &Batch,
-    unknown: bool,
-    last: Option<Error>,
-    what: &str,
-) -> Settled {
-    let seconds = shared.options.send_timeout.as_secs_f32();
-    let cause = last.map_or_else(|| "no answer".to_owned(), |error| error.chain());
-    let late = format!("{what}: not done within {seconds} s");
-    let not_sent = || Settled::Failed(Error::with_source(ErrorKind::Timeout, &late, cause.clone()));
-    if !unknown {
-        return not_sent();
-    }
-    let Some(day) = batch.first_day else {
-        return not_sent();
+/// Ends a batch that no attempt is known to have stored. Where one may have, it is asked for once more;
+/// if it is not there, the answer sees to it that it never will be.
+async fn end(shared: &Shared, lane: &Lane, batch: &Batch, verdict: Settled) -> Settled {
+    let (true, Some(day)) = (batch.unknown, batch.first_day) else {
+        return verdict;
     };
-    let fenced = async {
-        let node = shared
-            .cluster
-            .inner
-            .nodes
-            .node(lane.partition.node())
-            .await
-            .ok()?;
-        let append = lane.append(shared, batch, day);
-        append::fence(
-            node.get().await.ok()?,
-            &append,
-            shared.options.append_timeout,
-        )
-        .await
-        .ok()
-    };
-    match fenced.await {
-        Some(Some(id)) => Settled::At(id),
-        Some(None) => not_sent(),
-        None => {
-            let open = format!("{late}, and the node could not be asked: it may be stored, or not");
-            Settled::Failed(Error::with_source(ErrorKind::Unknown, open, cause))
+    match fence(shared, &lane.append(shared, batch, day)).await {
+        Ok(Some(id)) => Settled::At(id),
+        Ok(None) => verdict,
+        Err(unasked) => {
+            let why = match verdict {
+                Settled::Failed(error) | Settled::Elsewhere(error) | Settled::Divide(error) => {
+                    error
+                }
+                Settled::At(id) => return Settled::At(id),
+            };
+            let open = format!("{why}, and the node could not be asked: it may be stored, or not");
+            Settled::Failed(Error::with_source(ErrorKind::Unknown, open, unasked))
         }
     }
 }
 
+async fn fence(shared: &Shared, batch: &Append<'_>) -> Result<Option<MessageId>> {
+    let node = batch.partition.node();
+    let connection = shared.cluster.inner.nodes.node(node).await?.get().await?;
+    append::fence(connection, batch, shared.options.append_timeout)
+        .await
+        .map_err(|failure| failure.into_error(&format!("ask partition {}", batch.partition)))
+}
+
 /// Messages without a key go to another open partition; those with one fail.
 fn send_elsewhere(shared: &Arc<Shared>, lane: &Lane, batch: Batch, error: &Error) {
-    let (keyed, mut free) = batch.divide(|_, keyed| keyed);
+    let (keyed, free) = batch.divide(|_, keyed| keyed);
     if keyed.len() > 0 {
         shared.answer(&keyed, Err(error.clone()));
     }
@@ -264,7 +240,6 @@ fn send_elsewhere(shared: &Arc<Shared>, lane: &Lane, batch: Batch, error: &Error
     }
     match shared.open_lane_after(lane.index) {
         Some(other) => {
-            free.first_day = None;
             if other.push_batch(free) {
                 other.writer.schedule(other);
             }

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use tokio::sync::{Notify, Semaphore};
+use tokio::sync::{Notify, Semaphore, SemaphorePermit};
 
 use crate::error::Result;
 use crate::id::{Day, NodeId, PartitionId};
@@ -13,8 +13,7 @@ use crate::producer::Shared;
 use crate::producer::batch::Batch;
 use crate::producer::lane::Lane;
 use crate::producer::settle::settle;
-use crate::store::append::{self, Append, Inserted, MAX_PARTITIONS, Rolled};
-use crate::store::connect::refused;
+use crate::store::append::{self, Append, Failure, Inserted, MAX_PARTITIONS, Rolled};
 
 /// How many days ahead tables are made.
 const DAYS_AHEAD: i32 = 3;
@@ -29,6 +28,9 @@ pub(crate) struct Writer {
     wake: Notify,
     /// How many transactions may be under way.
     slots: Arc<Semaphore>,
+    /// How many batches may be asked for at once after their first attempt: one less than there are
+    /// connections, so that a partition that is locked for long does not hold up the others.
+    patience: Semaphore,
 }
 
 impl Writer {
@@ -39,7 +41,13 @@ impl Writer {
             ready: Mutex::default(),
             wake: Notify::new(),
             slots,
+            patience: Semaphore::new(connections.saturating_sub(1).max(1)),
         }
+    }
+
+    /// Waits for the turn of a batch whose first attempt did not store it.
+    pub(crate) async fn patience(&self) -> Option<SemaphorePermit<'_>> {
+        self.patience.acquire().await.ok()
     }
 
     /// Something waits in this lane.
@@ -88,7 +96,7 @@ pub(crate) async fn run(shared: Arc<Shared>, writer: Arc<Writer>) {
             }
             tokio::select! {
                 () = writer.wake.notified() => {}
-                () = shared.ended.cancelled() => return,
+                () = shared.ended.cancelled() => return abandon_all(&shared, &writer),
             }
         };
         let shared = Arc::clone(&shared);
@@ -100,80 +108,76 @@ pub(crate) async fn run(shared: Arc<Shared>, writer: Arc<Writer>) {
     }
 }
 
+/// After the end: whoever still waits is told.
+fn abandon_all(shared: &Shared, writer: &Arc<Writer>) {
+    let ours = shared.lanes.iter().filter(|lane| Arc::ptr_eq(&lane.writer, writer));
+    ours.for_each(|lane| shared.abandon(lane));
+}
+
 async fn write(shared: &Arc<Shared>, lanes: Vec<Arc<Lane>>) {
     let mut departures = Vec::with_capacity(lanes.len());
     for lane in lanes {
-        let Some(batch) = lane.take() else { continue };
+        let Some(mut batch) = lane.take() else {
+            continue;
+        };
         shared.passed(&lane);
-        match day_of(shared, &lane).await {
-            Ok(day) => departures.push(Departure { lane, batch, day }),
-            // The partition can't be asked now: the patient way.
+        // Until the partition has said otherwise, its day is today's.
+        match lane.day().map_or_else(|| shared.today(), Ok) {
+            Ok(day) => {
+                batch.attempted_on(day);
+                departures.push(Departure { lane, batch, day });
+            }
             Err(_) => begin_to_settle(shared, &lane, batch),
         }
     }
     if departures.is_empty() {
         return;
     }
-    for departure in &mut departures {
-        departure.batch.first_day.get_or_insert(departure.day);
-    }
-    let outcomes = attempt(shared, &departures).await;
+    let outcomes = attempt(shared, &mut departures).await;
     arrive(shared, departures, outcomes);
-}
-
-/// The partition's day, asked for once; its table is there then.
-async fn day_of(shared: &Shared, lane: &Lane) -> Result<Day> {
-    if let Some(day) = lane.day() {
-        return Ok(day);
-    }
-    let day = match roll(shared, lane.partition).await? {
-        Rolled::To(day) => day,
-        // It says so itself when it is appended to.
-        Rolled::Clock | Rolled::Unknown => shared.today()?,
-    };
-    lane.set_day(day);
-    Ok(day)
 }
 
 /// Moves a partition to the server's date.
 pub(crate) async fn roll(shared: &Shared, partition: PartitionId) -> Result<Rolled> {
     let node = shared.cluster.inner.nodes.node(partition.node()).await?;
-    let rolled = append::roll(node.get().await?, partition, shared.now()).await;
-    rolled.map_err(|error| refused(error, &format!("roll partition {partition}")))
+    append::roll(node.get().await?, partition, shared.now()).await
 }
 
 /// The first attempt of all departures, in one transaction. Where it failed, what became of each is to
 /// be found out: no insert counts as done.
-async fn attempt(shared: &Shared, departures: &[Departure]) -> Vec<Inserted> {
-    let outcome = async {
-        let Some(first) = departures.first() else {
-            return Ok(Vec::new());
-        };
-        let connection = shared
-            .cluster
-            .inner
-            .nodes
-            .node(first.lane.writer.node)
-            .await?
-            .get()
-            .await?;
-        let batches: Vec<Append<'_>> = departures
-            .iter()
-            .map(|departure| {
-                departure
-                    .lane
-                    .append(shared, &departure.batch, departure.day)
-            })
-            .collect();
-        append::append(connection, &batches, shared.options.append_timeout)
-            .await
-            .map_err(|failure| failure.into_error("append"))
+async fn attempt(shared: &Shared, departures: &mut [Departure]) -> Vec<Inserted> {
+    let error = match append_all(shared, departures).await {
+        Ok(Ok(outcomes)) => return outcomes,
+        Ok(Err(failure)) => failure,
+        Err(error) => {
+            tracing::debug!(error = %error.chain(), "no connection to append with");
+            return vec![Inserted::No; departures.len()];
+        }
     };
-    outcome.await.unwrap_or_else(|error| {
-        tracing::debug!(error = %error.chain(), "append transaction failed");
-        ::metrics::counter!(names::APPEND_FAILED).increment(1);
-        vec![Inserted::No; departures.len()]
-    })
+    ::metrics::counter!(names::APPEND_FAILED).increment(1);
+    let mut outcomes = vec![Inserted::No; departures.len()];
+    match error {
+        Failure::Unknown(_) => departures.iter_mut().for_each(|d| d.batch.unknown = true),
+        // It is the first whose lock was waited for.
+        Failure::Locked(_) => outcomes[1..].fill(Inserted::NotHeld),
+        _ => {}
+    }
+    tracing::debug!(error = %error.into_error("append").chain(), "append transaction failed");
+    outcomes
+}
+
+async fn append_all(
+    shared: &Shared,
+    departures: &[Departure],
+) -> Result<Result<Vec<Inserted>, Failure>> {
+    let Some(first) = departures.first() else {
+        return Ok(Ok(Vec::new()));
+    };
+    let nodes = &shared.cluster.inner.nodes;
+    let connection = nodes.node(first.lane.writer.node).await?.get().await?;
+    let batches: Vec<Append<'_>> =
+        departures.iter().map(|d| d.lane.append(shared, &d.batch, d.day)).collect();
+    Ok(append::append(connection, &batches, shared.options.append_timeout).await)
 }
 
 impl Lane {
@@ -199,6 +203,7 @@ fn arrive(shared: &Arc<Shared>, departures: Vec<Departure>, outcomes: Vec<Insert
         match inserted {
             Inserted::At(id) => {
                 appended.push(lane.partition);
+                lane.set_day(id.day());
                 shared.answer(&batch, Ok(id));
                 shared.finish(&lane);
             }
@@ -214,12 +219,7 @@ fn arrive(shared: &Arc<Shared>, departures: Vec<Departure>, outcomes: Vec<Insert
 
 fn begin_to_settle(shared: &Arc<Shared>, lane: &Arc<Lane>, batch: Batch) {
     let (shared, lane) = (Arc::clone(shared), Arc::clone(lane));
-    shared
-        .cluster
-        .inner
-        .tasks
-        .clone()
-        .spawn(async move { settle(&shared, &lane, batch).await });
+    shared.cluster.inner.tasks.clone().spawn(async move { settle(&shared, &lane, batch).await });
 }
 
 /// Makes the tables of the coming days for the partitions that are written to, so that midnight finds
@@ -234,15 +234,8 @@ pub(crate) async fn make_tables_ahead(shared: Arc<Shared>) {
         }
         for lane in shared.lanes.iter().filter(|lane| lane.day().is_some()) {
             let made = async {
-                let node = shared
-                    .cluster
-                    .inner
-                    .nodes
-                    .node(lane.partition.node())
-                    .await?;
-                append::make_days_ahead(node.get().await?, lane.partition, DAYS_AHEAD)
-                    .await
-                    .map_err(|error| refused(error, "make day tables ahead"))
+                let node = shared.cluster.inner.nodes.node(lane.partition.node()).await?;
+                append::make_days_ahead(node.get().await?, lane.partition, DAYS_AHEAD).await
             };
             if let Err(error) = made.await {
                 tracing::warn!(partition = %lane.partition, error = %error.chain(), "no tables ahead");

@@ -11,7 +11,9 @@
 use std::time::{Duration, SystemTime};
 
 use futures_util::future::{join_all, join4};
+use tokio::time::timeout;
 use tokio_postgres::error::SqlState;
+use tokio_postgres::types::ToSql;
 use tokio_postgres::{Row, Statement};
 use uuid::Uuid;
 
@@ -25,6 +27,11 @@ use crate::store::sql;
 
 /// The most partitions that one commit carries.
 pub(crate) const MAX_PARTITIONS: usize = 16;
+/// How long a first attempt waits for its first lock at most: the other batches of its transaction
+/// wait with it.
+const FIRST_WAIT: Duration = Duration::from_millis(500);
+/// How long other short transactions may take.
+const SHORT: Duration = Duration::from_secs(6);
 
 /// The arrays of a batch.
 #[derive(Debug, Default, Clone)]
@@ -66,6 +73,9 @@ pub(crate) enum Failure {
     /// The server refused, for another reason. Nothing was stored.
     #[error("the server refused")]
     Refused(#[source] tokio_postgres::Error),
+    /// No answer came in time, but what would store something had not been sent yet.
+    #[error("silence")]
+    Silent,
     /// The connection failed, or no answer came in time: all may have been stored, or may be yet.
     #[error("no answer")]
     Unknown(#[source] Option<tokio_postgres::Error>),
@@ -92,6 +102,15 @@ impl Failure {
         }
     }
 
+    /// Of a commit. Only an error of a deferred constraint tells that nothing was stored.
+    fn of_commit(error: tokio_postgres::Error) -> Self {
+        if is_definite(&error) && is_data_error(&error) {
+            Self::Data(error)
+        } else {
+            Self::Unknown(Some(error))
+        }
+    }
+
     /// The public error, in the words of what was being done.
     pub(crate) fn into_error(self, what: &str) -> Error {
         match self {
@@ -99,6 +118,9 @@ impl Failure {
             Self::Unknown(Some(error)) => Error::with_source(ErrorKind::Unknown, what, error),
             Self::Unknown(None) => {
                 Error::new(ErrorKind::Unknown, format!("{what}: no answer in time"))
+            }
+            Self::Silent => {
+                Error::new(ErrorKind::Unavailable, format!("{what}: the server is silent"))
             }
             Self::NoTable => Error::new(ErrorKind::Unavailable, format!("{what}: no day table")),
         }
@@ -125,27 +147,44 @@ pub(crate) async fn append(
     batches: &[Append<'_>],
     deadline: Duration,
 ) -> Result<Vec<Inserted>, Failure> {
-    let lock = connection
-        .prepare_cached(sql::APPEND_LOCK)
-        .await
-        .map_err(Failure::before)?;
-    let mut inserts = Vec::with_capacity(batches.len());
-    for batch in batches {
-        let text = sql::for_day(sql::APPEND_INSERT, batch.partition, batch.day);
-        inserts.push(
-            connection
-                .prepare_cached(&text)
-                .await
-                .map_err(Failure::before)?,
-        );
-    }
-    let guard = Unfinished::new(connection);
-    let pipeline = pipeline(guard.connection(), &lock, &inserts, batches, deadline);
-    let Ok(answers) = tokio::time::timeout(deadline, pipeline).await else {
+    let mut texts = vec![sql::APPEND_LOCK.to_owned()];
+    let insert = |b: &Append<'_>| sql::for_day(sql::APPEND_INSERT, b.partition, b.day);
+    texts.extend(batches.iter().map(insert));
+    let (guard, statements) = prepared(connection, &texts, deadline).await?;
+    let [lock, inserts @ ..] = statements.as_slice() else {
+        return Err(Failure::NoTable);
+    };
+    let pipeline = pipeline(guard.connection(), lock, inserts, batches, deadline);
+    let Ok(answers) = timeout(deadline, pipeline).await else {
         return Err(Failure::Unknown(None));
     };
     guard.finished();
     answers
+}
+
+/// Prepares statements before the transaction begins: a statement that is parsed inside of it would
+/// keep the idle timeout from ending it. A connection that does not answer is closed.
+async fn prepared(
+    connection: Connection,
+    texts: &[String],
+    deadline: Duration,
+) -> Result<(Unfinished, Vec<Statement>), Failure> {
+    let guard = Unfinished::new(connection);
+    let prepare = async {
+        let mut statements = Vec::with_capacity(texts.len());
+        for text in texts {
+            statements.push(guard.connection().prepare_cached(text).await?);
+        }
+        Ok(statements)
+    };
+    let outcome = timeout(deadline, prepare).await;
+    match outcome.map_err(|_| Failure::Silent)? {
+        Ok(statements) => Ok((guard, statements)),
+        Err(error) => {
+            guard.finished();
+            Err(Failure::before(error))
+        }
+    }
 }
 
 async fn pipeline(
@@ -155,50 +194,24 @@ async fn pipeline(
     batches: &[Append<'_>],
     deadline: Duration,
 ) -> Result<Vec<Inserted>, Failure> {
-    let partitions: Vec<i32> = batches
-        .iter()
-        .map(|batch| batch.partition.as_i32())
-        .collect();
-    let lock_timeout = lock_timeout(deadline);
-    let inserts = batches
-        .iter()
-        .zip(inserts)
-        .map(|(batch, statement)| async move {
-            let topic = batch.topic.as_str();
-            let arrays = batch.arrays;
-            connection
-                .query_opt(
-                    statement,
-                    &[
-                        &arrays.count,
-                        &arrays.bytes,
-                        &batch.producer,
-                        &batch.sequence,
-                        &arrays.keys,
-                        &arrays.headers,
-                        &arrays.payloads,
-                        &topic,
-                        &batch.generation,
-                    ],
-                )
-                .await
-        });
+    let number = |batch: &Append<'_>| batch.partition.as_i32();
+    let partitions: Vec<i32> = batches.iter().map(number).collect();
+    let wait = lock_timeout(deadline.min(FIRST_WAIT));
+    let inserts =
+        batches.iter().zip(inserts).map(|(batch, statement)| insert(connection, statement, batch));
     // Each sends as it is polled for the first time, in this order.
     let (begun, locked, inserted, committed) = join4(
         connection.batch_execute(sql::APPEND_BEGIN),
-        connection.query_one(lock, &[&partitions, &lock_timeout]),
+        connection.query_one(lock, &[&partitions, &wait]),
         join_all(inserts),
         connection.batch_execute("commit"),
     )
     .await;
     begun.map_err(Failure::of)?;
     let held: Option<String> = locked.map_err(Failure::of)?.get(3);
-    let rows: Vec<Option<Row>> = inserted
-        .into_iter()
-        .collect::<Result<_, _>>()
-        .map_err(Failure::of)?;
-    // An error here, whatever it is, leaves open whether the commit was done.
-    committed.map_err(|error| Failure::Unknown(Some(error)))?;
+    let rows: Vec<Option<Row>> =
+        inserted.into_iter().collect::<Result<_, _>>().map_err(Failure::of)?;
+    committed.map_err(Failure::of_commit)?;
     Ok(rows
         .into_iter()
         .zip(batches)
@@ -206,16 +219,37 @@ async fn pipeline(
         .collect())
 }
 
+async fn insert(
+    connection: &Connection,
+    statement: &Statement,
+    batch: &Append<'_>,
+) -> Result<Option<Row>, tokio_postgres::Error> {
+    let topic = batch.topic.as_str();
+    let arrays = batch.arrays;
+    connection
+        .query_opt(
+            statement,
+            &[
+                &arrays.count,
+                &arrays.bytes,
+                &batch.producer,
+                &batch.sequence,
+                &arrays.keys,
+                &arrays.headers,
+                &arrays.payloads,
+                &topic,
+                &batch.generation,
+            ],
+        )
+        .await
+}
+
 fn outcome(row: Option<Row>, batch: &Append<'_>, held: Option<&str>) -> Inserted {
     if let Some(row) = row {
         return MessageId::try_from(row.get::<_, i64>(0)).map_or(Inserted::No, Inserted::At);
     }
     let name = format!(",{},", batch.partition);
-    if held.is_some_and(|held| held.contains(&name)) {
-        Inserted::No
-    } else {
-        Inserted::NotHeld
-    }
+    if held.is_some_and(|held| held.contains(&name)) { Inserted::No } else { Inserted::NotHeld }
 }
 
 /// Shorter than the deadline, so that a lock held by another is a definite answer.
@@ -254,29 +288,22 @@ pub(crate) async fn append_again(
     batch: &Append<'_>,
     deadline: Duration,
 ) -> Result<Again, Failure> {
-    let lock = connection
-        .prepare_cached(sql::APPEND_LOCK)
-        .await
-        .map_err(Failure::before)?;
-    let again = connection
-        .prepare_cached(sql::APPEND_AGAIN)
-        .await
-        .map_err(Failure::before)?;
-    let guard = Unfinished::new(connection);
+    let texts = [sql::APPEND_LOCK, sql::APPEND_AGAIN].map(str::to_owned);
+    let (guard, statements) = prepared(connection, &texts, deadline).await?;
+    let [lock, again] = statements.as_slice() else {
+        return Err(Failure::NoTable);
+    };
     let connection = guard.connection();
     let (partitions, lock_timeout) = (vec![batch.partition.as_i32()], lock_timeout(deadline));
     let (topic, arrays) = (batch.topic.as_str(), batch.arrays);
-    let (partition, day, first_day) = (
-        batch.partition.as_i32(),
-        batch.day.as_i32(),
-        batch.first_day.as_i32(),
-    );
+    let (partition, day, first_day) =
+        (batch.partition.as_i32(), batch.day.as_i32(), batch.first_day.as_i32());
     let pipeline = async {
         join4(
             connection.batch_execute(sql::APPEND_BEGIN),
-            connection.query_one(&lock, &[&partitions, &lock_timeout]),
+            connection.query_one(lock, &[&partitions, &lock_timeout]),
             connection.query_one(
-                &again,
+                again,
                 &[
                     &partition,
                     &topic,
@@ -295,14 +322,14 @@ pub(crate) async fn append_again(
         )
         .await
     };
-    let Ok((begun, locked, row, committed)) = tokio::time::timeout(deadline, pipeline).await else {
+    let Ok((begun, locked, row, committed)) = timeout(deadline, pipeline).await else {
         return Err(Failure::Unknown(None));
     };
     guard.finished();
     begun.map_err(Failure::of)?;
     locked.map_err(Failure::of)?;
     let row = row.map_err(Failure::of)?;
-    committed.map_err(|error| Failure::Unknown(Some(error)))?;
+    committed.map_err(Failure::of_commit)?;
     Ok(read_again(&row))
 }
 
@@ -330,13 +357,11 @@ pub(crate) async fn fence(
     deadline: Duration,
 ) -> Result<Option<MessageId>, Failure> {
     let (partition, first_day) = (batch.partition.as_i32(), batch.first_day.as_i32());
-    let params: [&(dyn tokio_postgres::types::ToSql + Sync); 4] =
+    let params: [&(dyn ToSql + Sync); 4] =
         [&partition, &batch.producer, &batch.sequence, &first_day];
     let asked = write(connection, Durability::Durable, sql::FENCE, &params);
-    let rows = tokio::time::timeout(deadline, asked)
-        .await
-        .map_err(|_| Failure::Unknown(None))?
-        .map_err(Failure::of)?;
+    let rows =
+        timeout(deadline, asked).await.map_err(|_| Failure::Unknown(None))?.map_err(Failure::of)?;
     let found: Option<i64> = rows.first().and_then(|row| row.get(0));
     Ok(found.and_then(|id| MessageId::try_from(id).ok()))
 }
@@ -357,23 +382,16 @@ pub(crate) async fn roll(
     connection: Connection,
     partition: PartitionId,
     client_clock: SystemTime,
-) -> Result<Rolled, tokio_postgres::Error> {
+) -> Result<Rolled, Error> {
+    let what = format!("roll partition {partition}");
     let number = partition.as_i32();
-    let rows = write(
-        connection,
-        Durability::Durable,
-        sql::ROLL,
-        &[&number, &client_clock],
-    )
-    .await?;
-    Ok(rows
-        .first()
-        .map_or(Rolled::Unknown, |row| match row.get(0) {
-            "rolled" | "current" => Day::from_i32(row.get::<_, Option<i32>>(1).unwrap_or(0))
-                .map_or(Rolled::Unknown, Rolled::To),
-            "clock" => Rolled::Clock,
-            _ => Rolled::Unknown,
-        }))
+    let rows = short(connection, sql::ROLL, &[&number, &client_clock], &what).await?;
+    Ok(rows.first().map_or(Rolled::Unknown, |row| match row.get(0) {
+        "rolled" | "current" => Day::from_i32(row.get::<_, Option<i32>>(1).unwrap_or(0))
+            .map_or(Rolled::Unknown, Rolled::To),
+        "clock" => Rolled::Clock,
+        _ => Rolled::Unknown,
+    }))
 }
 
 /// Makes the tables of today and the days ahead.
@@ -381,14 +399,23 @@ pub(crate) async fn make_days_ahead(
     connection: Connection,
     partition: PartitionId,
     days: i32,
-) -> Result<(), tokio_postgres::Error> {
-    let number = partition.as_i32();
-    write(
-        connection,
-        Durability::Durable,
-        sql::MAKE_DAYS_AHEAD,
-        &[&number, &days],
-    )
-    .await
-    .map(drop)
+) -> Result<(), Error> {
+    let what = format!("make day tables ahead for partition {partition}");
+    let params: [&(dyn ToSql + Sync); 2] = [&partition.as_i32(), &days];
+    short(connection, sql::MAKE_DAYS_AHEAD, &params, &what).await.map(drop)
+}
+
+/// One statement that may be repeated, in a transaction of its own; a server that does not answer is
+/// an error, not a stall.
+async fn short(
+    connection: Connection,
+    statement: &str,
+    params: &[&(dyn ToSql + Sync)],
+    what: &str,
+) -> Result<Vec<Row>, Error> {
+    let asked = write(connection, Durability::Durable, statement, params);
+    match timeout(SHORT, asked).await {
+        Ok(answer) => answer.map_err(|error| refused(error, what)),
+        Err(_) => Err(Error::new(ErrorKind::Unavailable, format!("{what}: the server is silent"))),
+    }
 }

@@ -58,11 +58,7 @@ impl Micros {
         const TO_2000: Duration = Duration::from_secs(946_684_800);
         let distance = Duration::from_micros(self.0.unsigned_abs());
         let base = UNIX_EPOCH + TO_2000;
-        if self.0 < 0 {
-            base - distance
-        } else {
-            base + distance
-        }
+        if self.0 < 0 { base - distance } else { base + distance }
     }
 }
 
@@ -108,9 +104,7 @@ pub(crate) struct PartitionState {
 impl PartitionState {
     /// The day to read after the one that was asked about, if there is one.
     pub(crate) fn day_after(&self, day: Option<Day>) -> Option<Day> {
-        self.next_day
-            .or(Some(self.day))
-            .filter(|next| day.is_none_or(|day| *next > day))
+        self.next_day.or(Some(self.day)).filter(|next| day.is_none_or(|day| *next > day))
     }
 }
 
@@ -121,12 +115,7 @@ pub(crate) async fn partition_state(
     after: Option<Day>,
 ) -> Result<Option<PartitionState>, tokio_postgres::Error> {
     let after = after.map_or(0, Day::as_i32);
-    let rows = query(
-        connection,
-        sql::PARTITION_STATE,
-        &[&partition.as_i32(), &after],
-    )
-    .await?;
+    let rows = query(connection, sql::PARTITION_STATE, &[&partition.as_i32(), &after]).await?;
     Ok(rows.first().and_then(|row| {
         Some(PartitionState {
             day: Day::from_i32(row.get(0)).ok()?,
@@ -134,9 +123,7 @@ pub(crate) async fn partition_state(
             topic: row.get(2),
             generation: row.get(3),
             low_watermark: row.get(4),
-            next_day: row
-                .get::<_, Option<i32>>(5)
-                .and_then(|day| Day::from_i32(day).ok()),
+            next_day: row.get::<_, Option<i32>>(5).and_then(|day| Day::from_i32(day).ok()),
         })
     }))
 }
@@ -151,17 +138,13 @@ pub(crate) async fn look(
         .iter()
         .map(|(partition, day, _)| sql::for_day(sql::LOOK, *partition, *day))
         .collect();
-    let rows = connection
-        .prepare_cached(&parts.join("\nunion all\n"))
-        .await?;
+    let rows = connection.prepare_cached(&parts.join("\nunion all\n")).await?;
     let rows = connection.query(&rows, &[]).await?;
     let changed = |row: &Row| {
         let partition = PartitionId::from_i32(row.get(0)).ok()?;
         let (_, day, position) = partitions.iter().find(|(id, ..)| *id == partition)?;
         let moved = row.get::<_, Option<i32>>(1) != Some(day.as_i32());
-        let more = row
-            .get::<_, Option<i64>>(2)
-            .is_some_and(|last| last > *position);
+        let more = row.get::<_, Option<i64>>(2).is_some_and(|last| last > *position);
         (moved || more).then_some(partition)
     };
     Ok(rows.iter().filter_map(changed).collect())

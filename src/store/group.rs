@@ -44,9 +44,7 @@ pub(crate) async fn knows_start(
 ) -> Result<bool, Error> {
     let params: [&(dyn tokio_postgres::types::ToSql + Sync); 2] =
         [&topic.as_str(), &group.as_str()];
-    Ok(!query(connection, sql::GROUP_START_READ, &params)
-        .await?
-        .is_empty())
+    Ok(!query(connection, sql::GROUP_START_READ, &params).await?.is_empty())
 }
 
 /// Resolves a group's start on this node, unless somebody did.
@@ -59,14 +57,7 @@ pub(crate) async fn write_start(
     let (topic, group) = (topic.as_str(), group.as_str());
     let params: [&(dyn tokio_postgres::types::ToSql + Sync); 4] =
         [&topic, &group, &start.at, &start.id];
-    write(
-        connection,
-        Durability::Durable,
-        sql::GROUP_START_WRITE,
-        &params,
-    )
-    .await
-    .map(drop)
+    write(connection, Durability::Durable, sql::GROUP_START_WRITE, &params).await.map(drop)
 }
 
 /// Makes the cursors that a group lacks on this node.
@@ -76,14 +67,7 @@ pub(crate) async fn make_cursors(
     group: &GroupName,
 ) -> Result<(), Error> {
     let (topic, group) = (topic.as_str(), group.as_str());
-    write(
-        connection,
-        Durability::Durable,
-        sql::MAKE_CURSORS,
-        &[&topic, &group],
-    )
-    .await
-    .map(drop)
+    write(connection, Durability::Durable, sql::MAKE_CURSORS, &[&topic, &group]).await.map(drop)
 }
 
 /// Renews a member's lease; returns what it owns on this node.
@@ -94,24 +78,12 @@ pub(crate) async fn renew(
     lease_secs: f64,
 ) -> Result<Vec<(PartitionId, Fence)>, Error> {
     let group = group.as_str();
-    let rows = write(
-        connection,
-        Durability::Relaxed,
-        sql::RENEW,
-        &[&member, &group, &lease_secs],
-    )
-    .await?;
+    let rows =
+        write(connection, Durability::Relaxed, sql::RENEW, &[&member, &group, &lease_secs]).await?;
     let owned = rows.iter().filter_map(|row| {
         let partition = PartitionId::from_i32(row.get(0)).ok()?;
         let owner = row.get::<_, Option<Uuid>>(1)?;
-        Some((
-            partition,
-            Fence {
-                owner,
-                epoch: row.get(2),
-                reset_epoch: row.get(3),
-            },
-        ))
+        Some((partition, Fence { owner, epoch: row.get(2), reset_epoch: row.get(3) }))
     });
     Ok(owned.collect())
 }
@@ -133,11 +105,7 @@ pub(crate) async fn acquire(
     let acquired = rows.iter().filter_map(|row| {
         Some(Acquired {
             partition: PartitionId::from_i32(row.get(0)).ok()?,
-            fence: Fence {
-                owner: row.get(1),
-                epoch: row.get(2),
-                reset_epoch: row.get(3),
-            },
+            fence: Fence { owner: row.get(1), epoch: row.get(2), reset_epoch: row.get(3) },
             acked_id: row.get(4),
             acked_ahead: parse_ranges(row.get(5)),
         })
@@ -178,20 +146,10 @@ pub(crate) async fn flush(
     let epochs: Vec<i64> = moves.iter().map(|m| m.fence.epoch).collect();
     let resets: Vec<i64> = moves.iter().map(|m| m.fence.reset_epoch).collect();
     let acked: Vec<i64> = moves.iter().map(|m| m.acked_id).collect();
-    let ahead: Vec<String> = moves
-        .iter()
-        .map(|m| format_ranges(&m.acked_ahead))
-        .collect();
+    let ahead: Vec<String> = moves.iter().map(|m| format_ranges(&m.acked_ahead)).collect();
     let group = group.as_str();
-    let params: [&(dyn tokio_postgres::types::ToSql + Sync); 7] = [
-        &group,
-        &partitions,
-        &owners,
-        &epochs,
-        &resets,
-        &acked,
-        &ahead,
-    ];
+    let params: [&(dyn tokio_postgres::types::ToSql + Sync); 7] =
+        [&group, &partitions, &owners, &epochs, &resets, &acked, &ahead];
     let rows = write(connection, Durability::Durable, sql::FLUSH, &params).await?;
     let outcomes = rows.iter().filter_map(|row| {
         let outcome = match row.get(1) {
@@ -211,53 +169,34 @@ pub(crate) async fn release(
     group: &GroupName,
     owned: &[(PartitionId, Uuid)],
 ) -> Result<(), Error> {
-    let partitions: Vec<i32> = owned
-        .iter()
-        .map(|(partition, _)| partition.as_i32())
-        .collect();
+    let partitions: Vec<i32> = owned.iter().map(|(partition, _)| partition.as_i32()).collect();
     let owners: Vec<Uuid> = owned.iter().map(|(_, owner)| *owner).collect();
     let group = group.as_str();
-    write(
-        connection,
-        Durability::Durable,
-        sql::RELEASE,
-        &[&group, &partitions, &owners],
-    )
-    .await
-    .map(drop)
+    write(connection, Durability::Durable, sql::RELEASE, &[&group, &partitions, &owners])
+        .await
+        .map(drop)
 }
 
 /// Ends a member's lease.
 pub(crate) async fn leave(connection: Connection, member: Uuid) -> Result<(), Error> {
-    write(connection, Durability::Relaxed, sql::LEAVE, &[&member])
-        .await
-        .map(drop)
+    write(connection, Durability::Relaxed, sql::LEAVE, &[&member]).await.map(drop)
 }
 
 /// Removes members whose lease ended long ago.
 pub(crate) async fn sweep_members(connection: Connection) -> Result<(), Error> {
-    write(connection, Durability::Relaxed, sql::SWEEP_MEMBERS, &[])
-        .await
-        .map(drop)
+    write(connection, Durability::Relaxed, sql::SWEEP_MEMBERS, &[]).await.map(drop)
 }
 
 /// A multirange as Postgres writes it, `{[1,5),[7,9)}`, as first and last of each run.
 fn parse_ranges(text: &str) -> Vec<(i64, i64)> {
-    let numbers = text
-        .split(|c: char| !c.is_ascii_digit())
-        .filter(|number| !number.is_empty());
+    let numbers = text.split(|c: char| !c.is_ascii_digit()).filter(|number| !number.is_empty());
     let bounds: Vec<i64> = numbers.filter_map(|number| number.parse().ok()).collect();
-    bounds
-        .chunks_exact(2)
-        .map(|bound| (bound[0], bound[1] - 1))
-        .collect()
+    bounds.chunks_exact(2).map(|bound| (bound[0], bound[1] - 1)).collect()
 }
 
 fn format_ranges(ranges: &[(i64, i64)]) -> String {
-    let parts: Vec<String> = ranges
-        .iter()
-        .map(|(first, last)| format!("[{first},{})", last + 1))
-        .collect();
+    let parts: Vec<String> =
+        ranges.iter().map(|(first, last)| format!("[{first},{})", last + 1)).collect();
     format!("{{{}}}", parts.join(","))
 }
 
@@ -267,10 +206,7 @@ mod tests {
 
     #[test]
     fn ranges_round_trip_through_postgres_own_form() {
-        let ranges = vec![
-            (1_010_126_112_200_000_005, 1_010_126_112_200_000_009),
-            (7, 7),
-        ];
+        let ranges = vec![(1_010_126_112_200_000_005, 1_010_126_112_200_000_009), (7, 7)];
         assert_eq!(parse_ranges(&format_ranges(&ranges)), ranges);
         assert_eq!(format_ranges(&[(7, 8)]), "{[7,9)}");
         assert!(parse_ranges("{}").is_empty());

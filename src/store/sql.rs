@@ -92,10 +92,7 @@ mod tests {
         let partition = PartitionId::new(1, 1).unwrap();
         for (name, text) in ALL {
             let filled = for_day(text, partition, day);
-            assert!(
-                !filled.contains("{partition}") && !filled.contains("{day"),
-                "{name}"
-            );
+            assert!(!filled.contains("{partition}") && !filled.contains("{day"), "{name}");
         }
         let filled = for_day(FETCH, partition, day);
         assert!(filled.contains("shardmq.batch_10101_050102"));

@@ -13,10 +13,8 @@ struct Random(u64);
 
 impl Random {
     fn below(&mut self, bound: u64) -> u64 {
-        self.0 = self
-            .0
-            .wrapping_mul(6_364_136_223_846_793_005)
-            .wrapping_add(1_442_695_040_888_963_407);
+        self.0 =
+            self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         (self.0 >> 33) % bound
     }
 }
@@ -72,12 +70,7 @@ async fn set_clock(sql: &Client, day: i32, micros: i64) {
 /// Where a comparison finds differences, it returns them as rows.
 async fn nothing_differs(sql: &Client, partition: PartitionId, comparison: &str) {
     let differences = sql.query(comparison, &[&number(partition)]).await.unwrap();
-    assert!(
-        differences.is_empty(),
-        "{} differ, as {:?}",
-        differences.len(),
-        differences[0]
-    );
+    assert!(differences.is_empty(), "{} differ, as {:?}", differences.len(), differences[0]);
 }
 
 const MESSAGES: &str = "m as materialized (select * from shardmq.messages($1, 0, 1000000))";
@@ -163,11 +156,8 @@ async fn lag_is_the_number_of_messages_that_are_left() {
                  or l.last_id <> coalesce((select max(id) from m), 0)"
         );
         nothing_differs(&sql, partition, &comparison).await;
-        let groups: i64 = sql
-            .query_one("select count(*) from shardmq.cursor", &[])
-            .await
-            .unwrap()
-            .get(0);
+        let groups: i64 =
+            sql.query_one("select count(*) from shardmq.cursor", &[]).await.unwrap().get(0);
         assert!(groups > 20);
     }
 }

@@ -31,13 +31,7 @@ impl Night {
         let builder = builder.send_timeout(20 * SECOND);
         let producer = clocks.on(builder).build().await.unwrap();
         let sql = test.sql(0).await;
-        Self {
-            test,
-            clocks,
-            sql,
-            partition,
-            producer,
-        }
+        Self { test, clocks, sql, partition, producer }
     }
 
     async fn send(&self, text: &str) -> i32 {
@@ -95,10 +89,7 @@ async fn appends_that_wait_for_the_lock_over_midnight_are_stored_in_the_new_day(
     let all = stored(&night.sql, night.partition).await;
     assert_dense(&all);
     assert_eq!(all.len(), 31);
-    let left = format!(
-        "select sum(count)::bigint from {}",
-        table(night.partition, today)
-    );
+    let left = format!("select sum(count)::bigint from {}", table(night.partition, today));
     let left = night.sql.query_one(&left, &[]).await.unwrap();
     assert_eq!(left.get::<_, i64>(0), 1);
 }
@@ -136,14 +127,10 @@ async fn of_many_that_roll_at_once_one_does_and_appends_go_on() {
         rollers.push(night.test.sql(0).await);
     }
     night.clocks.set("1 day 00:00:01").await;
-    let roll = format!(
-        "select outcome, day from shardmq.roll({}, shardmq.clock())",
-        night.partition
-    );
+    let roll =
+        format!("select outcome, day from shardmq.roll({}, shardmq.clock())", night.partition);
     let rolls = join_all(rollers.iter().map(|sql| sql.query_one(&roll, &[])));
-    let sends = night
-        .producer
-        .send_all((3..50).map(|n| Message::new(n.to_string())));
+    let sends = night.producer.send_all((3..50).map(|n| Message::new(n.to_string())));
     let (rolls, sends) = tokio::join!(rolls, sends);
     let outcomes: Vec<String> = rolls.into_iter().map(|row| row.unwrap().get(0)).collect();
     assert!(outcomes.iter().filter(|o| *o == "rolled").count() <= 1);
@@ -188,16 +175,8 @@ async fn a_server_clock_that_leaps_a_year_is_refused_and_pins_nothing() {
     assert_eq!(error.kind(), ErrorKind::Timeout);
     assert!(error.chain().contains("clock"), "{}", error.chain());
     let by_sql = "select shardmq.append($1, array['never'::bytea])";
-    let error = night
-        .sql
-        .query_one(by_sql, &[&number(night.partition)])
-        .await;
-    let error = error
-        .unwrap_err()
-        .as_db_error()
-        .unwrap()
-        .message()
-        .to_owned();
+    let error = night.sql.query_one(by_sql, &[&number(night.partition)]).await;
+    let error = error.unwrap_err().as_db_error().unwrap().message().to_owned();
     assert!(error.contains("clock"), "{error}");
 
     // Sent during the leap, stored after it.

@@ -51,33 +51,21 @@ async fn earliest_latest_a_time_and_an_id_start_where_they_say() {
         (
             "earliest",
             Start::Earliest,
-            &[
-                "a0", "a0+", "a1", "a1+", "a2", "a2+", "b0", "b0+", "b1", "b1+", "b2", "b2+",
-            ][..],
+            &["a0", "a0+", "a1", "a1+", "a2", "a2+", "b0", "b0+", "b1", "b1+", "b2", "b2+"][..],
         ),
         ("latest", Start::Latest, &[]),
-        (
-            "time",
-            Start::At(ids[2].1),
-            &["a1", "a1+", "a2", "a2+", "b1", "b1+", "b2", "b2+"],
-        ),
+        ("time", Start::At(ids[2].1), &["a1", "a1+", "a2", "a2+", "b1", "b1+", "b2", "b2+"]),
         (
             "between",
             Start::At(ids[2].1 + Duration::from_micros(1)),
             &["a2", "a2+", "b1", "b1+", "b2", "b2+"],
         ),
         // Exact in its own partition, in the middle of a batch; the batch's time in the other.
-        (
-            "id",
-            Start::Id(ids[3].0),
-            &["a1+", "a2", "a2+", "b1", "b1+", "b2", "b2+"],
-        ),
+        ("id", Start::Id(ids[3].0), &["a1+", "a2", "a2+", "b1", "b1+", "b2", "b2+"]),
         (
             "past",
             Start::At(SystemTime::UNIX_EPOCH),
-            &[
-                "a0", "a0+", "a1", "a1+", "a2", "a2+", "b0", "b0+", "b1", "b1+", "b2", "b2+",
-            ],
+            &["a0", "a0+", "a1", "a1+", "a2", "a2+", "b0", "b0+", "b1", "b1+", "b2", "b2+"],
         ),
     ];
     let mut streams = Vec::new();
@@ -138,10 +126,7 @@ async fn of_two_first_consumers_with_different_starts_one_decides_for_each_node(
             consume(&test, &group, Start::Latest)
         );
         let known: i64 = sql
-            .query_one(
-                "select count(*) from shardmq.group_start where group_name = $1",
-                &[&group],
-            )
+            .query_one("select count(*) from shardmq.group_start where group_name = $1", &[&group])
             .await
             .unwrap()
             .get(0);
@@ -169,10 +154,7 @@ async fn a_partition_made_after_the_group_starts_at_its_first_message() {
     append_texts(&sql, first, ["old"]).await;
     drop(consume(&test, "g", Start::Latest).await);
     let made: i32 = sql
-        .query_one(
-            "select max(c) from shardmq.claim_partitions('orders', 1, 2, 2) c",
-            &[],
-        )
+        .query_one("select max(c) from shardmq.claim_partitions('orders', 1, 2, 2) c", &[])
         .await
         .unwrap()
         .get(0);
@@ -186,10 +168,7 @@ async fn a_partition_made_after_the_group_starts_at_its_first_message() {
     assert_ne!(first, second);
     append_texts(&sql, second, ["first of all"]).await;
     let mut messages = consume(&test, "g", Start::Latest).await;
-    assert_eq!(
-        rest(&sql, &[first, second], &mut messages).await,
-        ["first of all"]
-    );
+    assert_eq!(rest(&sql, &[first, second], &mut messages).await, ["first of all"]);
     messages.shutdown(SECOND).await.unwrap();
 }
 
@@ -204,11 +183,7 @@ async fn a_node_that_was_away_when_a_group_began_at_latest_starts_a_minute_befor
     let (one, two) = (test.sql(0).await, test.sql(1).await);
     append_texts(&one, partitions[0], ["old"]).await;
     append_texts(&two, partitions[1], ["old", "old"]).await;
-    let day: i32 = two
-        .query_one("select day from shardmq.partition", &[])
-        .await
-        .unwrap()
-        .get(0);
+    let day: i32 = two.query_one("select day from shardmq.partition", &[]).await.unwrap().get(0);
     // The first of the two rows is made older than a minute.
     append_texts(&two, partitions[1], ["recent"]).await;
     let table = crate::support::stored::table(partitions[1], day);
@@ -218,9 +193,7 @@ async fn a_node_that_was_away_when_a_group_began_at_latest_starts_a_minute_befor
     ))
     .await
     .unwrap();
-    away.stop_server(shardmq::embedded::StopMode::Immediate)
-        .await
-        .unwrap();
+    away.stop_server(shardmq::embedded::StopMode::Immediate).await.unwrap();
     let mut messages = consume(&test, "g", Start::Latest).await;
     append_texts(&one, partitions[0], ["new"]).await;
     assert_eq!(text(&next(&mut messages).await), "new");
@@ -246,10 +219,7 @@ async fn a_topic_that_was_deleted_and_made_again_has_no_group_that_knows_it() {
     let partition = topic(&test, "orders", 1).await[0];
     append_texts(&sql, partition, ["old"]).await;
     let mut messages = consume(&test, "g", Start::Latest).await;
-    assert_eq!(
-        rest(&sql, &[partition], &mut messages).await,
-        Vec::<String>::new()
-    );
+    assert_eq!(rest(&sql, &[partition], &mut messages).await, Vec::<String>::new());
     messages.shutdown(SECOND).await.unwrap();
 }
 

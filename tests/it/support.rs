@@ -19,11 +19,7 @@ pub mod stored;
 
 /// The runtime of what outlives a test: each test has a runtime of its own.
 static BACKGROUND: LazyLock<tokio::runtime::Runtime> = LazyLock::new(|| {
-    tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(1)
-        .enable_all()
-        .build()
-        .unwrap()
+    tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap()
 });
 
 static SHARED: OnceCell<Server> = OnceCell::const_new();
@@ -61,16 +57,9 @@ pub async fn prepared(builder: shardmq::embedded::ServerBuilder) -> Server {
 /// A migrated database, not yet a node of any cluster. Returns its URL.
 pub async fn database(server: &Server) -> String {
     static NEXT: AtomicU32 = AtomicU32::new(1);
-    let name = format!(
-        "t{}_{}",
-        std::process::id(),
-        NEXT.fetch_add(1, Ordering::Relaxed)
-    );
+    let name = format!("t{}_{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
     let admin = client(&server.url("postgres")).await;
-    admin
-        .batch_execute(&format!("create database {name} template {TEMPLATE}"))
-        .await
-        .unwrap();
+    admin.batch_execute(&format!("create database {name} template {TEMPLATE}")).await.unwrap();
     server.url(&name)
 }
 
@@ -101,16 +90,9 @@ impl TestCluster {
         let control_url = node_urls[0].clone();
         let cluster = Cluster::connect(&control_url).await.unwrap();
         for (url, number) in node_urls.iter().zip(1..) {
-            cluster
-                .add_node(NodeId::new(number).unwrap(), url)
-                .await
-                .unwrap();
+            cluster.add_node(NodeId::new(number).unwrap(), url).await.unwrap();
         }
-        Self {
-            cluster,
-            control_url,
-            node_urls,
-        }
+        Self { cluster, control_url, node_urls }
     }
 
     /// A plain connection to a node's database, counted from 0.
@@ -134,10 +116,7 @@ pub async fn eventually<F: Future<Output = bool>>(
 ) {
     let until = tokio::time::Instant::now() + deadline;
     while !holds().await {
-        assert!(
-            tokio::time::Instant::now() < until,
-            "not within {deadline:?}: {what}"
-        );
+        assert!(tokio::time::Instant::now() < until, "not within {deadline:?}: {what}");
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
 }

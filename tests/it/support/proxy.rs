@@ -149,11 +149,7 @@ impl Proxy {
         let port = listener.local_addr().unwrap().port();
         let shared = Arc::new(Shared::default());
         let accept = tokio::spawn(accept(listener, server_port, Arc::clone(&shared)));
-        Self {
-            port,
-            shared,
-            _accept: AbortOnDropHandle::new(accept),
-        }
+        Self { port, shared, _accept: AbortOnDropHandle::new(accept) }
     }
 
     /// A URL that leads to the server, as one that leads here.
@@ -166,17 +162,13 @@ impl Proxy {
     /// A rule for what goes to the server, on connections that are open and those to come.
     pub fn to_server(&self, rule: Rule) {
         self.shared.rules.lock().unwrap().0 = rule;
-        self.links()
-            .iter()
-            .for_each(|link| link.to_server.set(rule));
+        self.links().iter().for_each(|link| link.to_server.set(rule));
     }
 
     /// A rule for what goes to the client.
     pub fn to_client(&self, rule: Rule) {
         self.shared.rules.lock().unwrap().1 = rule;
-        self.links()
-            .iter()
-            .for_each(|link| link.to_client.set(rule));
+        self.links().iter().for_each(|link| link.to_client.set(rule));
     }
 
     /// All that were opened since the proxy started or was cut, also those whose client has gone.
@@ -285,11 +277,7 @@ pub async fn cluster_behind_proxy() -> (TestCluster, Proxy) {
     let cluster = Cluster::connect(&url).await.unwrap();
     let node = NodeId::new(1).unwrap();
     cluster.add_node(node, &proxy.url(&url)).await.unwrap();
-    let test = TestCluster {
-        cluster,
-        control_url: url.clone(),
-        node_urls: vec![url],
-    };
+    let test = TestCluster { cluster, control_url: url.clone(), node_urls: vec![url] };
     (test, proxy)
 }
 

@@ -1,0 +1,72 @@
+//! One message that the server refuses, among many that it takes.
+
+use shardmq::{ErrorKind, Message, MessageId, PartitionId};
+use tokio_postgres::Client;
+
+use crate::support::TestCluster;
+use crate::support::stored::{assert_dense, stored, table, topic};
+
+/// Makes the server refuse messages that begin with "bad".
+async fn refuse_bad(sql: &Client, partition: PartitionId) {
+    let day: i32 =
+        sql.query_one("select shardmq.day_of(shardmq.clock())", &[]).await.unwrap().get(0);
+    let table = table(partition, day);
+    let check = format!(
+        "create or replace function public.no_bad(bytea[]) returns boolean language sql immutable
+            as $$ select not exists (select from unnest($1) p where substr(p, 1, 3) = 'bad') $$;
+         alter table {table} add constraint no_bad check (public.no_bad(payloads))"
+    );
+    sql.batch_execute(&check).await.unwrap();
+}
+
+async fn send_with_bad(bad: &[usize], keyed: bool) {
+    let test = TestCluster::new(1).await;
+    let sql = test.sql(0).await;
+    let partition = topic(&test, "orders", 1).await[0];
+    refuse_bad(&sql, partition).await;
+    let producer = test.cluster.producer("orders").build().await.unwrap();
+    let message = |n: usize| {
+        let text = if bad.contains(&n) { "bad" } else { "m" };
+        let message = Message::new(format!("{text}{n}")).header("n", n.to_string());
+        if keyed { message.key("k") } else { message }
+    };
+    let outcomes = producer.send_all((0..1_000).map(message)).await;
+    let all = stored(&sql, partition).await;
+    assert_dense(&all);
+    let mut expected: Vec<(MessageId, String)> = Vec::new();
+    for (n, outcome) in outcomes.into_iter().enumerate() {
+        if bad.contains(&n) {
+            let error = outcome.unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Invalid);
+            assert!(error.chain().contains("no_bad"), "{}", error.chain());
+        } else {
+            expected.push((outcome.unwrap(), format!("m{n}")));
+        }
+    }
+    let found: Vec<_> = all.iter().map(|m| (m.id, m.text().to_owned())).collect();
+    assert_eq!(found, expected);
+    // Later ones are not held up, nor counted for what is over.
+    producer.send(Message::new("later")).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_bad_message_of_a_thousand_fails_alone() {
+    send_with_bad(&[617], true).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn bad_messages_at_the_ends_and_in_the_middle_fail_alone() {
+    send_with_bad(&[0, 1, 500, 999], false).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_batch_of_bad_messages_only_fails_as_a_whole() {
+    let test = TestCluster::new(1).await;
+    let sql = test.sql(0).await;
+    let partition = topic(&test, "orders", 1).await[0];
+    refuse_bad(&sql, partition).await;
+    let producer = test.cluster.producer("orders").build().await.unwrap();
+    let outcomes = producer.send_all((0..20).map(|n| Message::new(format!("bad{n}"))));
+    assert!(outcomes.await.iter().all(Result::is_err));
+    assert!(stored(&sql, partition).await.is_empty());
+}

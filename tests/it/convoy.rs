@@ -1,0 +1,135 @@
+//! Several partitions in one commit, without waiting for each other.
+
+use std::collections::HashSet;
+use std::time::Duration;
+
+use shardmq::{Cluster, Message, PartitionId, SLOTS, key_slot};
+use tokio_postgres::Client;
+
+use crate::support::stored::{all_stored, assert_acknowledged, table, topic, waiting};
+use crate::support::{TestCluster, eventually, within};
+
+const SECOND: Duration = Duration::from_secs(1);
+
+/// A key for each of so many partitions of one node, in their order.
+fn keys(partitions: usize) -> Vec<String> {
+    let rest = usize::from(SLOTS) / partitions;
+    let of = |p: usize| (0_u32..).find(|n| usize::from(key_slot(&n.to_string())) / rest == p);
+    (0..partitions).map(|p| of(p).unwrap().to_string()).collect()
+}
+
+async fn lock(test: &TestCluster, partitions: &[PartitionId]) -> Client {
+    let holder = test.sql(0).await;
+    holder.batch_execute("begin").await.unwrap();
+    for partition in partitions {
+        let lock = format!("select shardmq.lock_partition({partition})");
+        holder.batch_execute(&lock).await.unwrap();
+    }
+    holder
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_ready_for_several_partitions_goes_in_one_commit() {
+    let test = TestCluster::new(1).await;
+    let partitions = topic(&test, "orders", 4).await;
+    let (keys, sql) = (keys(4), test.sql(0).await);
+    let builder = Cluster::builder(&test.control_url).connections_per_node(1);
+    let cluster = builder.connect().await.unwrap();
+    let producer = cluster.producer("orders").build().await.unwrap();
+    let holder = lock(&test, &partitions[..1]).await;
+    let mut receipts = Vec::new();
+    receipts.push(producer.enqueue(Message::new("0").key(&keys[0])).await.unwrap());
+    let waits = || async { waiting(&sql, partitions[0]).await == 1 };
+    eventually("the first waits", 5 * SECOND, waits).await;
+    for key in &keys[1..] {
+        receipts.push(producer.enqueue(Message::new("x").key(key)).await.unwrap());
+    }
+    holder.batch_execute("commit").await.unwrap();
+    let mut transactions = HashSet::new();
+    for (receipt, partition) in receipts.into_iter().zip(&partitions) {
+        let id = receipt.await.unwrap();
+        assert_eq!(id.partition(), *partition);
+        let table = table(*partition, i32::try_from(id.day().yymmdd()).unwrap());
+        let xmin = format!("select xmin::text from {table}");
+        transactions.insert(sql.query_one(&xmin, &[]).await.unwrap().get::<_, String>(0));
+    }
+    assert_eq!(transactions.len(), 2, "{transactions:?}");
+}
+
+/// So long as partitions are locked, the others of the node go on; then those do.
+async fn others_go_on_while_locked(partitions: usize, locked: usize, warm: bool) {
+    let test = TestCluster::new(1).await;
+    let numbers = topic(&test, "orders", partitions).await;
+    let keys = keys(partitions);
+    let producer = test.cluster.producer("orders").build().await.unwrap();
+    if warm {
+        for key in &keys {
+            producer.send(Message::new("warm").key(key)).await.unwrap();
+        }
+    }
+    let holder = lock(&test, &numbers[..locked]).await;
+    let mut stuck = Vec::new();
+    for key in &keys[..locked] {
+        stuck.push(producer.enqueue(Message::new("stuck").key(key)).await.unwrap());
+    }
+    for _ in 0..3 {
+        let mut receipts = Vec::new();
+        for key in &keys[locked..] {
+            receipts.push(producer.enqueue(Message::new("free").key(key)).await.unwrap());
+        }
+        for receipt in receipts {
+            within(SECOND, "a free partition", receipt).await.unwrap();
+        }
+    }
+    holder.batch_execute("commit").await.unwrap();
+    for receipt in stuck {
+        within(5 * SECOND, "a partition that was locked", receipt).await.unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_locked_partition_holds_up_no_other() {
+    others_go_on_while_locked(3, 1, false).await;
+    others_go_on_while_locked(3, 1, true).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn several_locked_partitions_hold_up_no_other() {
+    others_go_on_while_locked(6, 3, true).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn many_that_write_to_the_same_partitions_neither_deadlock_nor_starve() {
+    let test = TestCluster::new(1).await;
+    let partitions = topic(&test, "orders", 20).await;
+    let keys = keys(20);
+    let mut writers = Vec::new();
+    for writer in 0..4 {
+        let cluster = Cluster::connect(&test.control_url).await.unwrap();
+        let keys = keys.clone();
+        writers.push(tokio::spawn(async move {
+            let producer = cluster.producer("orders").build().await.unwrap();
+            let mut acknowledged = Vec::new();
+            for round in 0..6 {
+                let texts: Vec<String> = (0..60).map(|n| format!("{writer}-{round}-{n}")).collect();
+                let mut messages = Vec::new();
+                for (n, text) in texts.iter().enumerate() {
+                    messages.push(Message::new(text.clone()).key(&keys[n % keys.len()]));
+                }
+                let ids = producer.send_all(messages).await;
+                acknowledged.extend(texts.into_iter().zip(ids.into_iter().map(Result::unwrap)));
+            }
+            acknowledged
+        }));
+    }
+    let sql = test.sql(0).await;
+    let before = "select deadlocks from pg_stat_database where datname = current_database()";
+    let mut acknowledged = Vec::new();
+    for writer in writers {
+        acknowledged.extend(within(20 * SECOND, "a writer", writer).await.unwrap());
+    }
+    let stored = all_stored(&sql, &partitions).await;
+    assert_eq!(stored.len(), 4 * 6 * 60);
+    assert_acknowledged(&stored, &acknowledged);
+    assert_eq!(sql.query_one(before, &[]).await.unwrap().get::<_, i64>(0), 0);
+}
