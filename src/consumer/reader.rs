@@ -14,6 +14,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::time::timeout;
+
 use crate::consumer::budget::Room;
 use crate::consumer::holding::Holding;
 use crate::consumer::{Event, Shared};
@@ -21,9 +23,14 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::id::Day;
 use crate::store::connect::refused;
 use crate::store::fetch::{self, Batch};
+use crate::store::node::{Connection, Unfinished};
 
 /// The most rows of one fetch.
 const MAX_ROWS: i32 = 512;
+/// How long room is held for a connection.
+const BUSY: Duration = Duration::from_millis(50);
+/// How long one fetch may take: the largest message over a slow line.
+const FETCH: Duration = Duration::from_mins(1);
 /// Between attempts after an error.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
 
@@ -65,19 +72,8 @@ impl Reader {
                     }
                     tokio::time::sleep(backoff).await;
                     backoff = (backoff * 2).min(BACKOFF.1);
-                    self.reachable(&mut backoff).await;
                 }
             }
-        }
-    }
-
-    /// Waits until the node takes connections. Without this every reader of a dead node would sit on
-    /// room that those of the others need.
-    async fn reachable(&self, backoff: &mut Duration) {
-        let node = self.holding.partition.node();
-        while self.shared.connection(node).await.is_err() {
-            tokio::time::sleep(*backoff).await;
-            *backoff = (*backoff * 2).min(BACKOFF.1);
         }
     }
 
@@ -131,14 +127,17 @@ impl Reader {
     /// Reads on in a day. False: there was nothing.
     async fn fetch(&mut self, day: Day) -> Result<bool> {
         let partition = self.holding.partition;
-        let shared = Arc::clone(&self.shared);
-        let reserved = shared.budget.reserve().await;
+        let (reserved, connection) = self.room_and_connection().await?;
         let bounds = (i64::try_from(reserved.size()).unwrap_or(i64::MAX), MAX_ROWS);
-        let connection = shared.connection(partition.node()).await?;
-        let rows = fetch::fetch(&connection, partition, day, self.position, bounds)
+        let what = || format!("read partition {partition}");
+        // Closed where it falls silent: the next one would hang in it too.
+        let connection = Unfinished::new(connection);
+        let fetch = fetch::fetch(connection.connection(), partition, day, self.position, bounds);
+        let rows = timeout(FETCH, fetch)
             .await
-            .map_err(|error| refused(error, &format!("read partition {partition}")))?;
-        drop(connection);
+            .map_err(|_| Error::new(ErrorKind::Unavailable, format!("{}: no answer", what())))?;
+        connection.finished();
+        let rows = rows.map_err(|error| refused(error, &what()))?;
         // A table that is gone has nothing more to say.
         let rows = rows.unwrap_or_default();
         let new: Vec<Batch> =
@@ -146,6 +145,20 @@ impl Reader {
         let any = !new.is_empty();
         self.deliver(new, reserved);
         Ok(any)
+    }
+
+    /// Room for a fetch, and a connection to fetch with. Where that takes its time the room goes back
+    /// meanwhile: readers of a node that hangs would sit on what those of others need.
+    async fn room_and_connection(&self) -> Result<(Room, Connection)> {
+        let node = self.holding.partition.node();
+        loop {
+            let room = self.shared.budget.reserve().await;
+            if let Ok(connection) = timeout(BUSY, self.shared.connection(node)).await {
+                return Ok((room, connection?));
+            }
+            drop(room);
+            drop(self.shared.connection(node).await?);
+        }
     }
 
     /// Hands rows to the stream, each with its part of the room that was reserved; the rest goes back.

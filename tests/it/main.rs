@@ -30,12 +30,16 @@ mod late_commit;
 mod leases;
 /// Midnight, and clocks that are wrong.
 mod midnight;
+/// With hints a message comes at once, without them within the poll interval.
+mod notifications;
 /// A position anywhere in a batch: exactly the rest comes.
 mod positions;
 /// A message goes in and comes out.
 mod round_trip;
 /// Databases with settings of their own, and commits that are none.
 mod settings;
+/// The end of a consumer: nothing new, all that is answered is committed, nothing hangs.
+mod shutdown;
 /// The functions for SQL users: append, message, messages.
 mod sql_functions;
 /// Where a group starts: earliest, latest, a time, an id.
