@@ -142,6 +142,12 @@ impl Cluster {
         }
     }
 
+    /// What carries hints here: for tests.
+    #[doc(hidden)]
+    pub fn notifier(&self) -> Arc<dyn Notifier> {
+        Arc::clone(&self.inner.notifier)
+    }
+
     /// What producers and consumers need to know of a topic.
     pub(crate) async fn topology(&self, topic: &TopicName) -> Result<Topology> {
         let what = format!("look up topic {topic}");

@@ -36,6 +36,7 @@ use holding::Holding;
 use member::Command;
 pub use messages::{Delivery, Messages};
 pub(crate) use roster::jitter;
+use seat::Seats;
 use start::GroupStart;
 
 /// Where a group starts that has not consumed the topic before. Later it goes on from its cursor.
@@ -171,7 +172,7 @@ impl ConsumerBuilder {
             // Time-ordered, so that members rank by when they joined.
             member: Uuid::now_v7(),
             share: AtomicUsize::new(topology.partitions.len()),
-            held: Arc::default(),
+            seats: Arc::default(),
             events: Mutex::new(Some(events)),
             stopped: AtomicBool::new(false),
             stopping: self.cluster.inner.shutdown.child_token(),
@@ -269,7 +270,7 @@ impl ConsumerHandle {
 
     /// The partitions that this consumer owns now.
     pub fn held_partitions(&self) -> usize {
-        self.shared.held.load(Ordering::Acquire)
+        self.shared.seats.occupied()
     }
 
     /// Bytes that are fetched, or about to be, and not yet handed out: for tests.
@@ -295,7 +296,7 @@ impl fmt::Debug for ConsumerHandle {
         f.debug_struct("ConsumerHandle")
             .field("member", &shared.member)
             .field("group", &shared.group)
-            .field("held", &shared.held)
+            .field("held", &shared.seats.occupied())
             .finish_non_exhaustive()
     }
 }
@@ -322,7 +323,7 @@ pub(crate) struct Shared {
     budget: Arc<Budget>,
     /// How many partitions are this member's even share.
     share: AtomicUsize,
-    held: Arc<AtomicUsize>,
+    seats: Arc<Seats>,
     /// A shutdown was asked for.
     stopped: AtomicBool,
     /// Ends the heartbeat.

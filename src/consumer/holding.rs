@@ -43,7 +43,8 @@ const LOST: u8 = 2;
 const RESET: u8 = 3;
 
 impl Holding {
-    pub(crate) fn new(acquired: Acquired, seat: Seat, ended: CancellationToken) -> Self {
+    pub(crate) fn new(acquired: Acquired, mut seat: Seat, ended: CancellationToken) -> Self {
+        seat.occupy();
         Self {
             seat: Mutex::new(Some(seat)),
             partition: acquired.partition,

@@ -92,7 +92,7 @@ impl Member {
             self.renew().await?;
         }
         let free_here = self.partitions.len().saturating_sub(self.holdings.len());
-        let seats = Seat::take(&shared.held, share, free_here);
+        let seats = shared.seats.take(share, free_here);
         if seats.is_empty() {
             return Ok(());
         }

@@ -19,6 +19,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::time::timeout;
+
 use crate::consumer::budget::Room;
 use crate::consumer::holding::Holding;
 use crate::consumer::member::Command;
@@ -28,11 +30,15 @@ use crate::id::Day;
 use crate::metrics as names;
 use crate::store::connect::refused;
 use crate::store::fetch::{self, Batch, Identity, Overlap};
-use crate::store::node::Connection;
+use crate::store::node::{Connection, Unfinished};
 use crate::store::upkeep;
 
 /// The most rows of one fetch.
 const MAX_ROWS: i32 = 512;
+/// How long room is held for a connection.
+const BUSY: Duration = Duration::from_millis(50);
+/// How long one fetch may take: the largest message over a slow line.
+const FETCH: Duration = Duration::from_mins(1);
 /// Between attempts after an error.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
 
@@ -97,19 +103,8 @@ impl Reader {
                     }
                     tokio::time::sleep(backoff).await;
                     backoff = (backoff * 2).min(BACKOFF.1);
-                    self.reachable(&mut backoff).await;
                 }
             }
-        }
-    }
-
-    /// Waits until the node takes connections. Without this every reader of a dead node would sit on
-    /// room that those of the others need.
-    async fn reachable(&self, backoff: &mut Duration) {
-        let node = self.holding.partition.node();
-        while self.shared.connection(node).await.is_err() {
-            tokio::time::sleep(*backoff).await;
-            *backoff = (*backoff * 2).min(BACKOFF.1);
         }
     }
 
@@ -188,20 +183,16 @@ impl Reader {
     /// Reads on in a day.
     async fn fetch(&mut self, day: Day) -> Result<Fetched, Stop> {
         let partition = self.holding.partition;
-        let shared = Arc::clone(&self.shared);
-        let reserved = shared.budget.reserve().await;
+        let (reserved, connection) = self.room_and_connection().await?;
         let bound = reserved.size();
-        let bounds = (i64::try_from(bound).unwrap_or(i64::MAX), MAX_ROWS);
-        let connection = shared.connection(partition.node()).await?;
-        let rows = fetch::fetch(&connection, partition, day, self.position, bounds)
-            .await
-            .map_err(|error| refused(error, &format!("read partition {partition}")))?;
-        let Some(rows) = rows else {
-            drop(connection);
-            return self.table_gone(day).await;
-        };
-        self.compare(&connection, day, rows.first()).await?;
-        drop(connection);
+        // Closed where it falls silent: the next one would hang in it too.
+        let connection = Unfinished::new(connection);
+        let read = timeout(FETCH, self.compared(connection.connection(), day, bound)).await;
+        let read = read.map_err(|_| {
+            Error::new(ErrorKind::Unavailable, format!("read partition {partition}: no answer"))
+        })?;
+        connection.finished();
+        let Some(rows) = read? else { return self.table_gone(day).await };
         if let Some(row) = rows.last() {
             self.last = Some((day, row.identity()));
         }
@@ -216,6 +207,24 @@ impl Reader {
             (true, false) => Fetched::Rows,
             (true, true) => Fetched::Full,
         })
+    }
+
+    /// The rows from the last one on, which was compared; none where the table does not exist.
+    async fn compared(
+        &self,
+        connection: &Connection,
+        day: Day,
+        bound: usize,
+    ) -> Result<Option<Vec<Batch>>, Stop> {
+        let partition = self.holding.partition;
+        let bounds = (i64::try_from(bound).unwrap_or(i64::MAX), MAX_ROWS);
+        let rows = fetch::fetch(connection, partition, day, self.position, bounds)
+            .await
+            .map_err(|error| refused(error, &format!("read partition {partition}")))?;
+        if let Some(rows) = &rows {
+            self.compare(connection, day, rows.first()).await?;
+        }
+        Ok(rows)
     }
 
     /// Compares the row that was read last with what is there now.
@@ -283,6 +292,20 @@ impl Reader {
         }
         let what = format!("read partition {partition}: it has no table of day {day}");
         Err(Error::new(ErrorKind::Database, what).into())
+    }
+
+    /// Room for a fetch, and a connection to fetch with. Where that takes its time the room goes back
+    /// meanwhile: readers of a node that hangs would sit on what those of others need.
+    async fn room_and_connection(&self) -> Result<(Room, Connection)> {
+        let node = self.holding.partition.node();
+        loop {
+            let room = self.shared.budget.reserve().await;
+            if let Ok(connection) = timeout(BUSY, self.shared.connection(node)).await {
+                return Ok((room, connection?));
+            }
+            drop(room);
+            drop(self.shared.connection(node).await?);
+        }
     }
 
     /// Hands rows to the stream, each with its part of the room that was reserved; the rest goes back.

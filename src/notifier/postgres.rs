@@ -102,7 +102,8 @@ impl Notifier for PostgresNotifier {
         let nodes: BTreeSet<NodeId> = partitions.iter().map(|partition| partition.node()).collect();
         let streams: Vec<Hints> =
             nodes.into_iter().map(|node| self.subscribe_node(node, Arc::clone(&wanted))).collect();
-        Box::pin(stream::select_all(streams))
+        // Without partitions there is nothing to hear, and it does not end either.
+        Box::pin(stream::select_all(streams).chain(stream::pending()))
     }
 }
 

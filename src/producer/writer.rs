@@ -14,7 +14,6 @@ use crate::producer::lane::Lane;
 use crate::producer::settle::settle;
 use crate::store::append::{self, Append, Failure, Inserted, MAX_PARTITIONS, Rolled};
 
-
 /// What waits to be written to a node.
 #[derive(Debug)]
 pub(crate) struct Writer {

@@ -132,7 +132,8 @@ async fn a_row_that_a_transaction_has_locked_is_passed_over_and_the_others_move(
         .await
         .unwrap();
     renew(&sql, other, 10.0).await;
-    assert_eq!(acquire(&sql, other, 9, true).await.len(), 2);
+    let taken = within(5 * SECOND, "the others", acquire(&sql, other, 9, true)).await;
+    assert_eq!(taken.len(), 2);
     open.commit().await.unwrap();
     assert_eq!(states(flush(&sql, &fences, 9).await), ["lease_lost", "moved", "lease_lost"]);
     assert_eq!(cursor(&sql, "g", partitions[1]).await.acked_id, 9);

@@ -1,9 +1,11 @@
 //! Everything that needs real servers, in reading order: from the servers themselves to the command.
 
-#![allow(unreachable_pub, missing_docs)]
+#![allow(unreachable_pub, missing_docs, clippy::unwrap_used, clippy::expect_used)]
 
 mod support;
 
+/// Positions, last ids and lag are computed: compared with a count.
+mod arithmetic;
 /// One message that the server refuses, among many that it takes.
 mod bad_data;
 /// Input outside of the limits: refused before anything is sent, and by the tables too.
@@ -12,10 +14,10 @@ mod bad_input;
 mod bounded_reads;
 /// Several partitions in one commit, without waiting for each other.
 mod convoy;
-/// From day to day: no message is left behind, and lag is right.
-mod days;
 /// A server that crashes under load, again and again.
 mod crash;
+/// From day to day: no message is left behind, and lag is right.
+mod days;
 /// Private Postgres servers: found, started, ended with their parent.
 mod embedded;
 /// The statements of leases and cursors: who may move what.
@@ -30,24 +32,30 @@ mod late_commit;
 mod leases;
 /// A server that comes back without the end of its log.
 mod lost_tail;
-/// Midnight, and clocks that are wrong.
-mod midnight;
-/// A position anywhere in a batch: exactly the rest comes.
-mod positions;
-/// Old days are dropped, and nobody stumbles over it.
-mod retention;
 /// Many processes that append to one partition, while another ends their connections.
 mod many_processes;
+/// Midnight, and clocks that are wrong.
+mod midnight;
+/// With hints a message comes at once, without them within the poll interval.
+mod notifications;
 /// Every statement is one that the server takes, and the hot ones go by indexes only.
 mod plans;
+/// A position anywhere in a batch: exactly the rest comes.
+mod positions;
 /// Batches that are repeated since their answer was lost: one copy, in every order of events.
 mod repeats;
+/// Old days are dropped, and nobody stumbles over it.
+mod retention;
 /// A message goes in and comes out.
 mod round_trip;
 /// Databases with settings of their own, and commits that are none.
 mod settings;
+/// The end of a consumer: nothing new, all that is answered is committed, nothing hangs.
+mod shutdown;
 /// The functions for SQL users: append, message, messages.
 mod sql_functions;
+/// Where a group starts: earliest, latest, a time, an id.
+mod starts;
 
 /// The command, as people and scripts run it.
 mod command;

@@ -143,7 +143,9 @@ async fn a_seek_under_a_running_consumer_takes_it_along_and_no_late_flush_undoes
         .unwrap();
     let mut taken = take(&mut messages, 10).await;
     let in_hand = taken.pop().unwrap();
-    taken.into_iter().for_each(|delivery| delivery.ack().unwrap());
+    for delivery in taken {
+        delivery.ack().unwrap();
+    }
     // These nine are not committed yet when the seek comes.
     seek(&sql, "g", partition, ids[4]).await;
     assert_eq!(messages.flush().await.unwrap_err().kind(), ErrorKind::Reset);
