@@ -115,13 +115,15 @@ impl Reader {
             let Some(day) = self.day else {
                 self.day = self.look().await?;
                 self.holding.set_position(self.day, self.position);
-                if self.day.is_some() { continue } else { return Ok(()) }
+                if self.day.is_none() {
+                    return Ok(());
+                }
+                continue;
             };
             match self.fetch(day).await? {
-                Fetched::Full | Fetched::Moved => continue,
-                Fetched::Rows if self.open == self.day => return Ok(()),
-                Fetched::Rows => continue,
                 Fetched::Nothing => {}
+                Fetched::Rows if self.open == self.day => return Ok(()),
+                Fetched::Full | Fetched::Moved | Fetched::Rows => continue,
             }
             // Was the day seen to be closed before this read?
             if let Some(next) = self.next.take() {
@@ -248,11 +250,10 @@ impl Reader {
                     .map_err(|error| refused(error, &format!("read partition {partition}")))?;
                 match found {
                     Overlap::Same(incarnation) => incarnation,
-                    Overlap::Changed => return Err(Stop::Lost),
                     Overlap::NoTable if self.was_dropped(connection, *of).await? => {
                         read_on.unwrap_or(self.holding.incarnation())
                     }
-                    Overlap::NoTable => return Err(Stop::Lost),
+                    Overlap::Changed | Overlap::NoTable => return Err(Stop::Lost),
                 }
             }
             // Nothing was read that another server could lack: the position is of the cursor itself,

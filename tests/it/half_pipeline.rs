@@ -9,7 +9,7 @@ use tokio::time::Instant;
 use tokio_postgres::Client;
 
 use crate::support::proxy::{Rule, cluster_behind_proxy};
-use crate::support::stored::{assert_dense, holding, number, stored, topic, waiting};
+use crate::support::stored::{Stored, assert_dense, holding, number, stored, topic, waiting};
 use crate::support::{TestCluster, eventually, within};
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -136,7 +136,7 @@ async fn a_message_is_sent_once_send_was_polled() {
     drop_after(1, producer.send(Message::new("polled")), &sql).await;
     producer.flush().await.unwrap();
     let all = stored(&sql, partition).await;
-    assert_eq!(all.iter().map(|m| m.text()).collect::<Vec<_>>(), ["polled"]);
+    assert_eq!(all.iter().map(Stored::text).collect::<Vec<_>>(), ["polled"]);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

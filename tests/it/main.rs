@@ -1,6 +1,8 @@
 //! Everything that needs real servers, in reading order: from the servers themselves to the command.
 
 #![allow(unreachable_pub, missing_docs, clippy::unwrap_used, clippy::expect_used)]
+// What is plain in a test: sequences searched until something is found, names of a pair alike.
+#![allow(clippy::maybe_infinite_iter, clippy::similar_names, clippy::needless_for_each)]
 
 mod support;
 
