@@ -16,6 +16,8 @@ mod bounded_reads;
 mod convoy;
 /// From day to day: no message is left behind, and lag is right.
 mod days;
+/// Payloads that can't be read are no dead end; headers are text.
+mod decode;
 /// Private Postgres servers: found, started, ended with their parent.
 mod embedded;
 /// The statements of leases and cursors: who may move what.
@@ -30,6 +32,8 @@ mod late_commit;
 mod leases;
 /// Midnight, and clocks that are wrong.
 mod midnight;
+/// Schemas: made by many at once, brought up to date, refused where they do not fit.
+mod migrations;
 /// With hints a message comes at once, without them within the poll interval.
 mod notifications;
 /// A position anywhere in a batch: exactly the rest comes.
