@@ -205,12 +205,12 @@ async fn what_is_acknowledged_ahead_in_a_later_day_is_kept() {
     append_texts(&sql, partition, ["end"]).await;
     let mut messages = consumer(&test).stream().await.unwrap();
     for (n, delivery) in take(&mut messages, 9).await.into_iter().enumerate() {
-        if [0, 1, 2, 4, 5, 7].contains(&n) {
+        if [0, 1, 2, 4, 5].contains(&n) {
             delivery.ack().unwrap();
         }
     }
     messages.shutdown(SECOND).await.unwrap();
-    assert_eq!(lag_and_count(&test, &sql, partition).await, 4);
+    assert_eq!(lag_and_count(&test, &sql, partition).await, 5);
 
     // The one that was missing in the first day is answered as soon as it comes.
     let mut messages = consumer(&test).stream().await.unwrap();
@@ -218,12 +218,12 @@ async fn what_is_acknowledged_ahead_in_a_later_day_is_kept() {
     assert_eq!(text(&delivery), "3");
     delivery.ack().unwrap();
     messages.flush().await.unwrap();
-    let rest: Vec<String> = take(&mut messages, 3).await.iter().map(text).collect();
-    assert_eq!(rest, ["6", "8", "end"]);
+    let rest: Vec<String> = take(&mut messages, 4).await.iter().map(text).collect();
+    assert_eq!(rest, ["6", "7", "8", "end"]);
     messages.shutdown(Duration::ZERO).await.unwrap();
     // Now the watermark is at the end of a day, with some of the next one acknowledged.
     let mut messages = consumer(&test).stream().await.unwrap();
-    assert_eq!(texts_until(&mut messages, "end").await, ["6", "8"]);
+    assert_eq!(texts_until(&mut messages, "end").await, ["6", "7", "8"]);
     messages.shutdown(SECOND).await.unwrap();
     assert_eq!(lag_and_count(&test, &sql, partition).await, 0);
 }

@@ -20,6 +20,8 @@ mod convoy;
 mod crash;
 /// From day to day: no message is left behind, and lag is right.
 mod days;
+/// Payloads that can't be read are no dead end; headers are text.
+mod decode;
 /// Private Postgres servers: found, started, ended with their parent.
 mod embedded;
 /// The statements of leases and cursors: who may move what.
@@ -38,6 +40,8 @@ mod lost_tail;
 mod many_processes;
 /// Midnight, and clocks that are wrong.
 mod midnight;
+/// Schemas: made by many at once, brought up to date, refused where they do not fit.
+mod migrations;
 /// With hints a message comes at once, without them within the poll interval.
 mod notifications;
 /// Every statement is one that the server takes, and the hot ones go by indexes only.
