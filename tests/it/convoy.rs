@@ -75,14 +75,15 @@ async fn others_go_on_while_locked(partitions: usize, locked: usize, warm: bool)
         }
     }
     let holder = lock(&test, &numbers[..locked]).await;
-    let mut stuck = Vec::new();
-    for key in &keys[..locked] {
-        stuck.push(
-            producer
-                .enqueue(Message::new("stuck").key(key))
-                .await
-                .unwrap(),
-        );
+    let (mut stuck, sql) = (Vec::new(), test.sql(0).await);
+    for (nth, key) in keys[..locked].iter().enumerate() {
+        let message = Message::new("stuck").key(key);
+        stuck.push(producer.enqueue(message).await.unwrap());
+        // Until both connections wait, each for a lock of its own.
+        if nth < 2 {
+            let waits = || async { waiting(&sql, numbers[nth]).await == 1 };
+            eventually("an append waits", 5 * SECOND, waits).await;
+        }
     }
     for _ in 0..3 {
         let mut receipts = Vec::new();
