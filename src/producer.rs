@@ -205,7 +205,9 @@ impl Producer {
     /// returned. Cancel safe.
     pub async fn flush(&self) -> Result<()> {
         let lanes = &self.handle.shared.lanes;
-        let completions: Vec<_> = lanes.iter().flat_map(|lane| lane.completions()).collect();
+        // Twice, since a batch may go to another partition meanwhile, to one that was looked at before.
+        let looks = lanes.iter().chain(lanes);
+        let completions: Vec<_> = looks.flat_map(|lane| lane.completions()).collect();
         let mut outcome = Ok(());
         for completion in completions {
             outcome = outcome.and(completion.all().await);

@@ -152,6 +152,7 @@ async fn a_clock_that_goes_back_over_midnight_does_not_take_the_partition_with_i
     assert_eq!(night.send("b").await, tomorrow);
     night.clocks.set("23:59:55").await;
     assert_eq!(night.send("c").await, tomorrow);
+    assert_eq!(night.roll(0.0).await, ("current".to_owned(), tomorrow));
     night.clocks.set("12:00").await;
     assert_eq!(night.send("d").await, tomorrow);
     night.clocks.set("1 day 01:00").await;

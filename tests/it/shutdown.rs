@@ -3,6 +3,7 @@
 
 use std::time::Duration;
 
+use futures_util::FutureExt;
 use shardmq::embedded::StopMode;
 use shardmq::{Cluster, ConsumerBuilder, ErrorKind, PartitionId};
 use tokio::time::Instant;
@@ -36,10 +37,13 @@ async fn in_hand_may_be_answered_until_the_deadline_and_nothing_new_comes() {
     let mut messages = consumer(&test.cluster).stream().await.unwrap();
     let mut in_hand = take(&mut messages, 4).await;
     let handle = messages.handle();
-    let ending = tokio::spawn({
+    let mut ending = Box::pin({
         let handle = handle.clone();
         async move { handle.shutdown(30 * SECOND).await }
     });
+    // It has begun, here and now.
+    assert!(ending.as_mut().now_or_never().is_none());
+    let ending = tokio::spawn(ending);
     // From the moment on at which it begins nothing comes, though six are fetched already.
     let reading = tokio::spawn(async move {
         let mut after = 0;

@@ -276,7 +276,7 @@ pub async fn cluster_behind_proxy() -> (TestCluster, Proxy) {
 
 /// The same with one connection to the node: nothing passes but what its only user sends.
 pub async fn cluster_with_one_connection() -> (TestCluster, Proxy) {
-    let alone = |builder: ClusterBuilder| builder.connections_per_node(1);
+    let alone = |builder: ClusterBuilder| builder.connections_per_node(1).upkeep(false);
     behind_proxy(|builder| alone(builder).notifier(LocalNotifier::new())).await
 }
 
