@@ -39,3 +39,5 @@ mod sql_functions;
 
 /// The command, as people and scripts run it.
 mod command;
+/// The benches run, and say what they found.
+mod bench;
