@@ -30,6 +30,8 @@ pub use report::{Drained, Percentiles, Report, Spread};
 use crate::error::{Error, Result};
 use stage::Stage;
 
+const MAX_SIZE: usize = 65_536;
+
 /// What is measured.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
@@ -61,7 +63,7 @@ pub enum Hints {
 /// How it is measured.
 #[derive(Debug, Clone, Serialize)]
 pub struct Options {
-    /// Bytes of a payload.
+    /// Bytes of a payload, up to 65,536: the floor's batches have 1,000.
     pub size: usize,
     /// Partitions of the topic.
     pub partitions: usize,
@@ -117,10 +119,12 @@ impl Options {
             ("nodes", self.nodes.unwrap_or(1)),
             ("members", self.members),
         ];
+        if self.size > MAX_SIZE {
+            let what = format!("size must be at most {MAX_SIZE}");
+            return Err(Error::invalid(what));
+        }
         let zero = least.iter().find(|(_, value)| *value == 0);
-        zero.map_or(Ok(()), |(name, _)| {
-            Err(Error::invalid(format!("{name} must be at least 1")))
-        })
+        zero.map_or(Ok(()), |(name, _)| Err(Error::invalid(format!("{name} must be at least 1"))))
     }
 }
 
@@ -151,12 +155,5 @@ async fn measure(bench: Bench, stage: &Stage) -> Result<Report> {
         Bench::Latency => (latency::measure(stage).await?, Vec::new()),
         Bench::Backlog => backlog::measure(stage).await?,
     };
-    Ok(Report::new(
-        bench,
-        &stage.options,
-        outcome,
-        backlogs,
-        flush,
-        machine,
-    ))
+    Ok(Report::new(bench, &stage.options, outcome, backlogs, flush, machine))
 }

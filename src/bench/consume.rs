@@ -29,11 +29,7 @@ pub(super) async fn measure(stage: &Stage) -> Result<Outcome> {
 /// More than is read in a slice, at most half a gigabyte.
 fn backlog_for(stage: &Stage) -> u64 {
     let fits = (512 << 20) / (stage.options.size as u64 + 1);
-    let enough = if stage.options.seconds < 10 {
-        500_000
-    } else {
-        5_000_000
-    };
+    let enough = if stage.options.seconds < 10 { 500_000 } else { 5_000_000 };
     stage.options.messages.unwrap_or(fits.min(enough))
 }
 
@@ -54,12 +50,7 @@ impl<'a> Consume<'a> {
     /// On a topic that has so many messages.
     pub(super) async fn new(stage: &'a Stage, backlog: u64) -> Result<Self> {
         let bare = Bare::each(&stage.consuming, &stage.topic, FLOOR_CONNECTIONS).await?;
-        Ok(Self {
-            stage,
-            backlog,
-            groups: 0,
-            bare,
-        })
+        Ok(Self { stage, backlog, groups: 0, bare })
     }
 
     /// A new group; each member reads in a task of its own.
@@ -68,18 +59,12 @@ impl<'a> Consume<'a> {
         // Groups of a small and a large backlog are not the same.
         let name = format!("g{}-{}", self.backlog, self.groups);
         let progress = Arc::new(Progress::new(self.backlog));
-        let mut group = Group {
-            handles: Vec::new(),
-            readers: JoinSet::new(),
-            progress,
-        };
+        let mut group = Group { handles: Vec::new(), readers: JoinSet::new(), progress };
         for _ in 0..self.stage.options.members {
             let topic = self.stage.name();
             let messages = self.stage.consuming.consumer(topic, &name).stream().await?;
             group.handles.push(messages.handle());
-            group
-                .readers
-                .spawn(read(messages, Arc::clone(&group.progress)));
+            group.readers.spawn(read(messages, Arc::clone(&group.progress)));
         }
         Ok(group)
     }
@@ -95,11 +80,7 @@ impl Contest for Consume<'_> {
         let _ = timeout(slice, group.progress.reach(self.backlog)).await;
         let (elapsed, messages) = (begun.elapsed(), group.progress.count() - before);
         let latency = group.leave().await?;
-        Ok(Tally {
-            messages,
-            elapsed,
-            latency,
-        })
+        Ok(Tally { messages, elapsed, latency })
     }
 
     async fn floor(&mut self, slice: Duration) -> Result<Tally> {
@@ -169,12 +150,7 @@ struct Progress {
 impl Progress {
     fn new(backlog: u64) -> Self {
         let start = backlog.min(1_000_000) / 10;
-        Self {
-            start,
-            backlog,
-            count: AtomicU64::new(0),
-            more: Notify::new(),
-        }
+        Self { start, backlog, count: AtomicU64::new(0), more: Notify::new() }
     }
 
     fn count(&self) -> u64 {
@@ -202,8 +178,6 @@ impl Progress {
             }
         };
         let what = "no messages came in time";
-        timeout(PATIENCE, reached)
-            .await
-            .map_err(|_| Error::new(ErrorKind::Timeout, what))
+        timeout(PATIENCE, reached).await.map_err(|_| Error::new(ErrorKind::Timeout, what))
     }
 }

@@ -2,7 +2,7 @@
 
 use std::hint::black_box;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use tokio::task::JoinSet;
 use tokio::time::Instant;
@@ -132,16 +132,9 @@ impl Bare {
 
     async fn fetch(&self, position: i64) -> Result<(u64, i64)> {
         let connection = self.node.get().await?;
-        bare::fetch(
-            &connection,
-            self.partition,
-            self.day,
-            position,
-            FETCH,
-            touch,
-        )
-        .await
-        .map_err(|error| refused(error, &format!("read partition {}", self.partition)))
+        bare::fetch(&connection, self.partition, self.day, position, FETCH, touch)
+            .await
+            .map_err(|error| refused(error, &format!("read partition {}", self.partition)))
     }
 }
 
@@ -153,15 +146,12 @@ pub(super) fn touch(payload: &[u8]) {
 /// Moves the partition to the server's date.
 async fn roll(node: &Node, partition: PartitionId) -> Result<Day> {
     let what = format!("roll partition {partition}");
-    let rolled = append::roll(node.get().await?, partition, std::time::SystemTime::now())
-        .await
-        .map_err(|error| refused(error, &what))?;
-    match rolled {
+    match append::roll(node.get().await?, partition, SystemTime::now()).await? {
         Rolled::To(day) => Ok(day),
-        Rolled::Clock => Err(Error::new(
-            ErrorKind::Conflict,
-            format!("{what}: clocks differ"),
-        )),
+        Rolled::Clock => {
+            let what = format!("{what}: clocks differ");
+            Err(Error::new(ErrorKind::Conflict, what))
+        }
         Rolled::Unknown => Err(Error::new(ErrorKind::NotFound, what)),
     }
 }
@@ -194,11 +184,7 @@ pub(super) async fn slice(all: &mut Vec<Bare>, work: &Work, slice: Duration) -> 
         latency.add(&times);
         all.push(bare);
     }
-    Ok(Tally {
-        messages,
-        elapsed: begun.elapsed(),
-        latency,
-    })
+    Ok(Tally { messages, elapsed: begun.elapsed(), latency })
 }
 
 /// Appends so many messages to all partitions of a topic, as fast as it goes; rounded up to whole

@@ -30,27 +30,17 @@ const DIGITS: usize = 16;
 const PATIENCE: Duration = Duration::from_secs(30);
 
 pub(super) async fn measure(stage: &Stage) -> Result<Outcome> {
-    let clock = Clock {
-        begun: Instant::now(),
-        rate: stage.options.rate,
-    };
-    let mut consumer = stage
-        .consuming
-        .consumer(stage.name(), "latency")
-        .start(Start::Earliest);
+    let clock = Clock { begun: Instant::now(), rate: stage.options.rate };
+    let mut consumer = stage.consuming.consumer(stage.name(), "latency").start(Start::Earliest);
     if stage.options.notifier == Hints::None {
         consumer = consumer.poll_interval(Duration::from_millis(10));
     }
     let arrivals = Arc::new(Mutex::new(Vec::new()));
-    let reader = tokio::spawn(receive(
-        consumer.stream().await?,
-        clock,
-        Arc::clone(&arrivals),
-    ));
+    let reader = tokio::spawn(receive(consumer.stream().await?, clock, Arc::clone(&arrivals)));
     let contest = Lag {
         clock,
         producer: stage.producing.producer(stage.name()).build().await?,
-        payloads: Arc::clone(&stage.payloads),
+        payloads: stage.payloads,
         arrivals,
         bare: Bare::each(&stage.producing, &stage.floor, 1).await?,
     };
@@ -68,9 +58,7 @@ struct Clock {
 
 impl Clock {
     fn since(self, due: u64) -> Duration {
-        self.begun
-            .elapsed()
-            .saturating_sub(Duration::from_nanos(due))
+        self.begun.elapsed().saturating_sub(Duration::from_nanos(due))
     }
 
     /// Yields the time of each message of a slice as it comes. A thread of its own, since the
@@ -86,10 +74,7 @@ impl Clock {
                 }
                 let due = start + offset;
                 thread::sleep(due.saturating_sub(self.begun.elapsed()));
-                if sender
-                    .send(u64::try_from(due.as_nanos()).unwrap_or(u64::MAX))
-                    .is_err()
-                {
+                if sender.send(u64::try_from(due.as_nanos()).unwrap_or(u64::MAX)).is_err() {
                     return;
                 }
             }
@@ -99,7 +84,7 @@ impl Clock {
 }
 
 /// The payload of a message that is due then: the time comes first, the size stays.
-fn stamped(payloads: &Payloads, due: u64) -> Vec<u8> {
+fn stamped(payloads: Payloads, due: u64) -> Vec<u8> {
     let mut payload = format!("{due:0DIGITS$}").into_bytes();
     let text = payloads.nth(usize::try_from(due >> 10).unwrap_or(0));
     payload.extend_from_slice(text.get(DIGITS..).unwrap_or_default());
@@ -107,10 +92,7 @@ fn stamped(payloads: &Payloads, due: u64) -> Vec<u8> {
 }
 
 fn due_of(payload: &[u8]) -> Option<u64> {
-    std::str::from_utf8(payload.get(..DIGITS)?)
-        .ok()?
-        .parse()
-        .ok()
+    std::str::from_utf8(payload.get(..DIGITS)?).ok()?.parse().ok()
 }
 
 async fn receive(mut messages: Messages, clock: Clock, arrivals: Arc<Mutex<Vec<Duration>>>) {
@@ -118,10 +100,7 @@ async fn receive(mut messages: Messages, clock: Clock, arrivals: Arc<Mutex<Vec<D
         let Ok(delivery) = delivery else { continue };
         if let Some(due) = due_of(delivery.payload()) {
             let late = clock.since(due);
-            arrivals
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .push(late);
+            arrivals.lock().unwrap_or_else(PoisonError::into_inner).push(late);
         }
         let _ = delivery.ack();
     }
@@ -130,7 +109,7 @@ async fn receive(mut messages: Messages, clock: Clock, arrivals: Arc<Mutex<Vec<D
 struct Lag {
     clock: Clock,
     producer: Producer,
-    payloads: Arc<Payloads>,
+    payloads: Payloads,
     /// How late each message of this slice was received.
     arrivals: Arc<Mutex<Vec<Duration>>>,
     bare: Vec<Bare>,
@@ -144,7 +123,7 @@ impl Contest for Lag {
         let stored = tokio::spawn(all_stored(waiting));
         let mut messages = 0;
         while let Some(due) = ticks.recv().await {
-            let message = Message::new(stamped(&self.payloads, due));
+            let message = Message::new(stamped(self.payloads, due));
             let _ = receipts.send(self.producer.enqueue(message).await?);
             messages += 1;
         }
@@ -154,11 +133,7 @@ impl Contest for Lag {
         let arrived = self.arrived(messages, Instant::now() + PATIENCE).await?;
         let mut latency = Latency::new();
         arrived.into_iter().for_each(|late| latency.record(late));
-        Ok(Tally {
-            messages: messages as u64,
-            elapsed: begun.elapsed(),
-            latency,
-        })
+        Ok(Tally { messages: messages as u64, elapsed: begun.elapsed(), latency })
     }
 
     /// What could not be appended in twice the time counts for as long as it was late by then.
@@ -168,7 +143,7 @@ impl Contest for Lag {
         let (mut messages, mut latency) = (0, Latency::new());
         while let Some(due) = ticks.recv().await {
             if begun.elapsed() < slice * 2 {
-                let payload = stamped(&self.payloads, due);
+                let payload = stamped(self.payloads, due);
                 for bare in &mut self.bare {
                     bare.append(&arrays(&[&payload])).await?;
                 }
@@ -176,11 +151,7 @@ impl Contest for Lag {
             }
             latency.record(self.clock.since(due));
         }
-        Ok(Tally {
-            messages,
-            elapsed: begun.elapsed(),
-            latency,
-        })
+        Ok(Tally { messages, elapsed: begun.elapsed(), latency })
     }
 
     /// By the median latency: rates are the same where both keep up.
@@ -200,10 +171,7 @@ impl Lag {
                 }
             }
             if Instant::now() > until {
-                return Err(Error::new(
-                    ErrorKind::Timeout,
-                    "messages did not come in time",
-                ));
+                return Err(Error::new(ErrorKind::Timeout, "messages did not come in time"));
             }
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
@@ -224,11 +192,8 @@ mod tests {
 
     #[test]
     fn a_payload_tells_when_it_was_due_and_keeps_its_size() {
-        let payload = stamped(&Payloads::new(100), 123_456_789_012);
-        assert_eq!(
-            (payload.len(), due_of(&payload)),
-            (100, Some(123_456_789_012))
-        );
+        let payload = stamped(Payloads::new(100), 123_456_789_012);
+        assert_eq!((payload.len(), due_of(&payload)), (100, Some(123_456_789_012)));
         assert_eq!(due_of(b"{\"order\":1}"), None);
     }
 }

@@ -39,11 +39,7 @@ impl Machine {
             cpu: field("/proc/cpuinfo", "model name").unwrap_or_default(),
             cpus: std::thread::available_parallelism().map_or(0, usize::from),
             memory_mib: kib(&memory) / 1024,
-            load_1m: load
-                .split(' ')
-                .next()
-                .and_then(|load| load.parse().ok())
-                .unwrap_or(0.0),
+            load_1m: load.split(' ').next().and_then(|load| load.parse().ok()).unwrap_or(0.0),
         }
     }
 }
@@ -71,10 +67,7 @@ pub(super) async fn flush(stage: &Stage) -> Result<Flush> {
     };
     times.sort();
     let median = times.get(times.len() / 2).copied().unwrap_or_default();
-    Ok(Flush {
-        flush_ms: median.as_secs_f64() * 1e3,
-        flush_is,
-    })
+    Ok(Flush { flush_ms: median.as_secs_f64() * 1e3, flush_is })
 }
 
 /// Over a file that has its size already, as Postgres writes its log.
@@ -126,11 +119,7 @@ fn field(path: &str, name: &str) -> Option<String> {
 
 /// The number in `123 kB`.
 fn kib(value: &str) -> u64 {
-    value
-        .split(' ')
-        .next()
-        .and_then(|number| number.parse().ok())
-        .unwrap_or(0)
+    value.split(' ').next().and_then(|number| number.parse().ok()).unwrap_or(0)
 }
 
 #[cfg(test)]

@@ -1,34 +1,42 @@
 //! What is sent: text like that of small business events, different from message to message.
 
-use bytes::Bytes;
-
 use crate::store::append::Arrays;
 use crate::store::packed::Packed;
 
-/// How many different payloads there are.
-const VARIETY: usize = 4_096;
+/// How many different payloads there are: at least a batch, and no more than about this many bytes.
+const VARIETY: (usize, usize) = (1_000, 4_096);
+const BYTES: usize = 32 << 20;
 
-/// Payloads of one size, made before anything is measured.
-pub(super) struct Payloads(Vec<Bytes>);
+/// Payloads of one size, made before anything is measured. They stay in memory to the end of the
+/// process, so that taking one costs nothing: no copy, no count of references that threads contend for.
+#[derive(Clone, Copy)]
+pub(super) struct Payloads {
+    text: &'static str,
+    size: usize,
+    variety: usize,
+}
 
 impl Payloads {
     pub(super) fn new(size: usize) -> Self {
         let mut random = Random(0x5EED);
-        Self(
-            (0..VARIETY)
-                .map(|_| text(size, &mut random).into())
-                .collect(),
-        )
+        let variety = (BYTES / size).clamp(VARIETY.0, VARIETY.1);
+        let all: String = (0..variety).map(|_| text(size, &mut random)).collect();
+        Self { text: all.leak(), size, variety }
     }
 
     /// The payload of the nth message.
-    pub(super) fn nth(&self, n: usize) -> Bytes {
-        self.0[n % VARIETY].clone()
+    pub(super) fn nth(self, n: usize) -> &'static [u8] {
+        let start = n % self.variety * self.size;
+        self.text.as_bytes().get(start..start + self.size).unwrap_or_default()
     }
 
     /// All of them in batches of so many.
-    pub(super) fn batches(&self, of: usize) -> Vec<Arrays> {
-        self.0.chunks_exact(of).map(|chunk| arrays(chunk)).collect()
+    pub(super) fn batches(self, of: usize) -> Vec<Arrays> {
+        let batch = |n: usize| {
+            let payloads: Vec<_> = (n * of..(n + 1) * of).map(|n| self.nth(n)).collect();
+            arrays(&payloads)
+        };
+        (0..self.variety / of).map(batch).collect()
     }
 }
 
@@ -51,17 +59,12 @@ pub(super) fn arrays(payloads: &[impl AsRef<[u8]>]) -> Arrays {
 
 /// A JSON object filled up with random letters; cut off where the size is too small for it.
 fn text(size: usize, random: &mut Random) -> String {
-    let (order, customer, cents) = (
-        random.below(100_000_000),
-        random.below(50_000),
-        random.below(99_999),
-    );
+    let (order, customer, cents) =
+        (random.below(100_000_000), random.below(50_000), random.below(99_999));
     let mut text =
         format!("{{\"order\":{order},\"customer\":\"c-{customer}\",\"cents\":{cents},\"note\":\"");
     while text.len() + 2 < size {
-        text.push(char::from(
-            b'a' + u8::try_from(random.below(26)).unwrap_or(0),
-        ));
+        text.push(char::from(b'a' + u8::try_from(random.below(26)).unwrap_or(0)));
     }
     text.push_str("\"}");
     text.truncate(size);
@@ -89,8 +92,8 @@ mod tests {
     fn payloads_have_the_size_and_are_json_where_there_is_room() {
         for size in [1, 20, 100, 1024] {
             let payloads = Payloads::new(size);
-            assert!(payloads.0.iter().all(|payload| payload.len() == size));
-            let json = serde_json::from_slice::<serde_json::Value>(&payloads.nth(7));
+            assert_eq!((payloads.nth(4_095).len(), payloads.nth(4_096).len()), (size, size));
+            let json = serde_json::from_slice::<serde_json::Value>(payloads.nth(7));
             assert_eq!(json.is_ok(), size >= 100);
         }
     }
@@ -99,11 +102,8 @@ mod tests {
     fn batches_hold_what_single_messages_hold() {
         let payloads = Payloads::new(100);
         let batches = payloads.batches(1_000);
-        assert_eq!(
-            (batches.len(), batches[1].count, batches[1].bytes),
-            (4, 1_000, 100_000)
-        );
+        assert_eq!((batches.len(), batches[1].count, batches[1].bytes), (4, 1_000, 100_000));
         let unpacked = batches[1].payloads.unpack();
-        assert_eq!(unpacked.element(5), Some(&payloads.nth(1_005)[..]));
+        assert_eq!(unpacked.element(5), Some(payloads.nth(1_005)));
     }
 }

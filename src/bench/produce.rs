@@ -25,8 +25,11 @@ pub(super) async fn measure(stage: &Stage) -> Result<Outcome> {
     let under_way = UNDER_WAY * partitions;
     let senders = |batch| under_way.div_ceil(batch).max(2 * partitions);
     let contest = Produce {
-        producer: stage.producing.producer(stage.name()).build().await?,
-        payloads: Arc::clone(&stage.payloads),
+        source: Arc::new(Source {
+            producer: stage.producing.producer(stage.name()).build().await?,
+            payloads: stage.payloads,
+            over: AtomicBool::new(false),
+        }),
         batch: stage.options.batch,
         tasks: stage.options.batch.map_or(under_way, senders),
         bare: Bare::each(&stage.producing, &stage.floor, FLOOR_CONNECTIONS).await?,
@@ -36,8 +39,7 @@ pub(super) async fn measure(stage: &Stage) -> Result<Outcome> {
 }
 
 struct Produce {
-    producer: Producer,
-    payloads: Arc<Payloads>,
+    source: Arc<Source>,
     batch: Option<usize>,
     tasks: usize,
     bare: Vec<Bare>,
@@ -48,22 +50,17 @@ impl Contest for Produce {
     async fn library(&mut self, slice: Duration) -> Result<Tally> {
         let begun = Instant::now();
         let mut set = JoinSet::new();
-        let over = Arc::new(AtomicBool::new(false));
-        for task in 0..self.tasks {
-            let sender = Sender {
-                producer: self.producer.clone(),
-                payloads: Arc::clone(&self.payloads),
-                over: Arc::clone(&over),
-                // Not all with the same message.
-                next: task * 997,
-            };
+        self.source.over.store(false, Ordering::Relaxed);
+        for next in 0..self.tasks {
+            let source = Arc::clone(&self.source);
+            let sender = Sender { source, next };
             match self.batch {
                 None => set.spawn(sender.send()),
                 Some(batch) => set.spawn(sender.send_all(batch)),
             };
         }
         tokio::time::sleep_until(begun + slice).await;
-        over.store(true, Ordering::Relaxed);
+        self.source.over.store(true, Ordering::Relaxed);
         let (mut messages, mut latency) = (0, Latency::new());
         while let Some(done) = set.join_next().await {
             let Ok(done) = done else { continue };
@@ -71,11 +68,7 @@ impl Contest for Produce {
             messages += count;
             times.into_iter().for_each(|time| latency.record(time));
         }
-        Ok(Tally {
-            messages,
-            elapsed: begun.elapsed(),
-            latency,
-        })
+        Ok(Tally { messages, elapsed: begun.elapsed(), latency })
     }
 
     async fn floor(&mut self, slice: Duration) -> Result<Tally> {
@@ -83,11 +76,17 @@ impl Contest for Produce {
     }
 }
 
-/// What one task sends with, until the slice is over.
-struct Sender {
+/// What all tasks send with.
+struct Source {
     producer: Producer,
-    payloads: Arc<Payloads>,
-    over: Arc<AtomicBool>,
+    payloads: Payloads,
+    /// The slice is over.
+    over: AtomicBool,
+}
+
+/// One task.
+struct Sender {
+    source: Arc<Source>,
     next: usize,
 }
 
@@ -97,14 +96,14 @@ type Sent = Result<(u64, Vec<Duration>)>;
 impl Sender {
     async fn send(mut self) -> Sent {
         let (mut count, mut times) = (0, Vec::new());
-        while !self.over.load(Ordering::Relaxed) {
+        while !self.source.over.load(Ordering::Relaxed) {
             let message = self.message();
             if self.next.is_multiple_of(SAMPLE) {
                 let begun = Instant::now();
-                self.producer.send(message).await?;
+                self.source.producer.send(message).await?;
                 times.push(begun.elapsed());
             } else {
-                self.producer.send(message).await?;
+                self.source.producer.send(message).await?;
             }
             count += 1;
         }
@@ -113,11 +112,11 @@ impl Sender {
 
     async fn send_all(mut self, batch: usize) -> Sent {
         let (mut count, mut times) = (0, Vec::new());
-        while !self.over.load(Ordering::Relaxed) {
+        while !self.source.over.load(Ordering::Relaxed) {
             let begun = Instant::now();
-            let producer = self.producer.clone();
+            let source = Arc::clone(&self.source);
             let messages = std::iter::repeat_with(|| self.message()).take(batch);
-            for result in producer.send_all(messages).await {
+            for result in source.producer.send_all(messages).await {
                 result?;
             }
             times.push(begun.elapsed());
@@ -128,6 +127,6 @@ impl Sender {
 
     fn message(&mut self) -> Message {
         self.next += 1;
-        Message::new(self.payloads.nth(self.next))
+        Message::new(self.source.payloads.nth(self.next))
     }
 }

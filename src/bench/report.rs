@@ -108,10 +108,7 @@ impl Report {
             mb_per_s: rounded(outcome.per_s * options.size as f64 / 1e6, 2),
             latency_ms: Percentiles::of(&outcome.latency),
             floor_latency_ms: Percentiles::of(&outcome.floor_latency),
-            flush: Flush {
-                flush_ms: rounded(flush.flush_ms, 3),
-                ..flush
-            },
+            flush: Flush { flush_ms: rounded(flush.flush_ms, 3), ..flush },
             backlogs,
             options: options.clone(),
             machine,

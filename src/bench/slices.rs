@@ -34,8 +34,7 @@ impl Latency {
     }
 
     pub(super) fn record(&mut self, time: Duration) {
-        self.0
-            .saturating_record(u64::try_from(time.as_micros()).unwrap_or(u64::MAX));
+        self.0.saturating_record(u64::try_from(time.as_micros()).unwrap_or(u64::MAX));
     }
 
     pub(super) fn add(&mut self, other: &Self) {
@@ -96,13 +95,8 @@ pub(super) async fn alternate<C: Contest>(mut contest: C, pairs: usize) -> Resul
 
 impl Outcome {
     pub(super) fn of<C: Contest>(pairs: &[(Tally, Tally)]) -> Result<Self> {
-        if pairs
-            .iter()
-            .any(|(library, floor)| library.messages == 0 || floor.messages == 0)
-        {
-            return Err(Error::invalid(
-                "a slice ended without a message: measure for longer",
-            ));
+        if pairs.iter().any(|(library, floor)| library.messages == 0 || floor.messages == 0) {
+            return Err(Error::invalid("a slice ended without a message: measure for longer"));
         }
         let sorted = |of: &dyn Fn(&(Tally, Tally)) -> f64| {
             let mut all: Vec<f64> = pairs.iter().map(of).collect();

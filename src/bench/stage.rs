@@ -1,7 +1,5 @@
 //! Where it all happens: topics of the run's own, and the connections to them.
 
-use std::sync::Arc;
-
 use uuid::Uuid;
 
 use crate::admin::TopicOptions;
@@ -26,7 +24,7 @@ pub(super) struct Stage {
     pub(super) topic: Topology,
     /// What the floor appends to.
     pub(super) floor: Topology,
-    pub(super) payloads: Arc<Payloads>,
+    pub(super) payloads: Payloads,
 }
 
 impl Stage {
@@ -39,22 +37,9 @@ impl Stage {
         let run = Uuid::new_v4().simple().to_string();
         let name = format!("bench-{}", &run[..8]);
         let topic = make(&producing, &name, options.partitions, &nodes).await?;
-        let floor = make(
-            &producing,
-            &format!("{name}-floor"),
-            FLOOR_CONNECTIONS,
-            &nodes,
-        )
-        .await?;
-        let payloads = Arc::new(Payloads::new(options.size));
-        Ok(Self {
-            options,
-            producing,
-            consuming,
-            topic,
-            floor,
-            payloads,
-        })
+        let floor = make(&producing, &format!("{name}-floor"), FLOOR_CONNECTIONS, &nodes).await?;
+        let payloads = Payloads::new(options.size);
+        Ok(Self { options, producing, consuming, topic, floor, payloads })
     }
 
     /// The name of the library's topic.
@@ -67,11 +52,7 @@ impl Stage {
         self.consuming.shutdown().await;
         let mut outcome = Ok(());
         for topic in [&self.topic, &self.floor] {
-            outcome = outcome.and(
-                self.producing
-                    .delete_topic(topic.topic.as_str(), true)
-                    .await,
-            );
+            outcome = outcome.and(self.producing.delete_topic(topic.topic.as_str(), true).await);
         }
         self.producing.shutdown().await;
         outcome

@@ -25,8 +25,8 @@ pub(crate) enum Command {
 /// On the cluster of --url, on a topic of its own; without --url on private servers.
 #[derive(Parser)]
 pub(crate) struct Args {
-    /// Bytes of a payload.
-    #[arg(long, value_name = "B", default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..=4 << 20))]
+    /// Bytes of a payload, up to 64 KiB.
+    #[arg(long, value_name = "B", default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..=65_536))]
     size: u32,
     /// Partitions of the topic.
     #[arg(long, value_name = "P", default_value_t = 4, value_parser = clap::value_parser!(u16).range(1..=9_801))]
@@ -96,10 +96,7 @@ impl Args {
             Notifier::Postgres => Hints::Postgres,
             Notifier::None => Hints::None,
             Notifier::Redis | Notifier::Both => {
-                return Err(Failure::new(
-                    USAGE,
-                    "the Redis notifier can't be measured yet",
-                ));
+                return Err(Failure::new(USAGE, "the Redis notifier can't be measured yet"));
             }
         };
         Ok(Options {
@@ -123,10 +120,7 @@ async fn on_private_servers(
     mut options: Options,
     interrupt: &mut Interrupt,
 ) -> Result<Report, Failure> {
-    let count = options
-        .nodes
-        .and_then(|nodes| u8::try_from(nodes).ok())
-        .unwrap_or(1);
+    let count = options.nodes.and_then(|nodes| u8::try_from(nodes).ok()).unwrap_or(1);
     let nodes = tokio::select! {
         nodes = servers::start(count) => nodes?,
         () = interrupt.caught() => return Err(interrupted()),
