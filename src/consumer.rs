@@ -273,7 +273,7 @@ impl ConsumerHandle {
 
     /// This consumer's name in the group, as [`PartitionLag::member`](crate::PartitionLag::member) shows it.
     pub fn member(&self) -> Uuid {
-        self.owner.shared.member
+        self.shared.member
     }
 
     /// The partitions that this consumer owns now.
