@@ -8,6 +8,8 @@
 //! A shared machine's disk changes its speed fourfold within a minute, so that only neighbouring
 //! slices can be compared. Everything happens on topics of its own, which are deleted at the end.
 
+#![allow(clippy::cast_precision_loss, reason = "figures for people have fewer digits than an f64")]
+
 mod backlog;
 mod consume;
 mod floor;
@@ -155,5 +157,5 @@ async fn measure(bench: Bench, stage: &Stage) -> Result<Report> {
         Bench::Latency => (latency::measure(stage).await?, Vec::new()),
         Bench::Backlog => backlog::measure(stage).await?,
     };
-    Ok(Report::new(bench, &stage.options, outcome, backlogs, flush, machine))
+    Ok(Report::new(bench, &stage.options, &outcome, backlogs, flush, machine))
 }

@@ -190,18 +190,18 @@ pub(super) async fn slice(all: &mut Vec<Bare>, work: &Work, slice: Duration) -> 
 /// Appends so many messages to all partitions of a topic, as fast as it goes; rounded up to whole
 /// batches. Returns how many there are.
 pub(super) async fn fill(all: Vec<Bare>, batches: &Arc<[Arrays]>, messages: u64) -> Result<u64> {
-    let (partitions, batch) = (all.len() as u64, BATCH as u64);
-    let each = messages.div_ceil(partitions * batch);
+    let round = all.len() * BATCH;
+    let each = usize::try_from(messages).unwrap_or(usize::MAX).div_ceil(round);
     let mut set = JoinSet::new();
     for mut bare in all {
         let batches = Arc::clone(batches);
         set.spawn(async move {
-            for n in 0..each {
-                bare.append(&batches[n as usize % batches.len()]).await?;
+            for arrays in batches.iter().cycle().take(each) {
+                bare.append(arrays).await?;
             }
             Ok(())
         });
     }
     set.join_all().await.into_iter().collect::<Result<()>>()?;
-    Ok(each * partitions * batch)
+    Ok((each * round) as u64)
 }

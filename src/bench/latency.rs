@@ -132,7 +132,9 @@ impl Contest for Lag {
         stored.await.map_err(|_| ended)??;
         let arrived = self.arrived(messages, Instant::now() + PATIENCE).await?;
         let mut latency = Latency::new();
-        arrived.into_iter().for_each(|late| latency.record(late));
+        for late in arrived {
+            latency.record(late);
+        }
         Ok(Tally { messages: messages as u64, elapsed: begun.elapsed(), latency })
     }
 

@@ -71,7 +71,7 @@ fn text(size: usize, random: &mut Random) -> String {
     text
 }
 
-/// SplitMix64: the same payloads in every run.
+/// The generator `SplitMix64`: the same payloads in every run.
 struct Random(u64);
 
 impl Random {

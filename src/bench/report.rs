@@ -87,7 +87,7 @@ impl Report {
     pub(super) fn new(
         bench: Bench,
         options: &Options,
-        outcome: Outcome,
+        outcome: &Outcome,
         backlogs: Vec<Drained>,
         flush: Flush,
         machine: Machine,

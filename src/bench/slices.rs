@@ -119,6 +119,11 @@ impl Outcome {
 }
 
 /// Between the two nearest where it falls between them. 0 of nothing.
+#[allow(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "a place in a list, which is not below 0"
+)]
 pub(super) fn quantile(sorted: &[f64], part: f64) -> f64 {
     let Some(last) = sorted.len().checked_sub(1) else {
         return 0.0;
@@ -126,7 +131,7 @@ pub(super) fn quantile(sorted: &[f64], part: f64) -> f64 {
     let place = part * last as f64;
     let below = place.floor() as usize;
     let above = (below + 1).min(last);
-    sorted[below] + (sorted[above] - sorted[below]) * (place - place.floor())
+    sorted[below] + (sorted[above] - sorted[below]) * place.fract()
 }
 
 #[cfg(test)]

@@ -1,5 +1,7 @@
 //! The benches run, from beginning to end, and say what they found. How fast, is not asked here.
 
+#![allow(clippy::unwrap_used)]
+
 use std::time::Duration;
 
 use serde_json::Value;
