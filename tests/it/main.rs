@@ -65,3 +65,5 @@ mod starts;
 
 /// The command, as people and scripts run it.
 mod command;
+/// The benches run, and say what they found.
+mod bench;
