@@ -1,4 +1,4 @@
-//! A business message queue that lives in the Postgres you already run.
+#![doc = include_str!("../README.md")]
 
 mod admin;
 #[cfg(feature = "bench")]

@@ -63,7 +63,7 @@ mod sql_functions;
 /// Where a group starts: earliest, latest, a time, an id.
 mod starts;
 
-/// The command, as people and scripts run it.
-mod command;
 /// The benches run, and say what they found.
 mod bench;
+/// The command, as people and scripts run it.
+mod command;

@@ -38,10 +38,7 @@ impl Way {
         let producer = clocks.on(settings(builder)).build().await.unwrap();
         producer.send(Message::new("first")).await.unwrap();
         let sql = test.sql(0).await;
-        let ahead = table(partition, clocks.day(3).await);
-        let ahead = format!("select to_regclass('{ahead}') is not null");
-        let made = || async { sql.query_one(&ahead, &[]).await.unwrap().get(0) };
-        eventually("tables are made ahead", 5 * SECOND, made).await;
+        test.cluster.look_after_nodes().await.unwrap();
         Self { test, proxy, clocks, sql, partition, producer }
     }
 
