@@ -1,13 +1,13 @@
 //! Receiving messages: consumers of a group share the partitions of a topic and keep only a cursor.
 
 use std::fmt;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use futures_util::future::{BoxFuture, join_all};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
-use tokio::time::Instant;
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
@@ -20,16 +20,23 @@ use crate::store::node::Connection;
 use crate::topology::Topology;
 
 mod acks;
+mod budget;
+mod commit;
 mod holding;
+mod lease;
 mod member;
 mod messages;
 mod reader;
 mod roster;
+mod seat;
 mod start;
 
+use budget::{Budget, Room};
 use holding::Holding;
 use member::Command;
 pub use messages::{Delivery, Messages};
+pub(crate) use roster::jitter;
+use seat::Seats;
 use start::GroupStart;
 
 /// Where a group starts that has not consumed the topic before. Later it goes on from its cursor.
@@ -58,6 +65,9 @@ pub(crate) struct Options {
     failpoint: Option<Failpoint>,
 }
 
+/// How much longer than its deadline a shutdown may take, where nodes don't answer.
+const GRACE: Duration = Duration::from_secs(6);
+
 type Failpoint = Arc<dyn Fn(&'static str) -> BoxFuture<'static, ()> + Send + Sync>;
 
 /// Settings of a consumer.
@@ -81,12 +91,7 @@ impl ConsumerBuilder {
             only: None,
             failpoint: None,
         };
-        Self {
-            cluster,
-            topic: topic.to_owned(),
-            group: group.to_owned(),
-            options,
-        }
+        Self { cluster, topic: topic.to_owned(), group: group.to_owned(), options }
     }
 
     /// Where the group starts if it is new: at the earliest message by default.
@@ -112,7 +117,7 @@ impl ConsumerBuilder {
     /// How long after its last sign of life a consumer's partitions go to others: 10 s by default, 1 s
     /// to 10 min. Renewed three times in that time.
     pub fn lease(mut self, lease: Duration) -> Self {
-        self.options.lease = lease.clamp(Duration::from_secs(1), Duration::from_secs(600));
+        self.options.lease = lease.clamp(Duration::from_secs(1), Duration::from_mins(10));
         self
     }
 
@@ -120,7 +125,7 @@ impl ConsumerBuilder {
     /// to 1 h.
     pub fn poll_interval(mut self, interval: Duration) -> Self {
         self.options.poll_interval =
-            interval.clamp(Duration::from_millis(10), Duration::from_secs(3600));
+            interval.clamp(Duration::from_millis(10), Duration::from_hours(1));
         self
     }
 
@@ -128,7 +133,7 @@ impl ConsumerBuilder {
     /// to 1 min.
     pub fn flush_interval(mut self, interval: Duration) -> Self {
         self.options.flush_interval =
-            interval.clamp(Duration::from_millis(10), Duration::from_secs(60));
+            interval.clamp(Duration::from_millis(10), Duration::from_mins(1));
         self
     }
 
@@ -163,12 +168,13 @@ impl ConsumerBuilder {
         let start = start::resolve(&self.cluster, &topology, &group, self.options.start).await?;
         let (events, receiver) = mpsc::unbounded_channel();
         let shared = Arc::new(Shared {
-            budget: Arc::new(Semaphore::new(self.options.prefetch_bytes)),
+            budget: Budget::new(self.options.prefetch_bytes),
             // Time-ordered, so that members rank by when they joined.
             member: Uuid::now_v7(),
             share: AtomicUsize::new(topology.partitions.len()),
-            held: AtomicUsize::new(0),
+            seats: Arc::default(),
             events: Mutex::new(Some(events)),
+            stopped: AtomicBool::new(false),
             stopping: self.cluster.inner.shutdown.child_token(),
             left: CancellationToken::new(),
             commands: Mutex::default(),
@@ -178,14 +184,9 @@ impl ConsumerBuilder {
             start,
             options: self.options,
         });
+        shared.cluster.keep_up();
         shared.launch().await;
-        Ok(Messages::new(
-            receiver,
-            topic,
-            ConsumerHandle {
-                owner: Arc::new(Owner { shared }),
-            },
-        ))
+        Ok(Messages::new(receiver, topic, ConsumerHandle { shared }))
     }
 }
 
@@ -199,15 +200,12 @@ impl fmt::Debug for ConsumerBuilder {
 }
 
 fn check_partitions(topology: &Topology, only: Option<&[PartitionId]>) -> Result<()> {
-    let stranger = only
-        .unwrap_or_default()
-        .iter()
-        .find(|p| !topology.partitions.contains(p));
+    if only.is_some_and(<[_]>::is_empty) {
+        return Err(Error::invalid("the list of partitions to take is empty"));
+    }
+    let stranger = only.unwrap_or_default().iter().find(|p| !topology.partitions.contains(p));
     stranger.map_or(Ok(()), |partition| {
-        let what = format!(
-            "partition {partition} is not one of topic {}",
-            topology.topic
-        );
+        let what = format!("partition {partition} is not one of topic {}", topology.topic);
         Err(Error::new(ErrorKind::NotFound, what))
     })
 }
@@ -215,11 +213,6 @@ fn check_partitions(topology: &Topology, only: Option<&[PartitionId]>) -> Result
 /// Flushes and shuts down a consumer, from any task. Cheap to clone.
 #[derive(Clone)]
 pub struct ConsumerHandle {
-    owner: Arc<Owner>,
-}
-
-/// Gives the partitions back when the last handle and the stream are gone.
-struct Owner {
     shared: Arc<Shared>,
 }
 
@@ -231,12 +224,12 @@ impl ConsumerHandle {
     /// [`ErrorKind::LeaseLost`] or [`ErrorKind::Reset`] where a partition's acknowledgements were
     /// refused, [`ErrorKind::Closed`] after a shutdown, or what keeps a node from answering.
     pub async fn flush(&self) -> Result<()> {
-        let answers = self.owner.shared.command(Command::Flush);
+        let answers = self.shared.command(Command::Flush);
         let mut outcome = Ok(());
         for answer in join_all(answers).await {
             outcome = outcome.and(answer.unwrap_or_else(|_| Err(Error::closed("the consumer"))));
         }
-        if self.owner.shared.left.is_cancelled() {
+        if self.shared.left.is_cancelled() {
             return Err(Error::closed("the consumer"));
         }
         outcome
@@ -249,75 +242,70 @@ impl ConsumerHandle {
     /// # Errors
     /// Those of [`flush`](Self::flush); the consumer has ended all the same.
     pub async fn shutdown(&self, deadline: Duration) -> Result<()> {
-        let shared = &self.owner.shared;
-        if shared.stopping.is_cancelled() {
+        let shared = &self.shared;
+        let Some(answers) = shared.stop(Instant::now() + deadline) else {
             shared.left.cancelled().await;
             return Ok(());
-        }
-        shared.stopping.cancel();
-        let until = Instant::now() + deadline;
-        let answers = join_all(shared.command(|reply| Command::Stop { until, reply }));
-        let grace = deadline + Duration::from_secs(5);
-        let mut outcome = Ok(());
-        match tokio::time::timeout(grace, answers).await {
-            Ok(answers) => {
-                for answer in answers {
-                    outcome = outcome.and(answer.unwrap_or(Ok(())));
-                }
+        };
+        let ended = async {
+            let mut outcome = Ok(());
+            for answer in join_all(answers).await {
+                outcome = outcome.and(answer.unwrap_or(Ok(())));
             }
-            Err(_) => {
-                let what = "commit acknowledgements at shutdown: a node did not answer";
-                outcome = Err(Error::new(ErrorKind::Timeout, what));
-            }
+            shared.left.cancelled().await;
+            outcome
+        };
+        if let Ok(outcome) = timeout(deadline + GRACE, ended).await {
+            return outcome;
         }
         shared.leave().await;
-        outcome
+        let what = "commit acknowledgements at shutdown: a node did not answer";
+        Err(Error::new(ErrorKind::Timeout, what))
+    }
+
+    /// This consumer's name in the group, as [`PartitionLag::member`](crate::PartitionLag::member) shows it.
+    pub fn member(&self) -> Uuid {
+        self.shared.member
     }
 
     /// The partitions that this consumer owns now.
     pub fn held_partitions(&self) -> usize {
-        self.owner.shared.held.load(Ordering::Acquire)
+        self.shared.seats.occupied()
+    }
+
+    /// Bytes that are fetched, or about to be, and not yet handed out: for tests.
+    #[doc(hidden)]
+    pub fn prefetched_bytes(&self) -> usize {
+        self.shared.budget.taken()
+    }
+
+    /// A shutdown has begun: nothing is handed out any more.
+    fn is_stopped(&self) -> bool {
+        self.shared.stopped.load(Ordering::Acquire)
+    }
+
+    /// Nobody reads the stream any more: gives everything back, and waits for nothing.
+    fn abandon(&self) {
+        drop(self.shared.stop(Instant::now()));
     }
 }
 
 impl fmt::Debug for ConsumerHandle {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let shared = &self.owner.shared;
+        let shared = &self.shared;
         f.debug_struct("ConsumerHandle")
             .field("member", &shared.member)
             .field("group", &shared.group)
-            .field("held", &shared.held)
+            .field("held", &shared.seats.occupied())
             .finish_non_exhaustive()
-    }
-}
-
-impl Drop for Owner {
-    fn drop(&mut self) {
-        let shared = Arc::clone(&self.shared);
-        if shared.stopping.is_cancelled() {
-            return;
-        }
-        shared.stopping.cancel();
-        let until = Instant::now();
-        let answers = shared.command(|reply| Command::Stop { until, reply });
-        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
-            runtime.spawn(async move {
-                join_all(answers).await;
-                shared.leave().await;
-            });
-        }
     }
 }
 
 /// What goes through the stream's channel.
 pub(crate) enum Event {
-    /// Messages of one row, from an id on, with the room that they take.
-    Batch {
-        holding: Arc<Holding>,
-        row: Arc<Batch>,
-        from: i64,
-        permit: Option<OwnedSemaphorePermit>,
-    },
+    /// Messages of one row, from an id on, with the room that they take. Patchy: some of them were
+    /// acknowledged in an earlier holding.
+    Batch { holding: Arc<Holding>, row: Arc<Batch>, from: i64, patchy: bool, room: Room },
     /// News for whoever consumes.
     Error(Error),
 }
@@ -332,14 +320,17 @@ pub(crate) struct Shared {
     options: Options,
     /// Taken when the consumer has left: the stream ends then.
     events: Mutex<Option<mpsc::UnboundedSender<Event>>>,
-    /// Bytes that may be fetched and not yet handed out.
-    budget: Arc<Semaphore>,
+    budget: Arc<Budget>,
     /// How many partitions are this member's even share.
     share: AtomicUsize,
-    held: AtomicUsize,
+    seats: Arc<Seats>,
+    /// A shutdown was asked for.
+    stopped: AtomicBool,
+    /// Ends the heartbeat.
     stopping: CancellationToken,
+    /// All is given back, and the stream has ended.
     left: CancellationToken,
-    commands: Mutex<Vec<mpsc::UnboundedSender<Command>>>,
+    commands: Mutex<Vec<(NodeId, mpsc::UnboundedSender<Command>)>>,
 }
 
 impl Shared {
@@ -348,6 +339,7 @@ impl Shared {
         roster::beat(self).await;
         let tasks = &self.cluster.inner.tasks;
         tasks.spawn(roster::run(Arc::clone(self)));
+        let mut members = Vec::new();
         for (node, partitions) in self.topology.by_node() {
             let wanted = |p: &PartitionId| self.options.only.as_ref().is_none_or(|o| o.contains(p));
             let partitions: Vec<PartitionId> = partitions.into_iter().filter(wanted).collect();
@@ -355,12 +347,25 @@ impl Shared {
                 continue;
             }
             let (sender, commands) = mpsc::unbounded_channel();
-            self.commands
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .push(sender);
-            tasks.spawn(member::run(Arc::clone(self), node, partitions, commands));
+            self.commands.lock().unwrap_or_else(PoisonError::into_inner).push((node, sender));
+            members.push(tasks.spawn(member::run(Arc::clone(self), node, partitions, commands)));
         }
+        // However they end, by a shutdown of the consumer or of the whole cluster.
+        let shared = Arc::clone(self);
+        tasks.spawn(async move {
+            join_all(members).await;
+            shared.leave().await;
+        });
+    }
+
+    /// Tells every node's member to give everything back; returns their answers to come. None where
+    /// they were told before.
+    fn stop(&self, until: Instant) -> Option<Vec<oneshot::Receiver<Result<()>>>> {
+        if self.stopped.swap(true, Ordering::AcqRel) {
+            return None;
+        }
+        self.stopping.cancel();
+        Some(self.command(|reply| Command::Stop { until, reply }))
     }
 
     /// Tells every node's member; returns their answers to come.
@@ -369,7 +374,7 @@ impl Shared {
         make: impl Fn(oneshot::Sender<Result<()>>) -> Command,
     ) -> Vec<oneshot::Receiver<Result<()>>> {
         let commands = self.commands.lock().unwrap_or_else(PoisonError::into_inner);
-        let tell = |sender: &mpsc::UnboundedSender<Command>| {
+        let tell = |(_, sender): &(NodeId, mpsc::UnboundedSender<Command>)| {
             let (reply, answer) = oneshot::channel();
             // A member that has ended drops the reply, which the receiver sees.
             let _ = sender.send(make(reply));
@@ -378,15 +383,18 @@ impl Shared {
         commands.iter().map(tell).collect()
     }
 
-    /// The members of all nodes have ended: the stream ends too.
+    /// Tells one node's member.
+    fn tell(&self, node: NodeId, command: Command) {
+        let commands = self.commands.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, sender)) = commands.iter().find(|(known, _)| *known == node) {
+            let _ = sender.send(command);
+        }
+    }
+
+    /// The members of all nodes have ended: the stream ends too. Idempotent.
     async fn leave(&self) {
         roster::leave(self).await;
-        drop(
-            self.events
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .take(),
-        );
+        drop(self.events.lock().unwrap_or_else(PoisonError::into_inner).take());
         self.left.cancel();
     }
 
@@ -401,18 +409,11 @@ impl Shared {
         self.cluster.inner.nodes.node(node).await?.get().await
     }
 
-    /// Takes room for one fetch.
-    async fn reserve(&self) -> Result<OwnedSemaphorePermit> {
-        let size = (self.options.prefetch_bytes / 4).clamp(1, 1 << 20);
-        let size = u32::try_from(size).unwrap_or(u32::MAX);
-        let permit = Arc::clone(&self.budget).acquire_many_owned(size).await;
-        permit.map_err(|_| Error::closed("the consumer"))
-    }
-
     /// What a row counts for: its bytes, or more where its messages are many and small.
     fn weight(&self, row: &Batch) -> usize {
         let each = self.options.prefetch_bytes / self.options.prefetch_messages;
-        row.bytes.max(row.count as usize * each)
+        let many = (row.count as usize).saturating_mul(each);
+        row.bytes.max(many.min(self.options.prefetch_bytes))
     }
 
     async fn failpoint(&self, name: &'static str) {

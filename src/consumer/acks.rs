@@ -22,24 +22,32 @@ pub(crate) struct Tracker {
     flushed: u64,
 }
 
+/// What is to be committed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Pending {
+    pub(crate) acked_id: i64,
+    /// First and last of each run above it.
+    pub(crate) acked_ahead: Vec<(i64, i64)>,
+    /// To report back.
+    pub(crate) version: u64,
+}
+
 impl Tracker {
     /// From what is committed.
     pub(crate) fn new(acked_id: i64, ahead: impl IntoIterator<Item = (i64, i64)>) -> Self {
-        Self {
-            acked_id,
-            ahead: ahead.into_iter().collect(),
-            ..Self::default()
-        }
+        Self { acked_id, ahead: ahead.into_iter().collect(), ..Self::default() }
     }
 
-    /// A run of ids was read, later than all before.
-    pub(crate) fn read(&mut self, first: i64, last: i64) {
+    /// A run of ids was read, later than all before. Says whether parts of it are acknowledged
+    /// already, since an earlier holding: asked later, the watermark may have passed them.
+    pub(crate) fn read(&mut self, first: i64, last: i64) -> bool {
+        let patchy = self.ahead.range(..=last).next_back().is_some_and(|(_, end)| *end >= first);
         match self.read.back_mut() {
             Some(run) if run.1 + 1 == first => run.1 = last,
             _ => self.read.push_back((first, last)),
         }
-        // Parts of it may be acknowledged since an earlier holding.
         self.advance();
+        patchy
     }
 
     /// An id is acknowledged; again does no harm.
@@ -59,32 +67,23 @@ impl Tracker {
     /// Whether an id is acknowledged.
     pub(crate) fn is_acked(&self, id: i64) -> bool {
         id <= self.acked_id
-            || self
-                .ahead
-                .range(..=id)
-                .next_back()
-                .is_some_and(|(_, last)| *last >= id)
-    }
-
-    /// Whether anything above the watermark is acknowledged.
-    pub(crate) fn has_acked_ahead(&self) -> bool {
-        !self.ahead.is_empty()
+            || self.ahead.range(..=id).next_back().is_some_and(|(_, last)| *last >= id)
     }
 
     /// Everything up to here is acknowledged.
+    #[cfg(test)]
     pub(crate) fn acked_id(&self) -> i64 {
         self.acked_id
     }
 
-    /// What is to be committed, with the version to report back; none where nothing changed.
-    pub(crate) fn pending(&self) -> Option<(i64, Vec<(i64, i64)>, u64)> {
-        let ahead = || {
-            self.ahead
-                .iter()
-                .map(|(first, last)| (*first, *last))
-                .collect()
-        };
-        (self.version > self.flushed).then(|| (self.acked_id, ahead(), self.version))
+    /// What is to be committed; none where nothing changed.
+    pub(crate) fn pending(&self) -> Option<Pending> {
+        let ahead = self.ahead.iter().map(|(first, last)| (*first, *last));
+        (self.version > self.flushed).then(|| Pending {
+            acked_id: self.acked_id,
+            acked_ahead: ahead.collect(),
+            version: self.version,
+        })
     }
 
     /// That version is committed.
@@ -94,9 +93,7 @@ impl Tracker {
 
     /// The first id that was read and is not acknowledged.
     fn next(&self) -> Option<i64> {
-        self.read
-            .front()
-            .map(|(first, _)| (*first).max(self.acked_id + 1))
+        self.read.front().map(|(first, _)| (*first).max(self.acked_id + 1))
     }
 
     fn step_to(&mut self, id: i64) {
@@ -107,14 +104,8 @@ impl Tracker {
     }
 
     fn insert(&mut self, id: i64) {
-        let before = self
-            .ahead
-            .range(..id)
-            .next_back()
-            .map(|(first, last)| (*first, *last));
-        let first = before
-            .filter(|(_, last)| last + 1 == id)
-            .map_or(id, |(first, _)| first);
+        let before = self.ahead.range(..id).next_back().map(|(first, last)| (*first, *last));
+        let first = before.filter(|(_, last)| last + 1 == id).map_or(id, |(first, _)| first);
         let last = self.ahead.remove(&(id + 1)).unwrap_or(id);
         self.ahead.insert(first, last);
     }
@@ -122,11 +113,7 @@ impl Tracker {
     /// Moves the watermark over runs that have joined it.
     fn advance(&mut self) {
         while let Some(next) = self.next() {
-            let run = self
-                .ahead
-                .range(..=next)
-                .next_back()
-                .map(|(first, last)| (*first, *last));
+            let run = self.ahead.range(..=next).next_back().map(|(first, last)| (*first, *last));
             let Some((first, last)) = run.filter(|(_, last)| *last >= next) else {
                 break;
             };
@@ -158,10 +145,7 @@ mod tests {
         assert_eq!(tracker.acked_id(), 101);
         tracker.ack(102);
         assert_eq!(tracker.acked_id(), 1001);
-        assert_eq!(
-            tracker.pending().map(|(id, ahead, _)| (id, ahead)),
-            Some((1001, vec![]))
-        );
+        assert_eq!(tracker.pending().map(|p| (p.acked_id, p.acked_ahead)), Some((1001, vec![])));
     }
 
     #[test]
@@ -170,12 +154,12 @@ mod tests {
         tracker.read(6, 10);
         assert!(tracker.pending().is_none());
         tracker.ack(6);
-        let (_, _, version) = tracker.pending().unwrap();
+        let first = tracker.pending().unwrap();
         tracker.ack(8);
-        tracker.flushed(version);
-        let (acked, ahead, version) = tracker.pending().unwrap();
-        assert_eq!((acked, ahead), (6, vec![(8, 8)]));
-        tracker.flushed(version);
+        tracker.flushed(first.version);
+        let second = tracker.pending().unwrap();
+        assert_eq!((second.acked_id, second.acked_ahead), (6, vec![(8, 8)]));
+        tracker.flushed(second.version);
         assert!(tracker.pending().is_none());
     }
 
@@ -183,7 +167,8 @@ mod tests {
     fn what_was_acknowledged_ahead_before_is_passed_when_it_is_read() {
         let mut tracker = Tracker::new(2, [(3, 4), (6, 7)]);
         assert!(tracker.is_acked(4) && !tracker.is_acked(5));
-        tracker.read(3, 7);
+        assert!(tracker.read(3, 7));
+        assert!(!tracker.read(8, 9));
         assert_eq!(tracker.acked_id(), 4);
         tracker.ack(5);
         assert_eq!(tracker.acked_id(), 7);

@@ -10,24 +10,22 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
-use futures_util::{FutureExt, StreamExt};
+use futures_util::StreamExt;
+use futures_util::future::join_all;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until, timeout};
+use uuid::Uuid;
 
+use crate::consumer::Shared;
 use crate::consumer::holding::Holding;
-use crate::consumer::reader::read;
 use crate::consumer::roster::jitter;
-use crate::consumer::{Event, Shared};
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::{NodeId, PartitionId};
-use crate::metrics as names;
 use crate::notifier::{Hint, Hints};
 use crate::store::connect::refused;
-use crate::store::group::{Move, Moved};
 use crate::store::{fetch, group};
 
 /// What a member is told.
@@ -36,34 +34,40 @@ pub(crate) enum Command {
     Flush(oneshot::Sender<Result<()>>),
     /// The share has changed.
     Rebalance(oneshot::Sender<Result<()>>),
+    /// A reader found that the server lacks what it has read.
+    TailLost { partition: PartitionId, owner: Uuid },
     /// Give everything back: when all is answered, or at the deadline.
-    Stop {
-        until: Instant,
-        reply: oneshot::Sender<Result<()>>,
-    },
+    Stop { until: Instant, reply: oneshot::Sender<Result<()>> },
 }
 
 /// How long a statement of a member may take.
-const STATEMENT: Duration = Duration::from_secs(5);
+pub(super) const STATEMENT: Duration = Duration::from_secs(5);
 /// How often a member that has less than its share tries for more.
 const ACQUIRE_INTERVAL: Duration = Duration::from_secs(1);
-/// How long a partition that is given up may be in hand.
-const DRAIN: Duration = Duration::from_secs(10);
-/// How much longer than its lease a partition stays another's for a member that was not there all the
-/// time: after a restart of the server all leases may be over, and all members well.
-const GRACE: Duration = Duration::from_secs(3);
+/// How soon a renewal that failed is tried again.
+const RENEW_AGAIN: Duration = Duration::from_millis(500);
+/// How soon a member tries again to renew, after it found another server.
+const UNSETTLED: Duration = Duration::from_millis(100);
 
-struct Member {
-    shared: Arc<Shared>,
-    node: NodeId,
-    partitions: Vec<i32>,
-    holdings: HashMap<PartitionId, Arc<Holding>>,
+pub(super) struct Member {
+    pub(super) shared: Arc<Shared>,
+    pub(super) node: NodeId,
+    pub(super) partitions: Vec<i32>,
+    pub(super) holdings: HashMap<PartitionId, Arc<Holding>>,
     /// Partitions being given up, until they are answered.
-    draining: JoinSet<PartitionId>,
-    renewed: Option<Instant>,
-    /// Since when the lease was kept without a break.
-    kept_since: Option<Instant>,
-    started: bool,
+    pub(super) draining: JoinSet<Arc<Holding>>,
+    /// When the lease was renewed last.
+    pub(super) renewed: Option<Instant>,
+    /// Since when it was renewed in time.
+    pub(super) kept_since: Option<Instant>,
+    /// The server whose log all partitions were last seen on: when it was started.
+    pub(super) incarnation: Option<SystemTime>,
+    /// Another server has answered, and not all partitions were looked at there.
+    pub(super) other_server: bool,
+    /// The node knows where the group starts.
+    pub(super) started: bool,
+    /// Why acknowledgements were not committed since the last flush that told.
+    pub(super) uncommitted: Option<Error>,
     failing: bool,
     stop: Option<(Instant, oneshot::Sender<Result<()>>)>,
 }
@@ -76,76 +80,80 @@ pub(crate) async fn run(
     commands: mpsc::UnboundedReceiver<Command>,
 ) {
     let hints = shared.cluster.inner.notifier.subscribe(&partitions);
-    let member = Member {
+    let numbers = partitions.iter().map(|partition| partition.as_i32());
+    let mut member = Member {
+        partitions: numbers.collect(),
         shared,
         node,
-        partitions: partitions
-            .iter()
-            .map(|partition| partition.as_i32())
-            .collect(),
         holdings: HashMap::new(),
         draining: JoinSet::new(),
         renewed: None,
         kept_since: None,
+        incarnation: None,
+        other_server: false,
         started: false,
+        uncommitted: None,
         failing: false,
         stop: None,
     };
     member.run(commands, hints).await;
+    member.end().await;
 }
 
 impl Member {
-    async fn run(mut self, mut commands: mpsc::UnboundedReceiver<Command>, mut hints: Hints) {
+    async fn run(&mut self, mut commands: mpsc::UnboundedReceiver<Command>, mut hints: Hints) {
         let options = &self.shared.options;
-        let mut renew = patient(options.lease * 3 / 10);
         let mut flush = patient(options.flush_interval);
         let mut acquire = patient(ACQUIRE_INTERVAL.min(options.lease / 3));
-        let poll = options.poll_interval;
+        let (lease, poll) = (options.lease, options.poll_interval);
+        let mut renew_at = Instant::now();
         let mut look_at = Instant::now() + jitter(poll);
         let cluster_ends = self.shared.cluster.inner.shutdown.clone();
-        loop {
-            let deadline = self.stop.as_ref().map(|(until, _)| *until);
+        while !self.is_done() {
+            if self.other_server || self.renewed.is_none() {
+                renew_at = renew_at.min(Instant::now() + UNSETTLED);
+            }
             tokio::select! {
-                _ = renew.tick() => self.attempt(Work::Renew).await,
-                _ = acquire.tick(), if deadline.is_none() => self.attempt(Work::Balance).await,
-                _ = flush.tick() => self.attempt(Work::Flush).await,
+                () = sleep_until(renew_at) => {
+                    let soon = match self.attempt(Work::Renew).await {
+                        true if self.other_server => UNSETTLED,
+                        true => lease,
+                        false => RENEW_AGAIN,
+                    };
+                    renew_at = Instant::now() + soon.min(lease * 3 / 10);
+                }
+                _ = acquire.tick(), if self.stop.is_none() => {
+                    self.attempt(Work::Balance).await;
+                }
+                _ = flush.tick() => {
+                    self.attempt(Work::Flush).await;
+                }
                 () = sleep_until(look_at) => {
                     self.attempt(Work::Look).await;
                     look_at = Instant::now() + jitter(poll);
                 }
                 Some(hint) = hints.next() => self.hear(hint),
-                Some(Ok(partition)) = self.draining.join_next() => self.give_back(&[partition]).await,
+                Some(Ok(holding)) = self.draining.join_next() => self.give_back(holding).await,
                 Some(command) = commands.recv() => self.obey(command).await,
-                () = until(deadline) => break,
-                () = cluster_ends.cancelled() => break,
-            }
-            if deadline.is_some()
-                && self
-                    .holdings
-                    .values()
-                    .all(|h| h.drained().now_or_never().is_some())
-            {
-                break;
+                () = stopped(&self.holdings, self.stop.as_ref()) => return,
+                () = cluster_ends.cancelled() => return,
             }
         }
-        self.end().await;
     }
 
-    async fn attempt(&mut self, work: Work) {
+    /// Told to stop, with nothing left to wait for.
+    fn is_done(&self) -> bool {
+        self.stop.is_some() && self.holdings.is_empty()
+    }
+
+    /// Tries something that may fail and is tried again; says whether it was done.
+    async fn attempt(&mut self, work: Work) -> bool {
         let outcome = match work {
             Work::Renew => timeout(STATEMENT, self.renew()).await,
             Work::Balance => timeout(STATEMENT, self.balance()).await,
-            Work::Flush => timeout(STATEMENT, self.flush(None))
-                .await
-                .map(|done| match done {
-                    // The stream says so too.
-                    Err(error)
-                        if matches!(error.kind(), ErrorKind::LeaseLost | ErrorKind::Reset) =>
-                    {
-                        Ok(())
-                    }
-                    other => other,
-                }),
+            Work::Flush => {
+                timeout(STATEMENT, self.flush(None)).await.map(|flushed| flushed.map(drop))
+            }
             Work::Look => {
                 let looked = timeout(STATEMENT, self.look()).await;
                 if !matches!(looked, Ok(Ok(()))) {
@@ -154,21 +162,25 @@ impl Member {
                 looked
             }
         };
-        self.note(outcome.unwrap_or_else(|_| {
-            Err(Error::new(
-                ErrorKind::Timeout,
-                format!("node {}: no answer in time", self.node),
-            ))
-        }));
+        let late = || {
+            let what = format!("node {}: no answer in time", self.node);
+            Err(Error::new(ErrorKind::Timeout, what))
+        };
+        let outcome = outcome.unwrap_or_else(|_| late());
+        let done = outcome.is_ok();
+        self.note(outcome);
+        done
     }
 
     /// Says once that a node is in trouble, and once that it is well again.
-    fn note(&mut self, outcome: Result<()>) {
+    pub(super) fn note(&mut self, outcome: Result<()>) {
         match outcome {
             Ok(()) if self.failing => {
                 self.failing = false;
                 tracing::info!(node = %self.node, group = %self.shared.group, "node is back");
             }
+            // A partition's trouble, and not the node's; the stream says so.
+            Err(error) if matches!(error.kind(), ErrorKind::LeaseLost | ErrorKind::Reset) => {}
             Err(error) if !self.failing => {
                 self.failing = true;
                 tracing::error!(
@@ -178,200 +190,6 @@ impl Member {
             }
             _ => {}
         }
-    }
-
-    async fn renew(&mut self) -> Result<()> {
-        let shared = Arc::clone(&self.shared);
-        let connection = shared.connection(self.node).await?;
-        let asked = Instant::now();
-        let lease = shared.options.lease.as_secs_f64();
-        let owned = group::renew(connection, shared.member, &shared.group, lease)
-            .await
-            .map_err(|error| refused(error, &format!("renew the lease on node {}", self.node)))?;
-        if self
-            .renewed
-            .is_none_or(|at| asked - at > shared.options.lease)
-        {
-            self.kept_since = Some(asked);
-        }
-        self.renewed = Some(asked);
-        let owned: HashMap<_, _> = owned.into_iter().collect();
-        let holdings: Vec<_> = self.holdings.values().cloned().collect();
-        for holding in holdings {
-            match owned.get(&holding.partition) {
-                Some(fence) if *fence == holding.fence => {}
-                Some(fence) if fence.owner == holding.fence.owner => {
-                    self.lose(&holding, ErrorKind::Reset).await;
-                }
-                _ => self.lose(&holding, ErrorKind::LeaseLost).await,
-            }
-        }
-        Ok(())
-    }
-
-    /// Takes free partitions up to the even share, or gives up what is above it.
-    async fn balance(&mut self) -> Result<()> {
-        let shared = Arc::clone(&self.shared);
-        let (share, held) = (&shared.share, &shared.held);
-        let surplus = held
-            .load(Ordering::Acquire)
-            .saturating_sub(share.load(Ordering::Acquire));
-        if surplus > 0 {
-            self.give_up(surplus);
-            return Ok(());
-        }
-        if self
-            .renewed
-            .is_none_or(|at| at.elapsed() > shared.options.lease)
-        {
-            self.renew().await?;
-        }
-        // The room is taken before it is used, since members of other nodes do the same.
-        let free_here = self.partitions.len() - self.holdings.len();
-        let room = held.fetch_update(Ordering::AcqRel, Ordering::Acquire, |held| {
-            let room = share
-                .load(Ordering::Acquire)
-                .saturating_sub(held)
-                .min(free_here);
-            (room > 0).then_some(held + room)
-        });
-        let Ok(before) = room else { return Ok(()) };
-        let room = share
-            .load(Ordering::Acquire)
-            .saturating_sub(before)
-            .min(free_here);
-        let acquired = self.acquire(room).await;
-        let count = acquired.as_ref().map_or(0, Vec::len);
-        held.fetch_sub(room.saturating_sub(count), Ordering::AcqRel);
-        for acquired in acquired? {
-            self.begin(acquired);
-        }
-        Ok(())
-    }
-
-    async fn acquire(&mut self, most: usize) -> Result<Vec<group::Acquired>> {
-        let shared = &self.shared;
-        let topic = &shared.topology.topic;
-        let what = format!("take partitions on node {}", self.node);
-        if !self.started {
-            shared
-                .start
-                .tell(&shared.cluster, &shared.topology, &shared.group, self.node)
-                .await?;
-            self.started = true;
-        }
-        let connection = shared.connection(self.node).await?;
-        group::make_cursors(connection, topic, &shared.group)
-            .await
-            .map_err(|error| refused(error, &what))?;
-        let kept = self
-            .kept_since
-            .is_some_and(|since| since.elapsed() >= shared.options.lease);
-        let grace = if kept { 0.0 } else { GRACE.as_secs_f64() };
-        let only = shared
-            .options
-            .only
-            .is_some()
-            .then_some(self.partitions.as_slice());
-        let most = i64::try_from(most).unwrap_or(i64::MAX);
-        let connection = shared.connection(self.node).await?;
-        group::acquire(
-            connection,
-            (topic, &shared.group),
-            shared.member,
-            most,
-            grace,
-            only,
-        )
-        .await
-        .map_err(|error| refused(error, &what))
-    }
-
-    /// Starts to read a partition that was taken.
-    fn begin(&mut self, acquired: group::Acquired) {
-        let partition = acquired.partition;
-        let ended = self.shared.cluster.inner.shutdown.child_token();
-        let holding = Arc::new(Holding::new(acquired, ended));
-        self.shared
-            .cluster
-            .inner
-            .tasks
-            .spawn(read(Arc::clone(&self.shared), Arc::clone(&holding)));
-        ::metrics::counter!(names::ACQUIRED).increment(1);
-        tracing::info!(%partition, group = %self.shared.group, "partition taken");
-        self.holdings.insert(partition, holding);
-    }
-
-    /// Gives up so many partitions, once their deliveries are answered.
-    fn give_up(&mut self, surplus: usize) {
-        let held: Vec<_> = self
-            .holdings
-            .values()
-            .filter(|h| h.is_held())
-            .cloned()
-            .collect();
-        for holding in held.into_iter().take(surplus) {
-            // Counted at once, so that members of other nodes don't give up more.
-            self.shared.held.fetch_sub(1, Ordering::AcqRel);
-            holding.drain();
-            self.draining.spawn(async move {
-                let _ = timeout(DRAIN, holding.drained()).await;
-                holding.partition
-            });
-        }
-    }
-
-    /// Commits cursors: all that have changed, or those of some partitions.
-    async fn flush(&mut self, only: Option<&[PartitionId]>) -> Result<()> {
-        let chosen = |holding: &&Arc<Holding>| {
-            only.is_none_or(|partitions| partitions.contains(&holding.partition))
-        };
-        let mut moves = Vec::new();
-        let mut versions = HashMap::new();
-        for holding in self.holdings.values().filter(chosen) {
-            if let Some((acked_id, acked_ahead, version)) = holding.tracker().pending() {
-                let (partition, fence) = (holding.partition, holding.fence);
-                moves.push(Move {
-                    partition,
-                    fence,
-                    acked_id,
-                    acked_ahead,
-                });
-                versions.insert(partition, version);
-            }
-        }
-        if moves.is_empty() {
-            return Ok(());
-        }
-        let connection = self.shared.connection(self.node).await?;
-        let what = format!("commit cursors on node {}", self.node);
-        let outcomes = group::flush(connection, &self.shared.group, &moves)
-            .await
-            .map_err(|error| refused(error, &what))?;
-        let mut result = Ok(());
-        for (partition, moved) in outcomes {
-            let Some(holding) = self.holdings.get(&partition).cloned() else {
-                continue;
-            };
-            let refusal = match moved {
-                Moved::Yes => {
-                    let version = versions.get(&partition).copied().unwrap_or(0);
-                    holding.tracker().flushed(version);
-                    ::metrics::counter!(names::FLUSHED).increment(1);
-                    continue;
-                }
-                Moved::Locked => {
-                    let why = format!("{what}: partition {partition} is locked by a transaction");
-                    result = result.and(Err(Error::new(ErrorKind::Unavailable, why)));
-                    continue;
-                }
-                Moved::LeaseLost => ErrorKind::LeaseLost,
-                Moved::Reset => ErrorKind::Reset,
-            };
-            result = result.and(Err(holding.refusal(refusal)));
-            self.lose(&holding, refusal).await;
-        }
-        result
     }
 
     /// Asks all partitions at once whether they have something, and wakes the readers of those.
@@ -401,31 +219,26 @@ impl Member {
     }
 
     fn wake(&self, partitions: &[PartitionId]) {
-        for holding in partitions
-            .iter()
-            .filter_map(|partition| self.holdings.get(partition))
-        {
+        for holding in partitions.iter().filter_map(|partition| self.holdings.get(partition)) {
             holding.wake.notify_one();
         }
     }
 
-    fn wake_all(&self) {
-        self.holdings
-            .values()
-            .for_each(|holding| holding.wake.notify_one());
+    pub(super) fn wake_all(&self) {
+        self.holdings.values().for_each(|holding| holding.wake.notify_one());
     }
 
     async fn obey(&mut self, command: Command) {
         match command {
             Command::Flush(reply) => {
                 let done = timeout(STATEMENT, self.flush_through()).await;
-                let late = || {
-                    Err(Error::new(
-                        ErrorKind::Timeout,
-                        "commit cursors: no answer in time",
-                    ))
-                };
+                let late =
+                    || Err(Error::new(ErrorKind::Timeout, "commit cursors: no answer in time"));
                 let _ = reply.send(done.unwrap_or_else(|_| late()));
+            }
+            Command::TailLost { partition, owner } => {
+                self.lose_tail(partition, owner).await;
+                self.attempt(Work::Balance).await;
             }
             Command::Rebalance(reply) => {
                 self.attempt(Work::Balance).await;
@@ -433,107 +246,30 @@ impl Member {
             }
             Command::Stop { until, reply } => {
                 self.holdings.values().for_each(|holding| holding.drain());
-                for holding in self.holdings.values().cloned() {
-                    self.draining.spawn(async move {
-                        holding.drained().await;
-                        holding.partition
-                    });
-                }
                 self.stop = Some((until, reply));
             }
         }
     }
 
-    /// Flushes until no row was passed over because a transaction had locked it.
-    async fn flush_through(&mut self) -> Result<()> {
-        loop {
-            match self.flush(None).await {
-                Err(error) if error.kind() == ErrorKind::Unavailable => {
-                    tokio::time::sleep(Duration::from_millis(20)).await;
-                }
-                other => return other,
-            }
-        }
-    }
-
-    /// Commits and releases partitions that are answered, or that were waited for long enough.
-    async fn give_back(&mut self, partitions: &[PartitionId]) {
-        let done = timeout(STATEMENT, async {
-            self.flush(Some(partitions)).await?;
-            self.release(partitions).await
-        });
-        let outcome = done
-            .await
-            .unwrap_or_else(|_| Err(Error::closed("the consumer")));
-        if self.stop.is_none() {
-            self.note(outcome);
-        }
-        for partition in partitions {
-            if let Some(holding) = self.holdings.remove(partition) {
-                // What is acknowledged from now on would never be committed.
-                holding.end(ErrorKind::LeaseLost);
-                if self.stop.is_some() {
-                    self.shared.held.fetch_sub(1, Ordering::AcqRel);
-                }
-            }
-        }
-    }
-
-    async fn release(&self, partitions: &[PartitionId]) -> Result<()> {
-        let owned: Vec<_> = partitions
-            .iter()
-            .filter_map(|partition| self.holdings.get(partition))
-            .map(|holding| (holding.partition, holding.fence.owner))
-            .collect();
-        if owned.is_empty() {
-            return Ok(());
-        }
-        let connection = self.shared.connection(self.node).await?;
-        group::release(connection, &self.shared.group, &owned)
-            .await
-            .map_err(|error| refused(error, &format!("release partitions on node {}", self.node)))
-    }
-
-    /// A partition is another's, or was moved by a seek.
-    async fn lose(&mut self, holding: &Arc<Holding>, why: ErrorKind) {
-        let was_held = holding.is_held();
-        holding.end(why);
-        if was_held {
-            self.shared.held.fetch_sub(1, Ordering::AcqRel);
-        }
-        ::metrics::counter!(names::LEASE_LOST).increment(1);
-        self.shared.send(Event::Error(holding.refusal(why)));
-        if why == ErrorKind::Reset {
-            // Still this member's: free, to be taken again from the new position.
-            if let Err(error) = self.release(&[holding.partition]).await {
-                tracing::debug!(error = %error.chain(), "release after a seek");
-            }
-        }
-        self.holdings.remove(&holding.partition);
-    }
-
+    /// Commits and releases all that is left, and leaves.
     async fn end(mut self) {
-        let partitions: Vec<PartitionId> = self.holdings.keys().copied().collect();
-        let stop = self.stop.take();
+        let holdings: Vec<Arc<Holding>> = self.holdings.values().cloned().collect();
+        for holding in &holdings {
+            holding.end(ErrorKind::LeaseLost);
+        }
         let done = timeout(STATEMENT, async {
             let flushed = self.flush_through().await;
-            let released = self.release(&partitions).await;
-            let connection = self.shared.connection(self.node).await?;
+            let released = self.release(&holdings).await;
             let _ = group::sweep_members(self.shared.connection(self.node).await?).await;
+            let connection = self.shared.connection(self.node).await?;
             let left = group::leave(connection, self.shared.member).await;
-            flushed
-                .and(released)
-                .and(left.map_err(|error| refused(error, "end the lease")))
+            flushed.and(released).and(left.map_err(|error| refused(error, "end the lease")))
         });
         let outcome = done.await.unwrap_or_else(|_| {
             let what = format!("commit acknowledgements on node {}: no answer", self.node);
             Err(Error::new(ErrorKind::Timeout, what))
         });
-        for holding in self.holdings.into_values() {
-            holding.end(ErrorKind::LeaseLost);
-            self.shared.held.fetch_sub(1, Ordering::AcqRel);
-        }
-        if let Some((_, reply)) = stop {
+        if let Some((_, reply)) = self.stop {
             let _ = reply.send(outcome);
         }
     }
@@ -555,9 +291,13 @@ fn patient(period: Duration) -> tokio::time::Interval {
     interval
 }
 
-async fn until(deadline: Option<Instant>) {
-    match deadline {
-        Some(deadline) => sleep_until(deadline).await,
-        None => std::future::pending().await,
+/// After a stop: all that was handed out is answered, or the deadline is over.
+async fn stopped<T>(holdings: &HashMap<PartitionId, Arc<Holding>>, stop: Option<&(Instant, T)>) {
+    let Some((deadline, _)) = stop else {
+        return std::future::pending().await;
+    };
+    tokio::select! {
+        _ = join_all(holdings.values().map(|holding| holding.drained())) => {}
+        () = sleep_until(*deadline) => {}
     }
 }

@@ -9,12 +9,13 @@ use std::time::{Duration, SystemTime};
 use bytes::Bytes;
 use futures_util::Stream;
 use serde::de::DeserializeOwned;
-use tokio::sync::{OwnedSemaphorePermit, mpsc};
+use tokio::sync::mpsc;
 
 use crate::codec::{Codec, Json};
+use crate::consumer::budget::Room;
 use crate::consumer::holding::Holding;
 use crate::consumer::{ConsumerHandle, Event};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::id::{MessageId, PartitionId, Uid};
 use crate::message::{Headers, RESERVED_HEADER_PREFIX};
 use crate::metrics as names;
@@ -27,8 +28,8 @@ use crate::store::fetch::Batch;
 /// [`shutdown`](ConsumerHandle::shutdown) only. An error in it is news, not its end: of the kind
 /// [`LeaseLost`](crate::ErrorKind::LeaseLost) where a partition went to another consumer.
 ///
-/// Dropping it gives its partitions back in the background; what was acknowledged is committed if the
-/// runtime still lives, else it is delivered again.
+/// Dropping it gives its partitions back in the background, also where a handle is kept; what was
+/// acknowledged is committed if the runtime still lives, else it is delivered again.
 #[must_use = "a stream does nothing unless polled"]
 pub struct Messages {
     events: mpsc::UnboundedReceiver<Event>,
@@ -42,9 +43,10 @@ struct Current {
     holding: Arc<Holding>,
     row: Arc<Batch>,
     next: i64,
+    handed: u64,
     /// Whether parts of it were acknowledged in an earlier holding.
     patchy: bool,
-    _permit: Option<OwnedSemaphorePermit>,
+    _room: Room,
 }
 
 impl Messages {
@@ -53,12 +55,7 @@ impl Messages {
         topic: TopicName,
         handle: ConsumerHandle,
     ) -> Self {
-        Self {
-            events,
-            current: None,
-            topic,
-            handle,
-        }
+        Self { events, current: None, topic, handle }
     }
 
     /// A handle to flush and to shut down with, from anywhere.
@@ -84,13 +81,17 @@ impl Messages {
     /// The next message of the current batch.
     fn hand_out(&mut self) -> Option<Delivery> {
         let current = self.current.as_mut()?;
-        while current.holding.is_held() && current.next <= current.row.last_id() {
+        while current.next <= current.row.last_id() {
             let id = current.next;
-            current.next += 1;
             if current.patchy && current.holding.tracker().is_acked(id) {
+                current.next += 1;
                 continue;
             }
-            current.holding.hand_out();
+            if self.handle.is_stopped() || !current.holding.hand_out() {
+                break;
+            }
+            current.next += 1;
+            current.handed += 1;
             return Some(Delivery {
                 index: usize::try_from(id - current.row.base_id).unwrap_or(0),
                 topic: self.topic.clone(),
@@ -98,8 +99,7 @@ impl Messages {
                 holding: Some(Arc::clone(&current.holding)),
             });
         }
-        let handed = u64::try_from(current.next - current.row.base_id).unwrap_or(0);
-        ::metrics::counter!(names::DELIVERED).increment(handed);
+        ::metrics::counter!(names::DELIVERED).increment(current.handed);
         self.current = None;
         None
     }
@@ -114,36 +114,30 @@ impl Stream for Messages {
                 return Poll::Ready(Some(Ok(delivery)));
             }
             match std::task::ready!(self.events.poll_recv(context)) {
-                Some(Event::Batch {
-                    holding,
-                    row,
-                    from,
-                    permit,
-                }) => {
-                    let patchy = {
-                        let tracker = holding.tracker();
-                        tracker.has_acked_ahead()
-                    };
-                    self.current = Some(Current {
-                        holding,
-                        row,
-                        next: from,
-                        patchy,
-                        _permit: permit,
-                    });
+                Some(Event::Batch { holding, row, from, patchy, room }) => {
+                    self.current =
+                        Some(Current { holding, row, next: from, handed: 0, patchy, _room: room });
                 }
-                Some(Event::Error(error)) => return Poll::Ready(Some(Err(error))),
+                Some(Event::Error(error)) if !self.handle.is_stopped() => {
+                    return Poll::Ready(Some(Err(error)));
+                }
+                // The shutdown returns it.
+                Some(Event::Error(_)) => {}
                 None => return Poll::Ready(None),
             }
         }
     }
 }
 
+impl Drop for Messages {
+    fn drop(&mut self) {
+        self.handle.abandon();
+    }
+}
+
 impl fmt::Debug for Messages {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Messages")
-            .field("topic", &self.topic)
-            .finish_non_exhaustive()
+        f.debug_struct("Messages").field("topic", &self.topic).finish_non_exhaustive()
     }
 }
 
@@ -195,9 +189,7 @@ impl Delivery {
     /// The headers it was sent with; a value that is not a string as its JSON text.
     pub fn headers(&self) -> Headers {
         let all = self.all_headers();
-        all.into_iter()
-            .filter(|(name, _)| !name.starts_with(RESERVED_HEADER_PREFIX))
-            .collect()
+        all.into_iter().filter(|(name, _)| !name.starts_with(RESERVED_HEADER_PREFIX)).collect()
     }
 
     /// The value of one header.
@@ -253,11 +245,7 @@ impl Delivery {
     }
 
     fn all_headers(&self) -> Headers {
-        let json = self
-            .row
-            .headers
-            .as_ref()
-            .and_then(|all| all.element(self.index));
+        let json = self.row.headers.as_ref().and_then(|all| all.element(self.index));
         let text = json.and_then(|json| json.get(1..)).unwrap_or(b"{}");
         let values: serde_json::Map<String, serde_json::Value> =
             serde_json::from_slice(text).unwrap_or_default();
@@ -265,16 +253,12 @@ impl Delivery {
             serde_json::Value::String(text) => text,
             other => other.to_string(),
         };
-        values
-            .into_iter()
-            .map(|(name, value)| (name, text(value)))
-            .collect()
+        values.into_iter().map(|(name, value)| (name, text(value))).collect()
     }
 
     fn reserved_header(&self, name: &str) -> Option<String> {
         self.row.headers.as_ref()?;
-        self.all_headers()
-            .remove(&format!("{RESERVED_HEADER_PREFIX}{name}"))
+        self.all_headers().remove(&format!("{RESERVED_HEADER_PREFIX}{name}"))
     }
 }
 
@@ -294,11 +278,5 @@ impl fmt::Debug for Delivery {
             .field("key", &self.key())
             .field("bytes", &self.payload().len())
             .finish_non_exhaustive()
-    }
-}
-
-impl From<Error> for Event {
-    fn from(error: Error) -> Self {
-        Self::Error(error)
     }
 }

@@ -4,12 +4,17 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use tokio::time::timeout;
+
 use crate::consumer::Shared;
 use crate::consumer::member::Command;
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 use crate::store::connect::refused;
 use crate::store::control;
 use crate::topology::share;
+
+/// How long a statement may take: a database that hangs must hold nobody up.
+const STATEMENT: Duration = Duration::from_secs(2);
 
 /// Beats until the consumer stops. With the control database away, everybody keeps what they have.
 pub(crate) async fn run(shared: Arc<Shared>) {
@@ -24,7 +29,9 @@ pub(crate) async fn run(shared: Arc<Shared>) {
 
 /// One heartbeat; a new share is told to the members of all nodes.
 pub(crate) async fn beat(shared: &Shared) {
-    match try_beat(shared).await {
+    let late = || Err(Error::new(ErrorKind::Timeout, "send a heartbeat: no answer"));
+    let beaten = timeout(STATEMENT, try_beat(shared)).await;
+    match beaten.unwrap_or_else(|_| late()) {
         Ok(share) => {
             if shared.share.swap(share, Ordering::AcqRel) != share {
                 drop(shared.command(Command::Rebalance));
@@ -44,10 +51,7 @@ async fn try_beat(shared: &Shared) -> Result<usize> {
     if let Some(only) = &shared.options.only {
         return Ok(only.len());
     }
-    let rank = members
-        .iter()
-        .position(|member| *member == shared.member)
-        .unwrap_or(0);
+    let rank = members.iter().position(|member| *member == shared.member).unwrap_or(0);
     Ok(share(shared.topology.partitions.len(), members.len(), rank))
 }
 
@@ -59,8 +63,8 @@ pub(crate) async fn leave(shared: &Shared) {
             .await
             .map_err(|error| refused(error, "leave the group"))
     };
-    if let Err(error) = left.await {
-        // The heartbeat ends all the same.
+    // Where that fails, the heartbeat ends all the same.
+    if let Ok(Err(error)) = timeout(STATEMENT, left).await {
         tracing::debug!(error = %error.chain(), "leaving the group");
     }
 }
@@ -68,9 +72,7 @@ pub(crate) async fn leave(shared: &Shared) {
 /// This machine's name.
 fn host() -> String {
     let read = |path: &str| std::fs::read_to_string(path).ok();
-    let name = std::env::var("HOSTNAME")
-        .ok()
-        .or_else(|| read("/proc/sys/kernel/hostname"));
+    let name = std::env::var("HOSTNAME").ok().or_else(|| read("/proc/sys/kernel/hostname"));
     name.map_or_else(|| "unknown".to_owned(), |name| name.trim().to_owned())
 }
 

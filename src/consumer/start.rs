@@ -6,7 +6,7 @@ use futures_util::future::join_all;
 
 use crate::cluster::Cluster;
 use crate::consumer::Start;
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::id::{MessageId, NodeId};
 use crate::name::GroupName;
 use crate::store::connect::refused;
@@ -16,7 +16,7 @@ use crate::topology::Topology;
 
 /// By how much earlier a node starts that could not be asked when the group began at "latest": its
 /// clock may be short of control's.
-const LATEST_MARGIN: Duration = Duration::from_secs(60);
+const LATEST_MARGIN: Duration = Duration::from_mins(1);
 
 /// What a node is told that does not know the group yet.
 #[derive(Debug, Clone, Copy)]
@@ -29,20 +29,13 @@ pub(crate) async fn resolve(
     name: &GroupName,
     wanted: Start,
 ) -> Result<GroupStart> {
-    let what = format!("look up where group {name} starts");
-    let connection = cluster.inner.control.get().await?;
-    let known = control::group_start(&connection, &topology.topic, name).await;
-    drop(connection);
-    let known = known.map_err(|error| refused(error, &what))?;
-    if let Some((start, by_clock)) = known {
-        return Ok(GroupStart(later(start, by_clock)));
+    if let Some(known) = recorded(cluster, topology, name).await? {
+        return Ok(known);
     }
     // Nodes first: whoever finds the group in control finds it on them too.
     let start = of(cluster, wanted).await?;
     let nodes: Vec<NodeId> = topology.by_node().into_keys().collect();
-    let told = nodes
-        .into_iter()
-        .map(|node| tell(cluster, topology, name, node, start));
+    let told = nodes.into_iter().map(|node| tell(cluster, topology, name, node, start));
     for error in join_all(told).await.into_iter().filter_map(Result::err) {
         tracing::warn!(group = %name, error = %error.chain(), "a node hears of the group later");
     }
@@ -50,60 +43,48 @@ pub(crate) async fn resolve(
     control::make_group(connection, &topology.topic, name, start)
         .await
         .map_err(|error| refused(error, &format!("record where group {name} starts")))?;
-    let now = StartAt {
-        at: start.at.or(Some(SystemTime::now())),
-        ..start
-    };
-    Ok(GroupStart(later(now, start.at.is_none())))
+    // As it is recorded: somebody else may have been first, and the clock is control's, not this
+    // machine's.
+    let recorded = recorded(cluster, topology, name).await?;
+    recorded.ok_or_else(|| {
+        let what = format!("topic {} was deleted meanwhile", topology.topic);
+        Error::new(ErrorKind::NotFound, what)
+    })
+}
+
+async fn recorded(
+    cluster: &Cluster,
+    topology: &Topology,
+    name: &GroupName,
+) -> Result<Option<GroupStart>> {
+    let connection = cluster.inner.control.get().await?;
+    let known = control::group_start(&connection, &topology.topic, name)
+        .await
+        .map_err(|error| refused(error, &format!("look up where group {name} starts")))?;
+    Ok(known.map(|(start, by_clock)| GroupStart(later(start, by_clock))))
 }
 
 /// What a node is told later.
 fn later(start: StartAt, by_clock: bool) -> StartAt {
     let earlier = |at: SystemTime| at.checked_sub(LATEST_MARGIN).unwrap_or(UNIX_EPOCH);
-    if by_clock {
-        StartAt {
-            at: start.at.map(earlier),
-            ..start
-        }
-    } else {
-        start
-    }
+    if by_clock { StartAt { at: start.at.map(earlier), ..start } } else { start }
 }
 
 async fn of(cluster: &Cluster, start: Start) -> Result<StartAt> {
     Ok(match start {
-        Start::Earliest => StartAt {
-            at: Some(UNIX_EPOCH),
-            id: None,
-        },
+        Start::Earliest => StartAt { at: Some(UNIX_EPOCH), id: None },
         Start::Latest => StartAt { at: None, id: None },
-        Start::At(time) => StartAt {
-            at: Some(time),
-            id: None,
-        },
-        Start::Id(id) => StartAt {
-            at: appended_at(cluster, id).await?,
-            id: Some(id.number()),
-        },
+        Start::At(time) => StartAt { at: Some(time), id: None },
+        Start::Id(id) => StartAt { at: appended_at(cluster, id).await?, id: Some(id.number()) },
     })
 }
 
 /// When the first message at or after an id was appended; none where there is none yet.
 async fn appended_at(cluster: &Cluster, id: MessageId) -> Result<Option<SystemTime>> {
     let partition = id.partition();
-    let connection = cluster
-        .inner
-        .nodes
-        .node(partition.node())
-        .await?
-        .get()
-        .await?;
-    let rows = node::query(
-        &connection,
-        sql::APPENDED_AT,
-        &[&partition.as_i32(), &id.number()],
-    )
-    .await;
+    let connection = cluster.inner.nodes.node(partition.node()).await?.get().await?;
+    let rows =
+        node::query(&connection, sql::APPENDED_AT, &[&partition.as_i32(), &id.number()]).await;
     let rows = rows.map_err(|error| refused(error, &format!("look up message {id}")))?;
     Ok(rows.first().and_then(|row| row.get(0)))
 }
@@ -119,15 +100,10 @@ async fn tell(
     let refused = |error| refused(error, &format!("start group {name} on node {id}"));
     let node = cluster.inner.nodes.node(id).await?;
     let connection = node.get().await?;
-    if group::knows_start(&connection, &topology.topic, name)
-        .await
-        .map_err(refused)?
-    {
+    if group::knows_start(&connection, &topology.topic, name).await.map_err(refused)? {
         return Ok(());
     }
-    group::write_start(connection, &topology.topic, name, start)
-        .await
-        .map_err(refused)
+    group::write_start(connection, &topology.topic, name, start).await.map_err(refused)
 }
 
 impl GroupStart {

@@ -69,18 +69,8 @@ impl Lane {
         index: usize,
         writer: Arc<Writer>,
     ) -> Self {
-        let state = Mutex::new(State {
-            next_sequence: 1,
-            ..State::default()
-        });
-        Self {
-            partition,
-            generation,
-            index,
-            producer: Uuid::new_v4(),
-            writer,
-            state,
-        }
+        let state = Mutex::new(State { next_sequence: 1, ..State::default() });
+        Self { partition, generation, index, producer: Uuid::new_v4(), writer, state }
     }
 
     /// Adds a message to the batch that is filling.
@@ -96,16 +86,10 @@ impl Lane {
         if !joins {
             state.queue.push_back(Batch::new(timeout));
         }
-        let Some(batch) = state.queue.back_mut() else {
-            unreachable!("a batch was just added")
-        };
+        let Some(batch) = state.queue.back_mut() else { unreachable!("a batch was just added") };
         let receipt = batch.push(message);
         let filled = !batch.has_room(size);
-        Pushed {
-            receipt,
-            schedule: state.schedule(),
-            filled,
-        }
+        Pushed { receipt, schedule: state.schedule(), filled }
     }
 
     /// Adds a batch that another lane could not take. True: hand the lane to its writer.
@@ -186,16 +170,8 @@ impl Lane {
     /// What all messages in this lane wait for.
     pub(crate) fn completions(&self) -> Vec<Arc<Completion>> {
         let state = self.lock();
-        let waiting = state
-            .queue
-            .iter()
-            .map(|batch| Arc::clone(&batch.tickets.completion));
-        state
-            .in_flight
-            .iter()
-            .map(Arc::clone)
-            .chain(waiting)
-            .collect()
+        let waiting = state.queue.iter().map(|batch| Arc::clone(&batch.tickets.completion));
+        state.in_flight.iter().map(Arc::clone).chain(waiting).collect()
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {

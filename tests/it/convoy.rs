@@ -15,9 +15,7 @@ const SECOND: Duration = Duration::from_secs(1);
 fn keys(partitions: usize) -> Vec<String> {
     let rest = usize::from(SLOTS) / partitions;
     let of = |p: usize| (0_u32..).find(|n| usize::from(key_slot(&n.to_string())) / rest == p);
-    (0..partitions)
-        .map(|p| of(p).unwrap().to_string())
-        .collect()
+    (0..partitions).map(|p| of(p).unwrap().to_string()).collect()
 }
 
 async fn lock(test: &TestCluster, partitions: &[PartitionId]) -> Client {
@@ -40,12 +38,7 @@ async fn what_is_ready_for_several_partitions_goes_in_one_commit() {
     let producer = cluster.producer("orders").build().await.unwrap();
     let holder = lock(&test, &partitions[..1]).await;
     let mut receipts = Vec::new();
-    receipts.push(
-        producer
-            .enqueue(Message::new("0").key(&keys[0]))
-            .await
-            .unwrap(),
-    );
+    receipts.push(producer.enqueue(Message::new("0").key(&keys[0])).await.unwrap());
     let waits = || async { waiting(&sql, partitions[0]).await == 1 };
     eventually("the first waits", 5 * SECOND, waits).await;
     for key in &keys[1..] {
@@ -119,12 +112,7 @@ async fn others_go_on_while_locked(partitions: usize, locked: usize, warm: bool)
     for _ in 0..3 {
         let mut receipts = Vec::new();
         for key in &keys[locked..] {
-            receipts.push(
-                producer
-                    .enqueue(Message::new("free").key(key))
-                    .await
-                    .unwrap(),
-            );
+            receipts.push(producer.enqueue(Message::new("free").key(key)).await.unwrap());
         }
         for receipt in receipts {
             within(SECOND, "a free partition", receipt).await.unwrap();
@@ -132,9 +120,7 @@ async fn others_go_on_while_locked(partitions: usize, locked: usize, warm: bool)
     }
     holder.batch_execute("commit").await.unwrap();
     for receipt in stuck {
-        within(5 * SECOND, "a partition that was locked", receipt)
-            .await
-            .unwrap();
+        within(5 * SECOND, "a partition that was locked", receipt).await.unwrap();
     }
 }
 
@@ -182,8 +168,5 @@ async fn many_that_write_to_the_same_partitions_neither_deadlock_nor_starve() {
     let all = all_stored(&sql, &partitions).await;
     assert_eq!(all.len(), 4 * 6 * 60);
     assert_acknowledged(&all, &acknowledged);
-    assert_eq!(
-        sql.query_one(before, &[]).await.unwrap().get::<_, i64>(0),
-        0
-    );
+    assert_eq!(sql.query_one(before, &[]).await.unwrap().get::<_, i64>(0), 0);
 }

@@ -22,11 +22,7 @@ async fn load(producer: Producer, name: usize, acknowledged: Acknowledged, end: 
         let text = format!("{name}-{n}");
         let message = Message::new(text.clone());
         // Some with a key, in order; the others where there is room.
-        let message = if name % 2 == 0 {
-            message.key(name.to_string())
-        } else {
-            message
-        };
+        let message = if name.is_multiple_of(2) { message.key(name.to_string()) } else { message };
         let id = producer.send(message).await.unwrap();
         acknowledged.lock().unwrap().push((text, id));
     }
@@ -43,12 +39,7 @@ async fn crashes_lose_nothing_that_was_acknowledged_and_repeat_nothing() {
         let builder = test.cluster.producer("orders").send_timeout(40 * SECOND);
         let producer = builder.build().await.unwrap();
         let acknowledged = Arc::clone(&acknowledged);
-        loads.push(tokio::spawn(load(
-            producer,
-            name,
-            acknowledged,
-            Arc::clone(&end),
-        )));
+        loads.push(tokio::spawn(load(producer, name, acknowledged, Arc::clone(&end))));
     }
     for _ in 0..4 {
         let before = acknowledged.lock().unwrap().len();
@@ -61,9 +52,7 @@ async fn crashes_lose_nothing_that_was_acknowledged_and_repeat_nothing() {
     eventually("messages are acknowledged again", 15 * SECOND, more).await;
     *end.lock().unwrap() = true;
     for load in loads {
-        within(15 * SECOND, "the end of the load", load)
-            .await
-            .unwrap();
+        within(15 * SECOND, "the end of the load", load).await.unwrap();
     }
     let acknowledged = acknowledged.lock().unwrap().clone();
     let sql = test.sql(0).await;

@@ -9,7 +9,7 @@ use tokio::time::Instant;
 use tokio_postgres::Client;
 
 use crate::support::proxy::{Rule, cluster_behind_proxy};
-use crate::support::stored::{assert_dense, holding, number, stored, topic, waiting};
+use crate::support::stored::{Stored, assert_dense, holding, number, stored, topic, waiting};
 use crate::support::{TestCluster, eventually, within};
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -42,24 +42,13 @@ async fn half_of_a_pipeline_frees_the_partition_within_six_seconds() {
 
     let since = Instant::now();
     let other = test.sql(0).await;
-    let append = format!(
-        "select shardmq.append({}, array['other'::bytea])",
-        number(partition)
-    );
+    let append = format!("select shardmq.append({}, array['other'::bytea])", number(partition));
     let appended = other.batch_execute(&append);
-    within(6 * SECOND, "another's append", appended)
-        .await
-        .unwrap();
-    assert!(
-        since.elapsed() > SECOND,
-        "the lock was not held in the middle"
-    );
+    within(6 * SECOND, "another's append", appended).await.unwrap();
+    assert!(since.elapsed() > SECOND, "the lock was not held in the middle");
 
     proxy.to_server(Rule::Pass);
-    let id = within(10 * SECOND, "the repeat", send)
-        .await
-        .unwrap()
-        .unwrap();
+    let id = within(10 * SECOND, "the repeat", send).await.unwrap().unwrap();
     let all = stored(&sql, partition).await;
     assert_dense(&all);
     assert_eq!((all.len(), all[2].id), (3, id));
@@ -92,11 +81,7 @@ async fn a_client_that_is_suspended_with_the_lock_loses_it() {
 async fn drop_after<F: Future>(polls: usize, future: F, sql: &Client) {
     let mut future = Box::pin(future);
     for _ in 0..polls {
-        if future
-            .as_mut()
-            .poll(&mut Context::from_waker(Waker::noop()))
-            .is_ready()
-        {
+        if future.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_ready() {
             return;
         }
         sql.query_one("select 1", &[]).await.unwrap();
@@ -127,14 +112,9 @@ async fn a_send_that_is_dropped_anywhere_leaves_nothing_open_and_harms_no_neighb
     }
     let sent = neighbours.len();
     for neighbour in neighbours {
-        within(5 * SECOND, "a neighbour", neighbour)
-            .await
-            .unwrap()
-            .unwrap();
+        within(5 * SECOND, "a neighbour", neighbour).await.unwrap().unwrap();
     }
-    within(5 * SECOND, "the flush", producer.flush())
-        .await
-        .unwrap();
+    within(5 * SECOND, "the flush", producer.flush()).await.unwrap();
     let all = stored(&sql, partition).await;
     assert_dense(&all);
     let of = |name: &str| all.iter().filter(|m| m.text().starts_with(name)).count();
@@ -161,14 +141,10 @@ async fn a_send_that_is_dropped_while_it_waits_for_room_takes_none() {
         drop_after(polls, producer.enqueue(small), &sql).await;
     }
     holder.batch_execute("commit").await.unwrap();
-    within(5 * SECOND, "the flush", producer.flush())
-        .await
-        .unwrap();
+    within(5 * SECOND, "the flush", producer.flush()).await.unwrap();
     assert_eq!(stored(&sql, partition).await.len(), 3);
     let whole = Message::new(vec![0; (64 << 10) - 64]);
-    within(5 * SECOND, "the whole buffer", producer.send(whole))
-        .await
-        .unwrap();
+    within(5 * SECOND, "the whole buffer", producer.send(whole)).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -181,7 +157,7 @@ async fn a_message_is_sent_once_send_was_polled() {
     drop_after(1, producer.send(Message::new("polled")), &sql).await;
     producer.flush().await.unwrap();
     let all = stored(&sql, partition).await;
-    assert_eq!(all.iter().map(|m| m.text()).collect::<Vec<_>>(), ["polled"]);
+    assert_eq!(all.iter().map(Stored::text).collect::<Vec<_>>(), ["polled"]);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -192,11 +168,8 @@ async fn a_process_that_ends_while_it_waits_leaves_nothing_open() {
     let lock = format!("begin; select shardmq.lock_partition({partition})");
     holder.batch_execute(&lock).await.unwrap();
     let url = test.control_url.clone();
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(1)
-        .enable_all()
-        .build()
-        .unwrap();
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
     let _send = runtime.spawn(async move {
         let cluster = Cluster::connect(&url).await.unwrap();
         let producer = cluster.producer("orders").build().await.unwrap();

@@ -73,9 +73,7 @@ async fn processes_whose_connections_are_ended_lose_nothing_and_repeat_nothing()
     let partition = topic(&test, "orders", 1).await[0];
     let sql = test.sql(0).await;
     let folder = tempfile::tempdir().unwrap();
-    let files: Vec<_> = (0..PROCESSES)
-        .map(|n| folder.path().join(n.to_string()))
-        .collect();
+    let files: Vec<_> = (0..PROCESSES).map(|n| folder.path().join(n.to_string())).collect();
     let mut children: Vec<Child> = Vec::new();
     for (name, file) in files.iter().enumerate() {
         children.push(spawn(&test.control_url, name, file));
@@ -108,10 +106,7 @@ async fn processes_whose_connections_are_ended_lose_nothing_and_repeat_nothing()
     for file in files {
         let acknowledged = acknowledged(&file);
         assert_eq!(acknowledged.len(), MESSAGES);
-        assert!(
-            acknowledged.is_sorted_by_key(|(_, id)| *id),
-            "order of a process"
-        );
+        assert!(acknowledged.is_sorted_by_key(|(_, id)| *id), "order of a process");
         assert_acknowledged(&all, &acknowledged);
     }
 }

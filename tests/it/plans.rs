@@ -47,14 +47,10 @@ async fn every_statement_can_be_prepared() {
     for (name, text) in all {
         if text.contains("begin isolation level") {
             // Several at once, without parameters.
-            sql.batch_execute(&text)
-                .await
-                .unwrap_or_else(|e| panic!("{name}: {e:?}"));
+            sql.batch_execute(&text).await.unwrap_or_else(|e| panic!("{name}: {e:?}"));
             sql.batch_execute("rollback").await.unwrap();
         } else {
-            sql.prepare(&text)
-                .await
-                .unwrap_or_else(|e| panic!("{name}: {e:?}"));
+            sql.prepare(&text).await.unwrap_or_else(|e| panic!("{name}: {e:?}"));
         }
     }
 }
@@ -73,24 +69,15 @@ async fn fill(sql: &Client, partition: PartitionId, day: i32) {
 
 /// The generic plan of a statement, as the pooled connections run it.
 async fn plan(sql: &Client, name: &str, types: &str, text: &str) -> String {
-    let nulls = types
-        .split(',')
-        .map(|_| "null")
-        .collect::<Vec<_>>()
-        .join(", ");
-    let body: String = text
-        .lines()
-        .filter(|line| !line.starts_with("--"))
-        .collect::<Vec<_>>()
-        .join("\n");
+    let nulls = types.split(',').map(|_| "null").collect::<Vec<_>>().join(", ");
+    let body: String =
+        text.lines().filter(|line| !line.starts_with("--")).collect::<Vec<_>>().join("\n");
     let prepare =
         format!("set plan_cache_mode = force_generic_plan; prepare {name} ({types}) as {body}");
     sql.batch_execute(&prepare).await.unwrap();
     let explain = format!("explain (costs off) execute {name} ({nulls})");
     let rows = sql.query(&explain, &[]).await.unwrap();
-    rows.iter()
-        .map(|row| row.get::<_, String>(0) + "\n")
-        .collect()
+    rows.iter().map(|row| row.get::<_, String>(0) + "\n").collect()
 }
 
 #[tokio::test]
@@ -102,31 +89,17 @@ async fn appends_and_fetches_go_by_indexes_in_a_large_day() {
     fill(&sql, partition, day).await;
     let all = statements(partition, day);
     let types = [
-        (
-            "append_insert",
-            "int, int, uuid, bigint, text[], jsonb[], bytea[], text, int",
-        ),
+        ("append_insert", "int, int, uuid, bigint, text[], jsonb[], bytea[], text, int"),
         ("fetch", "bigint, bigint, int"),
     ];
     let name_of_table = table(partition, day);
     for analyzed in [false, true] {
         if analyzed {
-            sql.batch_execute(&format!("analyze {name_of_table}"))
-                .await
-                .unwrap();
+            sql.batch_execute(&format!("analyze {name_of_table}")).await.unwrap();
         }
         for (name, types) in types {
-            let plan = plan(
-                &sql,
-                &format!("{name}_{analyzed}"),
-                types,
-                &named(&all, name),
-            )
-            .await;
-            assert!(
-                !plan.contains("Seq Scan on batch"),
-                "{name}, {analyzed}: {plan}"
-            );
+            let plan = plan(&sql, &format!("{name}_{analyzed}"), types, &named(&all, name)).await;
+            assert!(!plan.contains("Seq Scan on batch"), "{name}, {analyzed}: {plan}");
             assert!(!plan.contains("Sort"), "{name}, {analyzed}: {plan}");
             assert!(plan.contains("Index"), "{plan}");
         }
@@ -149,9 +122,7 @@ async fn nothing_on_the_way_of_a_message_scans_a_day() {
     let day = today(&sql).await;
     fill(&sql, partition, day).await;
     let table = table(partition, day);
-    sql.batch_execute("select pg_stat_force_next_flush()")
-        .await
-        .unwrap();
+    sql.batch_execute("select pg_stat_force_next_flush()").await.unwrap();
     let before = scans(&sql, &table).await;
     let producer = test.cluster.producer("orders").build().await.unwrap();
     for n in 0..10 {
@@ -167,24 +138,12 @@ async fn nothing_on_the_way_of_a_message_scans_a_day() {
         let fence = "select shardmq.fence_batch($1, gen_random_uuid(), 1, 0)";
         other.query_one(fence, &[&p]).await.unwrap();
         let id = last.number();
-        other
-            .query_one("select count(*) from shardmq.message($1)", &[&id])
-            .await
-            .unwrap();
+        other.query_one("select count(*) from shardmq.message($1)", &[&id]).await.unwrap();
         let some = "select count(*) from shardmq.messages($1, $2, 5)";
         other.query_one(some, &[&p, &(id - 7)]).await.unwrap();
-        other
-            .query_one("select shardmq.last_id($1)", &[&p])
-            .await
-            .unwrap();
-        other
-            .query_one("select shardmq.next_appended_at($1, $2)", &[&p, &id])
-            .await
-            .unwrap();
-        other
-            .query_one("select shardmq.position_at($1, now())", &[&p])
-            .await
-            .unwrap();
+        other.query_one("select shardmq.last_id($1)", &[&p]).await.unwrap();
+        other.query_one("select shardmq.next_appended_at($1, $2)", &[&p, &id]).await.unwrap();
+        other.query_one("select shardmq.position_at($1, now())", &[&p]).await.unwrap();
     }
     let roll = format!(
         "create or replace function shardmq.clock() returns timestamptz language sql volatile
@@ -195,8 +154,5 @@ async fn nothing_on_the_way_of_a_message_scans_a_day() {
     other.batch_execute(&roll).await.unwrap();
     let after = scans(&sql, &table).await;
     assert!(after.1 > before.1 + 50, "{before:?} {after:?}");
-    assert!(
-        after.0 <= 2,
-        "more than when its two indexes were made: {after:?}"
-    );
+    assert!(after.0 <= 2, "more than when its two indexes were made: {after:?}");
 }

@@ -42,21 +42,11 @@ impl Way {
         let ahead = format!("select to_regclass('{ahead}') is not null");
         let made = || async { sql.query_one(&ahead, &[]).await.unwrap().get(0) };
         eventually("tables are made ahead", 5 * SECOND, made).await;
-        Self {
-            test,
-            proxy,
-            clocks,
-            sql,
-            partition,
-            producer,
-        }
+        Self { test, proxy, clocks, sql, partition, producer }
     }
 
     fn send(&self, text: &str) -> JoinHandle<shardmq::Result<MessageId>> {
-        let (producer, message) = (
-            self.producer.clone(),
-            Message::new(text.to_owned()).key("k"),
-        );
+        let (producer, message) = (self.producer.clone(), Message::new(text.to_owned()).key("k"));
         tokio::spawn(async move { producer.send(message).await })
     }
 
@@ -93,14 +83,7 @@ impl Way {
         eventually("the originals are through", 5 * SECOND, through).await;
         let idle = "select count(*) from pg_stat_activity where datname = current_database()
                         and state <> 'idle' and pid <> pg_backend_pid()";
-        let idle = || async {
-            self.sql
-                .query_one(idle, &[])
-                .await
-                .unwrap()
-                .get::<_, i64>(0)
-                == 0
-        };
+        let idle = || async { self.sql.query_one(idle, &[]).await.unwrap().get::<_, i64>(0) == 0 };
         eventually("the server is idle", 5 * SECOND, idle).await;
     }
 
@@ -133,11 +116,7 @@ impl Way {
     async fn refused(&self) -> i64 {
         let count = "select count(*) from shardmq.refused where partition = $1";
         let params = [number(self.partition)];
-        self.sql
-            .query_one(count, &[&params[0]])
-            .await
-            .unwrap()
-            .get(0)
+        self.sql.query_one(count, &[&params[0]]).await.unwrap().get(0)
     }
 }
 
@@ -150,10 +129,7 @@ fn text() -> String {
 async fn an_original_that_comes_after_its_repeat_is_not_stored_again() {
     let way = Way::new(|builder| builder).await;
     let links = way.hold(Rule::Pass);
-    let id = within(10 * SECOND, "the repeat", way.send(&text()))
-        .await
-        .unwrap()
-        .unwrap();
+    let id = within(10 * SECOND, "the repeat", way.send(&text())).await.unwrap().unwrap();
     way.release(&links).await;
     let all = way.stored().await;
     assert_eq!((all.len(), all[1].id), (2, id));
@@ -168,10 +144,7 @@ async fn a_repeat_that_comes_after_its_original_gets_its_id() {
     way.release(&links).await;
     way.eventually_stored(2).await;
     way.proxy.to_server(Rule::Pass);
-    let id = within(10 * SECOND, "the repeat", send)
-        .await
-        .unwrap()
-        .unwrap();
+    let id = within(10 * SECOND, "the repeat", send).await.unwrap().unwrap();
     let all = way.stored().await;
     assert_eq!((all.len(), all[1].id), (2, id));
 }
@@ -187,10 +160,7 @@ async fn an_original_from_before_midnight_that_comes_after_its_repeat_is_turned_
         link.cut();
     }
     way.hold_only(&links);
-    let id = within(10 * SECOND, "the repeat", send)
-        .await
-        .unwrap()
-        .unwrap();
+    let id = within(10 * SECOND, "the repeat", send).await.unwrap().unwrap();
     assert_eq!(id.day().yymmdd(), way.clocks.day(1).await.unsigned_abs());
     // Also where the clock has gone back since: the partition has not.
     way.clocks.set("23:59:55").await;
@@ -221,10 +191,7 @@ async fn a_repeat_after_midnight_finds_its_original_in_the_day_that_is_over() {
             way.roll().await;
         }
         way.proxy.to_server(Rule::Pass);
-        let id = within(10 * SECOND, "the repeat", send)
-            .await
-            .unwrap()
-            .unwrap();
+        let id = within(10 * SECOND, "the repeat", send).await.unwrap().unwrap();
         let all = way.stored().await;
         assert_eq!((all.len(), all[1].id), (2, id));
         assert_eq!(id.day().yymmdd(), way.clocks.day(0).await.unsigned_abs());
@@ -262,10 +229,7 @@ async fn a_client_whose_clock_is_ahead_finds_its_original() {
     eventually("it is stored", 10 * SECOND, there).await;
     proxy.cut();
     proxy.to_client(Rule::Pass);
-    let id = within(10 * SECOND, "the repeat", send)
-        .await
-        .unwrap()
-        .unwrap();
+    let id = within(10 * SECOND, "the repeat", send).await.unwrap().unwrap();
     let all = stored(&sql, partition).await;
     assert_eq!((all.len(), all[0].id), (1, id));
 }
@@ -285,10 +249,7 @@ async fn a_repeat_finds_its_original_in_a_partition_that_was_sealed_or_is_full_s
             way.set_state("state = 'sealed', generation = 2").await;
         }
         way.proxy.to_server(Rule::Pass);
-        let id = within(10 * SECOND, "the repeat", send)
-            .await
-            .unwrap()
-            .unwrap();
+        let id = within(10 * SECOND, "the repeat", send).await.unwrap().unwrap();
         let all = stored(&way.sql, way.partition).await;
         assert_eq!((all.len(), all[1].id), (2 + usize::from(full), id));
     }
@@ -332,11 +293,7 @@ async fn a_batch_that_is_given_up_is_fenced_and_its_late_original_turned_away() 
     assert_eq!(outcome.unwrap_err().kind(), ErrorKind::Timeout);
     assert_eq!(way.refused().await, 1);
     way.release(&links).await;
-    assert_eq!(
-        way.stored().await.len(),
-        1,
-        "what was said not to be sent is stored"
-    );
+    assert_eq!(way.stored().await.len(), 1, "what was said not to be sent is stored");
     // The next goes as ever; the day's end takes the fence away.
     let id = way.send("next").await.unwrap().unwrap();
     assert_eq!(id.sequence(), 2);
@@ -349,18 +306,13 @@ async fn a_batch_that_is_given_up_is_fenced_and_its_late_original_turned_away() 
 async fn a_batch_whose_node_can_not_be_asked_is_unknown_and_does_not_rise_after_its_successor() {
     let way = Way::new(|builder| builder.send_timeout(SECOND)).await;
     let links = way.hold(Rule::Hold);
-    let outcome = within(10 * SECOND, "an answer", way.send(&text()))
-        .await
-        .unwrap();
+    let outcome = within(10 * SECOND, "an answer", way.send(&text())).await.unwrap();
     assert_eq!(outcome.unwrap_err().kind(), ErrorKind::Unknown);
     for link in &way.proxy.links()[links.len()..] {
         link.cut();
     }
     way.hold_only(&links);
-    let next = within(10 * SECOND, "the next", way.send("next"))
-        .await
-        .unwrap()
-        .unwrap();
+    let next = within(10 * SECOND, "the next", way.send("next")).await.unwrap().unwrap();
     way.release(&links).await;
     let all = way.stored().await;
     assert_eq!((all.len(), all[1].id), (2, next));
@@ -372,18 +324,11 @@ async fn what_was_never_sent_is_not_called_unknown() {
     way.proxy.refuse(true);
     way.proxy.cut();
     // The first may have been on its way when the connection was found to be cut.
-    let _ = within(10 * SECOND, "an answer", way.send("maybe"))
-        .await
-        .unwrap();
-    let outcome = within(10 * SECOND, "an answer", way.send("never"))
-        .await
-        .unwrap();
+    let _ = within(10 * SECOND, "an answer", way.send("maybe")).await.unwrap();
+    let outcome = within(10 * SECOND, "an answer", way.send("never")).await.unwrap();
     assert_eq!(outcome.unwrap_err().kind(), ErrorKind::Timeout);
     way.proxy.refuse(false);
-    within(10 * SECOND, "a send", way.send("now"))
-        .await
-        .unwrap()
-        .unwrap();
+    within(10 * SECOND, "a send", way.send("now")).await.unwrap().unwrap();
     assert!(way.stored().await.iter().all(|m| m.text() != "never"));
 }
 
@@ -417,10 +362,8 @@ struct Random(u64);
 
 impl Random {
     fn below(&mut self, bound: u64) -> u64 {
-        self.0 = self
-            .0
-            .wrapping_mul(6_364_136_223_846_793_005)
-            .wrapping_add(1_442_695_040_888_963_407);
+        self.0 =
+            self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         (self.0 >> 33) % bound
     }
 }

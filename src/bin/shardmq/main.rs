@@ -1,1 +1,122 @@
-fn main() {}
+//! The `shardmq` command: administration, lines in and out, and servers to try it all on.
+//!
+//! Each command is a file with its arguments and a `run`. Data goes to stdout, everything else to
+//! stderr. Only the library's public API is used.
+
+mod caught_up;
+mod consume;
+mod context;
+mod demo;
+mod dev;
+mod failure;
+mod lag;
+mod lines;
+mod look;
+mod migrate;
+mod node;
+mod output;
+mod produce;
+mod servers;
+mod signals;
+mod topic;
+
+use std::io::{IsTerminal, stderr};
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use tracing_subscriber::EnvFilter;
+
+use context::Context;
+use failure::Failure;
+
+/// A business message queue that lives in the Postgres you already run.
+#[derive(Parser)]
+#[command(name = "shardmq", version, after_help = EXIT_CODES)]
+struct Cli {
+    /// The control database, a libpq URL. Its password may come from PGPASSWORD.
+    #[arg(long, global = true, env = "SHARDMQ_URL", hide_env_values = true, help_heading = GLOBAL)]
+    url: Option<String>,
+    /// Print JSON, one object per line.
+    #[arg(long, global = true, help_heading = GLOBAL)]
+    json: bool,
+    /// Say more on stderr; twice for still more. `RUST_LOG` has the last word.
+    #[arg(short, long, global = true, action = clap::ArgAction::Count, help_heading = GLOBAL)]
+    verbose: u8,
+    #[command(subcommand)]
+    command: Command,
+}
+
+const GLOBAL: &str = "For all commands";
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0  done; also when the reader of the output went away, or a signal ended what runs until then
+  1  the operation failed, a check found violations, or a line could not be sent
+  2  wrong arguments, or a value outside of its limits
+  3  no such topic, message, node or program
+  4  a server could not be reached, or did not answer in time";
+
+#[derive(Subcommand)]
+enum Command {
+    Demo(demo::Args),
+    Dev(dev::Args),
+    Migrate(migrate::Args),
+    #[command(subcommand)]
+    Node(node::Command),
+    #[command(subcommand)]
+    Topic(topic::Command),
+    Produce(produce::Args),
+    Consume(consume::Args),
+    Peek(look::PeekArgs),
+    Message(look::MessageArgs),
+    Lag(lag::Args),
+    #[command(hide = true)]
+    DemoMember(demo::MemberArgs),
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    log_to_stderr(cli.verbose);
+    let runtime = match tokio::runtime::Runtime::new() {
+        Ok(runtime) => runtime,
+        Err(error) => return Failure::from(error).report(),
+    };
+    let context = Context { url: cli.url, json: cli.json };
+    let outcome = runtime.block_on(run(cli.command, context));
+    // A read of stdin or a write to a full pipe may still be waiting; nobody waits for it.
+    runtime.shutdown_background();
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => failure.report(),
+    }
+}
+
+async fn run(command: Command, context: Context) -> Result<(), Failure> {
+    match command {
+        Command::Demo(args) => demo::run(&context, args).await,
+        Command::Dev(args) => dev::run(&context, args).await,
+        Command::Migrate(args) => migrate::run(&context, args).await,
+        Command::Node(command) => node::run(&context, command).await,
+        Command::Topic(command) => topic::run(&context, command).await,
+        Command::Produce(args) => produce::run(&context, args).await,
+        Command::Consume(args) => consume::run(&context, args).await,
+        Command::Peek(args) => look::peek(&context, args).await,
+        Command::Message(args) => look::message(&context, args).await,
+        Command::Lag(args) => lag::run(&context, args).await,
+        Command::DemoMember(args) => demo::member(&context, args).await,
+    }
+}
+
+fn log_to_stderr(verbose: u8) {
+    let default = match verbose {
+        0 => "warn",
+        1 => "warn,shardmq=info",
+        _ => "info,shardmq=debug",
+    };
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(default));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(stderr)
+        .with_ansi(stderr().is_terminal())
+        .init();
+}

@@ -13,7 +13,6 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{mpsc, watch};
-use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
@@ -31,8 +30,6 @@ pub enum Rule {
     Hold,
     /// They are thrown away.
     Swallow,
-    /// They pass so much later.
-    Delay(Duration),
     /// So many more pass, what follows is held.
     HoldAfter(u64),
     /// So many more pass, then the connection is cut.
@@ -79,7 +76,7 @@ impl Way {
     }
 
     /// Waits until some of so many bytes may go on. Some(0): they are swallowed. None: the end.
-    async fn admit(&self, wanted: usize, arrived: Instant) -> Option<usize> {
+    async fn admit(&self, wanted: usize) -> Option<usize> {
         let mut rules = self.rule.subscribe();
         loop {
             let rule = *rules.borrow_and_update();
@@ -88,12 +85,6 @@ impl Way {
                 Rule::Swallow => return Some(0),
                 Rule::CutAfter(0) => return None,
                 Rule::HoldAfter(left) | Rule::CutAfter(left) => self.spend(rule, left, wanted),
-                Rule::Delay(delay) => {
-                    tokio::select! {
-                        () = tokio::time::sleep_until(arrived + delay) => return Some(wanted),
-                        _ = rules.changed() => continue,
-                    }
-                }
                 Rule::Hold => 0,
             };
             if admitted > 0 {
@@ -157,11 +148,7 @@ impl Proxy {
         let port = listener.local_addr().unwrap().port();
         let shared = Arc::new(Shared::default());
         let accept = tokio::spawn(accept(listener, server_port, Arc::clone(&shared)));
-        Self {
-            port,
-            shared,
-            _accept: AbortOnDropHandle::new(accept),
-        }
+        Self { port, shared, _accept: AbortOnDropHandle::new(accept) }
     }
 
     /// A URL that leads to the server, as one that leads here.
@@ -174,17 +161,13 @@ impl Proxy {
     /// A rule for what goes to the server, on connections that are open and those to come.
     pub fn to_server(&self, rule: Rule) {
         self.shared.rules.lock().unwrap().0 = rule;
-        self.links()
-            .iter()
-            .for_each(|link| link.to_server.set(rule));
+        self.links().iter().for_each(|link| link.to_server.set(rule));
     }
 
     /// A rule for what goes to the client.
     pub fn to_client(&self, rule: Rule) {
         self.shared.rules.lock().unwrap().1 = rule;
-        self.links()
-            .iter()
-            .for_each(|link| link.to_client.set(rule));
+        self.links().iter().for_each(|link| link.to_client.set(rule));
     }
 
     /// All that were opened since the proxy started or was cut, also those whose client has gone.
@@ -257,7 +240,7 @@ async fn one_way(
             match from.read_buf(&mut chunk).await {
                 Ok(read) if read > 0 => {
                     way.received.fetch_add(read as u64, Ordering::SeqCst);
-                    let _ = sender.send((Instant::now(), chunk));
+                    let _ = sender.send(chunk);
                 }
                 _ => break,
             }
@@ -265,9 +248,9 @@ async fn one_way(
         way.ended.store(true, Ordering::SeqCst);
     };
     let give = async {
-        while let Some((at, mut chunk)) = arrived.recv().await {
+        while let Some(mut chunk) = arrived.recv().await {
             while !chunk.is_empty() {
-                let Some(admitted) = way.admit(chunk.len(), at).await else {
+                let Some(admitted) = way.admit(chunk.len()).await else {
                     return end.cancel();
                 };
                 if admitted == 0 {
@@ -279,7 +262,7 @@ async fn one_way(
                 way.bytes.fetch_add(admitted as u64, Ordering::SeqCst);
             }
         }
-        let _ = way.admit(1, Instant::now()).await;
+        let _ = way.admit(1).await;
         let _ = to.shutdown().await;
     };
     tokio::join!(take, give);
@@ -306,11 +289,7 @@ async fn behind_proxy(
     let cluster = settings(Cluster::builder(&url)).connect().await.unwrap();
     let node = NodeId::new(1).unwrap();
     cluster.add_node(node, &proxy.url(&url)).await.unwrap();
-    let test = TestCluster {
-        cluster,
-        control_url: url.clone(),
-        node_urls: vec![url],
-    };
+    let test = TestCluster { cluster, control_url: url.clone(), node_urls: vec![url] };
     (test, proxy)
 }
 

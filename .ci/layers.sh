@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# Proves what can be proved of the layers with grep and cargo tree. ARCHITECTURE.md states them.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+failed=
+# $1: what is forbidden; the rest is an extended regular expression, and the files that may have it.
+forbid() {
+    local what=$1 pattern=$2 allowed=$3 found
+    found=$(grep -rnEi --include='*.rs' --include='*.sql' -e "$pattern" src migrations |
+        grep -vE "^($allowed)" | grep -vE '^[^:]+:[0-9]+: *//' || true)
+    if [ -n "$found" ]; then
+        printf 'layers: %s\n%s\n' "$what" "$found" >&2
+        failed=yes
+    fi
+}
+
+# A statement begins a string. Beside the store only migrations and the embedded servers have some.
+verbs='select |with [a-z_]+ as|insert into |update [a-z_.]+ +(as |set )|delete from |truncate '
+verbs+='|(create|alter|drop) (or replace |unique )*(table|schema|index|database|role|function|view)'
+forbid 'SQL outside of the store' "\"[[:space:]]*($verbs)" \
+    'src/store/|src/migrate\.rs|src/embedded/|migrations/'
+forbid 'a table or function by name outside of the store' \
+    '"[^"]*\bshardmq(_control|_log)?\.[a-z_]+\b *(\(|where|set|from|for|order|limit)' \
+    'src/store/|src/migrate\.rs|migrations/'
+forbid 'LISTEN or NOTIFY outside of the notifier' \
+    '"(un)?listen [a-z_]+[";]|"notify [a-z_]+[",;]|pg_notify' \
+    'src/notifier/|src/store/sql/notify\.sql'
+forbid 'a notification inside the appending transaction' 'pg_notify|\bnotify [a-z]+' \
+    'src/[^:]*\.rs|src/store/sql/notify\.sql'
+forbid 'a crate of the command in the library' '\b(clap|comfy_table|indicatif|jiff|axum|redis)::' \
+    'src/bin/'
+
+# Without features the library brings no command line, no web server, no Redis, no TLS.
+unwanted='clap|comfy-table|indicatif|jiff|tempfile|tracing-subscriber|axum|hyper|redis|rustls|openssl|native-tls'
+tree=$(cargo tree --locked -e normal --prefix none --no-default-features)
+if found=$(grep -E "^($unwanted)[a-z_-]* v" <<<"$tree"); then
+    printf 'layers: the core depends on\n%s\n' "$found" >&2
+    failed=yes
+fi
+grep -q '^tokio-postgres v' <<<"$tree" || {
+    echo 'layers: cargo tree shows no tokio-postgres, so it proves nothing' >&2
+    failed=yes
+}
+
+if [ -n "$failed" ]; then exit 1; fi
+echo 'layers: as they should be'

@@ -1,0 +1,26 @@
+//! What every command is given.
+
+use shardmq::Cluster;
+
+use crate::failure::{Failure, USAGE};
+
+/// The arguments that all commands share.
+pub(crate) struct Context {
+    pub(crate) url: Option<String>,
+    pub(crate) json: bool,
+}
+
+impl Context {
+    /// The control database's address.
+    pub(crate) fn url(&self) -> Result<&str, Failure> {
+        self.url.as_deref().filter(|url| !url.is_empty()).ok_or_else(|| {
+            let text = "which control database? Give --url, or set SHARDMQ_URL";
+            Failure::new(USAGE, text)
+        })
+    }
+
+    /// The cluster of the control database.
+    pub(crate) async fn connect(&self) -> Result<Cluster, Failure> {
+        Ok(Cluster::connect(self.url()?).await?)
+    }
+}

@@ -1,0 +1,107 @@
+//! `shardmq dev`: a cluster of private servers that lives until a signal.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::Parser;
+use futures_util::future::join_all;
+use serde::Serialize;
+use shardmq::NodeId;
+use tokio::time::sleep;
+
+use crate::context::Context;
+use crate::failure::Failure;
+use crate::output::{Out, note};
+use crate::servers::{self, Node};
+use crate::signals::Interrupt;
+
+/// How often to look whether somebody started a dead server again.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+
+/// Start private servers for development, until a signal ends them.
+///
+/// All their data is removed at the end.
+#[derive(Parser)]
+pub(crate) struct Args {
+    /// How many nodes, each on a server of its own.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=99))]
+    nodes: u8,
+}
+
+/// What `--json` prints when all is ready.
+#[derive(Serialize)]
+struct Ready {
+    control_url: String,
+    nodes: Vec<ReadyNode>,
+}
+
+#[derive(Serialize)]
+struct ReadyNode {
+    node: NodeId,
+    url: String,
+    pid: Option<u32>,
+    data_dir: PathBuf,
+}
+
+pub(crate) async fn run(context: &Context, args: Args) -> Result<(), Failure> {
+    let mut interrupt = Interrupt::new()?;
+    let nodes = tokio::select! {
+        nodes = servers::start(args.nodes) => nodes?,
+        () = interrupt.caught() => return Ok(()),
+    };
+    let announced = announce(context, &nodes).await;
+    if announced.is_ok() {
+        tokio::select! {
+            () = interrupt.caught() => {}
+            _ = join_all(nodes.iter().map(watch)) => {}
+        }
+    }
+    servers::stop(nodes).await;
+    announced
+}
+
+async fn announce(context: &Context, nodes: &[Node]) -> Result<(), Failure> {
+    let ready = Ready {
+        control_url: nodes.first().map(Node::url).unwrap_or_default(),
+        nodes: nodes.iter().map(described).collect(),
+    };
+    let mut out = Out::new();
+    if context.json {
+        out.json(&ready)?;
+    } else {
+        for node in &ready.nodes {
+            note(&format!("node {}: {}", node.node, node.url));
+        }
+        note("Ready. Ctrl-C stops the servers and removes their data. In another terminal:");
+        out.line(&format!("export SHARDMQ_URL={}", ready.control_url));
+    }
+    out.flush().await
+}
+
+fn described(node: &Node) -> ReadyNode {
+    ReadyNode {
+        node: node.number,
+        url: node.url(),
+        pid: node.server.pid(),
+        data_dir: node.server.data_dir(),
+    }
+}
+
+/// Reports the server's ends, and that somebody started it again. Never returns.
+async fn watch(node: &Node) {
+    let number = node.number;
+    let status = node.server.exited().await;
+    let how = status.map_or_else(String::new, |status| format!(" ({status})"));
+    note(&format!("node {number}: its server has ended{how}"));
+    let mut was = None;
+    loop {
+        sleep(LOOK_EVERY).await;
+        let pid = node.server.pid();
+        match (was, pid) {
+            (None, Some(pid)) => note(&format!("node {number}: a server runs again, pid {pid}")),
+            (Some(_), None) => note(&format!("node {number}: its server has ended")),
+            _ => {}
+        }
+        was = pid;
+    }
+}

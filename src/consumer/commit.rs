@@ -1,0 +1,109 @@
+//! Committing a member's cursors.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use crate::consumer::member::Member;
+use crate::error::{ErrorKind, Result};
+use crate::id::PartitionId;
+use crate::metrics as names;
+use crate::store::connect::refused;
+use crate::store::group::{self, Move, Moved};
+
+/// Between two attempts at a flush that is waited for.
+pub(super) const AGAIN: Duration = Duration::from_millis(20);
+
+impl Member {
+    /// Flushes until the node has answered and no row was passed over because a transaction had locked
+    /// it. Tells what could not be committed since it told last.
+    pub(super) async fn flush_through(&mut self) -> Result<()> {
+        let lease = self.shared.options.lease;
+        let flushed = loop {
+            match self.flush(None).await {
+                Ok(false) => {}
+                Err(error) if error.kind() == ErrorKind::Unavailable => {}
+                other => break other.map(drop),
+            }
+            tokio::time::sleep(AGAIN).await;
+            if self.renewed.is_some_and(|at| at.elapsed() > lease * 3 / 10) {
+                // Whether that succeeds is seen by the next flush.
+                let _ = self.renew().await;
+            }
+        };
+        let before = self.uncommitted.take();
+        flushed.and(before.map_or(Ok(()), Err))
+    }
+
+    /// Commits cursors: all that have changed, or that of one partition. False: some rows were passed
+    /// over, since a transaction has locked them, or since another server answered than the one that
+    /// their messages were seen on.
+    pub(super) async fn flush(&mut self, only: Option<PartitionId>) -> Result<bool> {
+        self.lose_void().await;
+        let (moves, versions) = self.moves(only);
+        if moves.is_empty() {
+            return Ok(true);
+        }
+        let connection = self.shared.connection(self.node).await?;
+        let what = format!("commit cursors on node {}", self.node);
+        let outcomes = group::flush(connection, &self.shared.group, &moves)
+            .await
+            .map_err(|error| refused(error, &what))?;
+        let mut result = Ok(true);
+        for (partition, moved) in outcomes {
+            let Some(holding) = self.holdings.get(&partition).cloned() else {
+                continue;
+            };
+            let refusal = match moved {
+                Moved::Yes => {
+                    let version = versions.get(&partition).copied().unwrap_or(0);
+                    holding.tracker().flushed(version);
+                    ::metrics::counter!(names::FLUSHED).increment(1);
+                    continue;
+                }
+                Moved::Locked => {
+                    result = result.and(Ok(false));
+                    continue;
+                }
+                Moved::OtherServer => {
+                    holding.wake.notify_one();
+                    result = result.and(Ok(false));
+                    continue;
+                }
+                Moved::LeaseLost => ErrorKind::LeaseLost,
+                Moved::Reset => ErrorKind::Reset,
+            };
+            result = Err(holding.refusal(refusal));
+            self.lose(&holding, refusal).await;
+        }
+        result
+    }
+
+    /// Ends what a reader has found void, before its cursor is named in a flush.
+    async fn lose_void(&mut self) {
+        let void = self.holdings.values().filter(|holding| holding.is_void());
+        let void: Vec<_> = void.map(|h| (h.partition, h.fence.owner)).collect();
+        for (partition, owner) in void {
+            self.lose_tail(partition, owner).await;
+        }
+    }
+
+    fn moves(&self, only: Option<PartitionId>) -> (Vec<Move>, HashMap<PartitionId, u64>) {
+        let mut moves = Vec::new();
+        let mut versions = HashMap::new();
+        let chosen = |partition| only.is_none_or(|only| only == partition);
+        for holding in self.holdings.values().filter(|h| chosen(h.partition)) {
+            let Some(pending) = holding.tracker().pending() else {
+                continue;
+            };
+            moves.push(Move {
+                partition: holding.partition,
+                fence: holding.fence,
+                incarnation: holding.incarnation(),
+                acked_id: pending.acked_id,
+                acked_ahead: pending.acked_ahead,
+            });
+            versions.insert(holding.partition, pending.version);
+        }
+        (moves, versions)
+    }
+}

@@ -1,0 +1,248 @@
+//! The statements of leases and cursors themselves: the fence tells apart who may not move a cursor, and
+//! why, also where rows change at the same time.
+
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use tokio_postgres::Client;
+use uuid::Uuid;
+
+use crate::support::reading::{cursor, cursors, seek};
+use crate::support::stored::{number, topic};
+use crate::support::{TestCluster, within};
+
+const SECOND: Duration = Duration::from_secs(1);
+const FLUSH: &str = include_str!("../../src/store/sql/flush.sql");
+const ACQUIRE: &str = include_str!("../../src/store/sql/acquire.sql");
+const RENEW: &str = include_str!("../../src/store/sql/renew.sql");
+const RELEASE: &str = include_str!("../../src/store/sql/release.sql");
+const MAKE_CURSORS: &str = include_str!("../../src/store/sql/make_cursors.sql");
+
+/// What a commit names.
+#[derive(Debug, Clone, Copy)]
+struct Fence {
+    partition: i32,
+    owner: Uuid,
+    epoch: i64,
+    reset: i64,
+}
+
+/// A topic of so many partitions with cursors of group g.
+async fn ready(partitions: usize) -> (TestCluster, Client, Vec<shardmq::PartitionId>) {
+    let test = TestCluster::new(1).await;
+    let made = topic(&test, "orders", partitions).await;
+    let sql = test.sql(0).await;
+    sql.execute(MAKE_CURSORS, &[&"orders", &"g"]).await.unwrap();
+    (test, sql, made)
+}
+
+async fn renew(sql: &Client, member: Uuid, seconds: f64) {
+    let known: Option<SystemTime> = None;
+    sql.query(RENEW, &[&member, &"g", &seconds, &known]).await.unwrap();
+}
+
+async fn acquire(sql: &Client, member: Uuid, most: i64, ended_too: bool) -> Vec<Fence> {
+    let all: Vec<i32> = (10_101..=10_199).collect();
+    let rows =
+        sql.query(ACQUIRE, &[&"orders", &"g", &member, &most, &ended_too, &all]).await.unwrap();
+    rows.iter()
+        .map(|row| Fence {
+            partition: row.get(0),
+            owner: row.get(1),
+            epoch: row.get(2),
+            reset: row.get(3),
+        })
+        .collect()
+}
+
+async fn flush(sql: &Client, fences: &[Fence], acked: i64) -> Vec<(i32, String)> {
+    let partitions: Vec<i32> = fences.iter().map(|f| f.partition).collect();
+    let owners: Vec<Uuid> = fences.iter().map(|f| f.owner).collect();
+    let epochs: Vec<i64> = fences.iter().map(|f| f.epoch).collect();
+    let resets: Vec<i64> = fences.iter().map(|f| f.reset).collect();
+    let (ids, ahead) = (vec![acked; fences.len()], vec!["{}"; fences.len()]);
+    let server = sql.query_one("select pg_postmaster_start_time()", &[]).await.unwrap();
+    let servers: Vec<SystemTime> = vec![server.get(0); fences.len()];
+    let rows = sql
+        .query(FLUSH, &[&"g", &partitions, &owners, &epochs, &resets, &ids, &ahead, &servers])
+        .await
+        .unwrap();
+    let mut outcomes: Vec<(i32, String)> =
+        rows.iter().map(|row| (row.get(0), row.get(1))).collect();
+    outcomes.sort();
+    outcomes
+}
+
+async fn outcome(sql: &Client, fence: Fence, acked: i64) -> String {
+    let outcomes = flush(sql, &[fence], acked).await;
+    assert_eq!(outcomes.len(), 1);
+    outcomes[0].1.clone()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn owner_epoch_and_reset_epoch_must_all_be_right() {
+    let (_test, sql, partitions) = ready(1).await;
+    let member = Uuid::now_v7();
+    renew(&sql, member, 10.0).await;
+    let fence = acquire(&sql, member, 9, false).await[0];
+    assert_eq!(outcome(&sql, fence, 10).await, "moved");
+    let another = Uuid::new_v4();
+    let cases = [
+        (Fence { owner: another, ..fence }, "lease_lost"),
+        (Fence { epoch: fence.epoch - 1, ..fence }, "lease_lost"),
+        (Fence { epoch: fence.epoch + 1, ..fence }, "lease_lost"),
+        (Fence { reset: fence.reset + 1, ..fence }, "reset"),
+        (Fence { owner: another, reset: 7, ..fence }, "lease_lost"),
+        (Fence { partition: 10_150, ..fence }, "lease_lost"),
+    ];
+    for (stale, expected) in cases {
+        assert_eq!(outcome(&sql, stale, 99).await, expected, "{stale:?}");
+    }
+    assert_eq!(cursor(&sql, "g", partitions[0]).await.acked_id, 10);
+    // A flush never goes back by itself.
+    assert_eq!(outcome(&sql, fence, 5).await, "moved");
+    assert_eq!(cursor(&sql, "g", partitions[0]).await.acked_id, 10);
+    // Released: what comes late is refused.
+    sql.execute(RELEASE, &[&"g", &vec![fence.partition], &vec![fence.owner]]).await.unwrap();
+    assert_eq!(outcome(&sql, fence, 50).await, "lease_lost");
+    // The cursor itself is gone, with its topic.
+    sql.batch_execute("delete from shardmq.cursor").await.unwrap();
+    assert_eq!(outcome(&sql, fence, 50).await, "lease_lost");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_row_that_a_transaction_has_locked_is_passed_over_and_the_others_move() {
+    let (test, sql, partitions) = ready(3).await;
+    let member = Uuid::now_v7();
+    renew(&sql, member, 10.0).await;
+    let fences = acquire(&sql, member, 9, false).await;
+    let mut blocker = test.sql(0).await;
+    let open = blocker.transaction().await.unwrap();
+    let lock = "select from shardmq.cursor where partition = $1 for update";
+    open.execute(lock, &[&fences[1].partition]).await.unwrap();
+    let states = |outcomes: Vec<(i32, String)>| -> Vec<String> {
+        outcomes.into_iter().map(|(_, state)| state).collect()
+    };
+    let passed = within(5 * SECOND, "the flush", flush(&sql, &fences, 7)).await;
+    assert_eq!(states(passed), ["moved", "locked", "moved"]);
+    // Neither do those who take partitions wait for it.
+    let other = Uuid::now_v7();
+    renew(&sql, other, 10.0).await;
+    sql.batch_execute("update shardmq.member set leased_until = now() - interval '1 second'")
+        .await
+        .unwrap();
+    renew(&sql, other, 10.0).await;
+    let taken = within(5 * SECOND, "the others", acquire(&sql, other, 9, true)).await;
+    assert_eq!(taken.len(), 2);
+    open.commit().await.unwrap();
+    assert_eq!(states(flush(&sql, &fences, 9).await), ["lease_lost", "moved", "lease_lost"]);
+    assert_eq!(cursor(&sql, "g", partitions[1]).await.acked_id, 9);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn ended_leases_are_taken_only_where_that_is_asked_for_and_live_ones_never() {
+    let (_test, sql, _) = ready(4).await;
+    let [dead, well, late] = [1, 2, 3].map(|_| Uuid::now_v7());
+    renew(&sql, dead, 10.0).await;
+    renew(&sql, well, 10.0).await;
+    assert_eq!(acquire(&sql, dead, 2, false).await.len(), 2);
+    assert_eq!(acquire(&sql, well, 1, true).await.len(), 1);
+    // Without a lease of one's own there is nothing.
+    assert!(acquire(&sql, late, 9, true).await.is_empty());
+    sql.execute(
+        "update shardmq.member set leased_until = now() - interval '1 hour' where member = $1",
+        &[&dead],
+    )
+    .await
+    .unwrap();
+    renew(&sql, late, 10.0).await;
+    assert_eq!(acquire(&sql, late, 9, false).await.len(), 1, "the one without a member");
+    assert_eq!(acquire(&sql, late, 9, true).await.len(), 2, "those of the dead one");
+    assert!(acquire(&sql, late, 9, true).await.is_empty(), "none of the living one");
+    let owners = cursors(&sql, "g").await;
+    assert_eq!(owners.iter().filter(|(_, c)| c.member == Some(well)).count(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn of_many_that_take_at_once_each_partition_has_one() {
+    let (test, sql, _) = ready(20).await;
+    for round in 0..5 {
+        let mut takers = Vec::new();
+        for _ in 0..6 {
+            let client = test.sql(0).await;
+            takers.push(tokio::spawn(async move {
+                let member = Uuid::now_v7();
+                renew(&client, member, 10.0).await;
+                let mut taken = Vec::new();
+                for _ in 0..4 {
+                    taken.extend(acquire(&client, member, 2, true).await);
+                }
+                taken
+            }));
+        }
+        let mut all = Vec::new();
+        for taker in takers {
+            all.extend(taker.await.unwrap());
+        }
+        for taken in &all {
+            assert_eq!(taken.epoch, round + 1, "taken twice: {taken:?}");
+        }
+        assert_eq!(all.len(), 20);
+        let states = flush(&sql, &all, 1).await;
+        assert!(states.iter().all(|(_, state)| state == "moved"), "{states:?}");
+        let (ids, owners): (Vec<i32>, Vec<Uuid>) =
+            all.iter().map(|f| (f.partition, f.owner)).unzip();
+        sql.execute(RELEASE, &[&"g", &ids, &owners]).await.unwrap();
+    }
+}
+
+/// Flushes and seeks at the same time: what a flush of an older reset epoch brings is never seen after
+/// the seek.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_flush_undoes_a_seek_however_they_meet() {
+    let (test, sql, partitions) = ready(1).await;
+    let member = Uuid::now_v7();
+    renew(&sql, member, 60.0).await;
+    let fence = acquire(&sql, member, 9, false).await[0];
+    let stop = Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let mut flushers = Vec::new();
+    for _ in 0..4 {
+        let (client, stop) = (test.sql(0).await, Arc::clone(&stop));
+        flushers.push(tokio::spawn(async move {
+            let (mut moved, mut refused) = (0, 0);
+            while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                let read: i64 = client
+                    .query_one("select reset_epoch from shardmq.cursor", &[])
+                    .await
+                    .unwrap()
+                    .get(0);
+                // Everything this epoch moves to bears its number.
+                let fence = Fence { reset: read, ..fence };
+                match outcome(&client, fence, (read + 1) * 1000).await.as_str() {
+                    "moved" => moved += 1,
+                    "reset" => refused += 1,
+                    "locked" => {}
+                    other => panic!("{other}"),
+                }
+            }
+            (moved, refused)
+        }));
+    }
+    let until = tokio::time::Instant::now() + Duration::from_secs(2);
+    while tokio::time::Instant::now() < until {
+        let before = cursor(&sql, "g", partitions[0]).await;
+        let to = (before.reset_epoch + 1) * 1000 + 500;
+        seek(&sql, "g", partitions[0], to).await;
+        let now = cursor(&sql, "g", partitions[0]).await;
+        let allowed = [to, (now.reset_epoch + 1) * 1000];
+        assert!(allowed.contains(&now.acked_id), "{now:?} after a seek to {to}");
+    }
+    stop.store(true, std::sync::atomic::Ordering::Relaxed);
+    let mut totals = (0, 0);
+    for flusher in flushers {
+        let (moved, refused) = flusher.await.unwrap();
+        totals = (totals.0 + moved, totals.1 + refused);
+    }
+    assert!(totals.0 > 0 && totals.1 > 0, "they met: {totals:?}");
+    assert_eq!(number(partitions[0]), fence.partition);
+}
