@@ -17,7 +17,7 @@ use crate::migrate::{self, Schema};
 use crate::name::TopicName;
 use crate::store::connect::{self, refused};
 use crate::store::node::{Connection, Durability, Unfinished, query, write};
-use crate::store::{control, sql};
+use crate::store::{control, sql, upkeep};
 use crate::topology::{even_slots, interleave, spread};
 
 /// The most partitions of a cluster: 99 nodes of 99.
@@ -38,6 +38,25 @@ pub struct TopicOptions {
     partitions: usize,
     nodes: Option<Vec<NodeId>>,
     if_missing: bool,
+    retention: Retention,
+}
+
+/// How long a topic's messages are kept: whole days, dropped some time after the last of them is so
+/// old.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Retention {
+    /// How many days a day is kept after its end, 1 to 3,650.
+    pub days: u16,
+    /// Whether a day is dropped that some group has not finished. If not, it is kept, however old, and
+    /// an alert opens.
+    pub drop_unread: bool,
+}
+
+impl Default for Retention {
+    /// Seven days, and longer while a group needs them.
+    fn default() -> Self {
+        Self { days: 7, drop_unread: false }
+    }
 }
 
 impl TopicOptions {
@@ -45,12 +64,18 @@ impl TopicOptions {
     /// 99,999,999 messages a day, is written by one commit at a time, and is consumed by one member of
     /// a group.
     pub fn partitions(partitions: usize) -> Self {
-        Self { partitions, nodes: None, if_missing: false }
+        Self { partitions, nodes: None, if_missing: false, retention: Retention::default() }
     }
 
     /// Only on these nodes.
     pub fn nodes(mut self, nodes: impl IntoIterator<Item = NodeId>) -> Self {
         self.nodes = Some(nodes.into_iter().collect());
+        self
+    }
+
+    /// How long its messages are kept: seven days by default, and longer while a group needs them.
+    pub fn retention(mut self, retention: Retention) -> Self {
+        self.retention = retention;
         self
     }
 
@@ -195,12 +220,16 @@ impl Cluster {
             let what = format!("{count} partitions is not between 1 and {MAX_PARTITIONS}");
             return Err(Error::invalid(what));
         }
+        check_retention(options.retention)?;
         // Dropped on an error, the connection is closed and the change is off.
         let change = Unfinished::new(self.inner.control.get().await?);
         let exists = self.change_topology(change.connection(), &topic, &options).await?;
         change.finished();
         if exists && !options.if_missing {
             return Err(Error::new(ErrorKind::Conflict, format!("topic {topic} exists already")));
+        }
+        if !exists {
+            self.set_retention(topic.as_str(), options.retention).await?;
         }
         self.topic(topic.as_str()).await
     }
@@ -235,6 +264,37 @@ impl Cluster {
         control::record_topic(change, topic, &slots).await.map_err(refused)?;
         control::commit_change(change).await.map_err(refused)?;
         Ok(false)
+    }
+
+    /// Changes how long a topic's messages are kept, on all its nodes.
+    ///
+    /// # Errors
+    /// Where a node can't be reached the others have the new retention all the same: call it again.
+    pub async fn set_retention(&self, topic: &str, retention: Retention) -> Result<()> {
+        check_retention(retention)?;
+        let name = TopicName::new(topic)?;
+        let nodes = self.topology(&name).await?.by_node();
+        let (days, drop_unread) = (i32::from(retention.days), retention.drop_unread);
+        let told = nodes.into_keys().map(|id| {
+            let name = &name;
+            async move {
+                let connection = self.inner.nodes.node(id).await?.get().await?;
+                upkeep::set_retention(connection, name, days, drop_unread)
+                    .await
+                    .map_err(|error| refused(error, &format!("set the retention on node {id}")))
+            }
+        });
+        join_all(told).await.into_iter().collect()
+    }
+
+    /// Looks after the nodes at once, rather than when it is due: makes day tables ahead, drops days
+    /// whose time is over. Any client does so in the background; see [`Retention`].
+    pub async fn look_after_nodes(&self) -> Result<()> {
+        self.inner.nodes.refresh().await?;
+        let rounds = self.inner.nodes.known().into_iter().map(|node| async move {
+            crate::upkeep::round(&self.inner.nodes, node).await.map(drop)
+        });
+        join_all(rounds).await.into_iter().collect()
     }
 
     async fn claim(
@@ -388,6 +448,14 @@ impl Cluster {
             .map_err(|error| refused(error, &format!("read partition {partition}")))?;
         rows.iter().map(read_message).collect()
     }
+}
+
+fn check_retention(retention: Retention) -> Result<()> {
+    if (1..=3650).contains(&retention.days) {
+        return Ok(());
+    }
+    let days = retention.days;
+    Err(Error::invalid(format!("a retention of {days} days is not between 1 and 3650")))
 }
 
 fn choose_nodes(known: &[NodeId], wanted: Option<&[NodeId]>) -> Result<Vec<NodeId>> {

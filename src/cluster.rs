@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -19,6 +20,7 @@ use crate::store::connect::refused;
 use crate::store::control;
 use crate::store::node::Node;
 use crate::topology::Topology;
+use crate::upkeep;
 
 /// A cluster: makes producers and consumers, and looks after topics. Cheap to clone; all clones share
 /// their connections, at most three for each node: two for data, and one that listens where something
@@ -35,6 +37,8 @@ pub(crate) struct Inner {
     pub(crate) notifier: Arc<dyn Notifier>,
     pub(crate) shutdown: CancellationToken,
     pub(crate) tasks: TaskTracker,
+    /// Whether this process takes its turn in looking after the nodes.
+    keeping_up: AtomicBool,
 }
 
 /// Settings of a [`Cluster`].
@@ -81,7 +85,15 @@ impl ClusterBuilder {
             let nodes = Arc::clone(&nodes);
             Arc::new(PostgresNotifier::new(nodes, shutdown.child_token(), tasks.clone()))
         });
-        let inner = Inner { control, id, nodes, notifier, shutdown, tasks };
+        let inner = Inner {
+            keeping_up: AtomicBool::new(false),
+            control,
+            id,
+            nodes,
+            notifier,
+            shutdown,
+            tasks,
+        };
         Ok(Cluster { inner: Arc::new(inner) })
     }
 }
@@ -126,6 +138,14 @@ impl Cluster {
     #[doc(hidden)]
     pub fn notifier(&self) -> Arc<dyn Notifier> {
         Arc::clone(&self.inner.notifier)
+    }
+
+    /// Takes a turn in looking after the nodes, from now on: whoever uses a cluster does.
+    pub(crate) fn keep_up(&self) {
+        if !self.inner.keeping_up.swap(true, Ordering::AcqRel) {
+            let nodes = Arc::clone(&self.inner.nodes);
+            self.inner.tasks.spawn(upkeep::run(nodes, self.inner.shutdown.child_token()));
+        }
     }
 
     /// What producers and consumers need to know of a topic.
@@ -218,6 +238,11 @@ impl Nodes {
             .get(&id)
             .cloned()
             .ok_or_else(|| Error::new(ErrorKind::NotFound, format!("node {id} is not registered")))
+    }
+
+    /// The nodes that this process has heard of.
+    pub(crate) fn known(&self) -> Vec<NodeId> {
+        self.lock().keys().copied().collect()
     }
 
     /// All nodes, as the control database has them now.

@@ -35,6 +35,7 @@ use budget::{Budget, Room};
 use holding::Holding;
 use member::Command;
 pub use messages::{Delivery, Messages};
+pub(crate) use roster::jitter;
 use seat::Seats;
 use start::GroupStart;
 
@@ -183,6 +184,7 @@ impl ConsumerBuilder {
             start,
             options: self.options,
         });
+        shared.cluster.keep_up();
         shared.launch().await;
         Ok(Messages::new(receiver, topic, ConsumerHandle { shared }))
     }
@@ -277,8 +279,8 @@ impl ConsumerHandle {
         self.shared.budget.taken()
     }
 
-    /// A shutdown has begun: nothing is handed out any more.
-    fn is_stopped(&self) -> bool {
+    /// Whether a shutdown has begun, also by dropping the stream: nothing is handed out any more.
+    pub fn is_shutting_down(&self) -> bool {
         self.shared.stopped.load(Ordering::Acquire)
     }
 
@@ -328,7 +330,7 @@ pub(crate) struct Shared {
     stopping: CancellationToken,
     /// All is given back, and the stream has ended.
     left: CancellationToken,
-    commands: Mutex<Vec<mpsc::UnboundedSender<Command>>>,
+    commands: Mutex<Vec<(NodeId, mpsc::UnboundedSender<Command>)>>,
 }
 
 impl Shared {
@@ -345,7 +347,7 @@ impl Shared {
                 continue;
             }
             let (sender, commands) = mpsc::unbounded_channel();
-            self.commands.lock().unwrap_or_else(PoisonError::into_inner).push(sender);
+            self.commands.lock().unwrap_or_else(PoisonError::into_inner).push((node, sender));
             members.push(tasks.spawn(member::run(Arc::clone(self), node, partitions, commands)));
         }
         // However they end, by a shutdown of the consumer or of the whole cluster.
@@ -372,13 +374,21 @@ impl Shared {
         make: impl Fn(oneshot::Sender<Result<()>>) -> Command,
     ) -> Vec<oneshot::Receiver<Result<()>>> {
         let commands = self.commands.lock().unwrap_or_else(PoisonError::into_inner);
-        let tell = |sender: &mpsc::UnboundedSender<Command>| {
+        let tell = |(_, sender): &(NodeId, mpsc::UnboundedSender<Command>)| {
             let (reply, answer) = oneshot::channel();
             // A member that has ended drops the reply, which the receiver sees.
             let _ = sender.send(make(reply));
             answer
         };
         commands.iter().map(tell).collect()
+    }
+
+    /// Tells one node's member.
+    fn tell(&self, node: NodeId, command: Command) {
+        let commands = self.commands.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, sender)) = commands.iter().find(|(known, _)| *known == node) {
+            let _ = sender.send(command);
+        }
     }
 
     /// The members of all nodes have ended: the stream ends too. Idempotent.

@@ -34,6 +34,9 @@ pub enum ErrorKind {
     /// The group's position was moved by a seek. The caller should drop its work on messages
     /// received before.
     Reset,
+    /// Messages were dropped by retention before this group had read them; the message says how many.
+    /// Consuming goes on behind them. The caller should take note.
+    Missed,
     /// Library and schema do not fit each other. The caller should run `shardmq migrate`, or a newer
     /// library; the message says which.
     Incompatible,

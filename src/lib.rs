@@ -16,10 +16,11 @@ pub mod notifier;
 mod producer;
 mod store;
 mod topology;
+mod upkeep;
 
 pub use admin::{
-    MAX_PARTITIONS, NodeInfo, PartitionInfo, PartitionLag, StoredMessage, TopicInfo, TopicOptions,
-    TopicSummary,
+    MAX_PARTITIONS, NodeInfo, PartitionInfo, PartitionLag, Retention, StoredMessage, TopicInfo,
+    TopicOptions, TopicSummary,
 };
 pub use cluster::{Cluster, ClusterBuilder};
 pub use codec::{Codec, Json};

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, SystemTime};
 
-use tokio::sync::{Notify, Semaphore};
+use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
 use crate::cluster::Cluster;
@@ -129,11 +129,11 @@ impl ProducerBuilder {
             ));
         }
         let shared = Arc::new(Shared::new(self.cluster, topology, self.options));
+        shared.cluster.keep_up();
         let tasks = &shared.cluster.inner.tasks;
         for writer in shared.writers.values() {
             tasks.spawn(writer::run(Arc::clone(&shared), Arc::clone(writer)));
         }
-        tasks.spawn(writer::make_tables_ahead(Arc::clone(&shared)));
         Ok(Producer { handle: Arc::new(Handle { shared }) })
     }
 }
@@ -262,9 +262,6 @@ pub(crate) struct Shared {
     closed: AtomicBool,
     /// No message is left and none will come: the tasks end.
     pub(crate) ended: CancellationToken,
-    appended: AtomicBool,
-    /// Something was stored for the first time.
-    pub(crate) first_append: Notify,
 }
 
 impl Shared {
@@ -288,8 +285,6 @@ impl Shared {
             budget: Semaphore::new(options.buffer_bytes),
             closed: AtomicBool::new(false),
             ended: cluster.inner.shutdown.child_token(),
-            appended: AtomicBool::new(false),
-            first_append: Notify::new(),
             cluster,
             topology,
             options,
@@ -387,9 +382,6 @@ impl Shared {
             Ok(_) => {
                 ::metrics::counter!(names::SENT).increment(count);
                 ::metrics::counter!(names::APPENDED).increment(1);
-                if !self.appended.swap(true, Ordering::Relaxed) {
-                    self.first_append.notify_one();
-                }
             }
             Err(_) => ::metrics::counter!(names::SEND_FAILED).increment(count),
         }

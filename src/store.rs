@@ -8,3 +8,4 @@ pub(crate) mod group;
 pub(crate) mod node;
 pub(crate) mod packed;
 pub(crate) mod sql;
+pub(crate) mod upkeep;

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use tokio::time::{Instant, timeout};
 use uuid::Uuid;
@@ -18,7 +18,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::id::PartitionId;
 use crate::metrics as names;
 use crate::store::connect::refused;
-use crate::store::group;
+use crate::store::group::{self, Fence};
 
 /// How long a partition that is given up may be in hand.
 const DRAIN: Duration = Duration::from_secs(10);
@@ -32,14 +32,38 @@ impl Member {
         let connection = shared.connection(self.node).await?;
         let asked = Instant::now();
         let lease = shared.options.lease;
-        let owned = group::renew(connection, shared.member, &shared.group, lease.as_secs_f64())
-            .await
-            .map_err(|error| refused(error, &format!("renew the lease on node {}", self.node)))?;
+        let secs = lease.as_secs_f64();
+        let renewed =
+            group::renew(connection, shared.member, &shared.group, secs, self.incarnation)
+                .await
+                .map_err(|error| {
+                    refused(error, &format!("renew the lease on node {}", self.node))
+                })?;
+        self.other_server = !renewed.same_server;
+        if self.other_server {
+            self.meet(renewed.incarnation);
+            return Ok(());
+        }
+        self.incarnation = Some(renewed.incarnation);
         // Longer than between two renewals: the node may have been away from everybody.
         if self.renewed.is_none_or(|at| asked - at > lease / 2) {
             self.kept_since = Some(asked);
         }
         self.renewed = Some(asked);
+        self.reconcile(renewed.owned).await
+    }
+
+    /// Another server answers: nothing is renewed until every partition was looked at there.
+    fn meet(&mut self, incarnation: SystemTime) {
+        self.wake_all();
+        let mut held = self.holdings.values().filter(|holding| holding.is_held());
+        if held.all(|holding| holding.incarnation() == incarnation) {
+            self.incarnation = Some(incarnation);
+        }
+    }
+
+    /// Compares what is this member's by the node's account with what is held here.
+    async fn reconcile(&mut self, owned: Vec<(PartitionId, Fence)>) -> Result<()> {
         let mut owned: HashMap<_, _> = owned.into_iter().collect();
         let holdings: Vec<_> = self.holdings.values().cloned().collect();
         for holding in holdings {
@@ -51,7 +75,8 @@ impl Member {
                 _ => self.lose(&holding, ErrorKind::LeaseLost).await,
             }
         }
-        // Taken, or not released, in a statement whose answer was lost: nobody else would take them for
+        // Taken, or not released, in a statement whose answer was lost, or rolled back to an earlier
+        // acquisition of this member: nobody else would take them for
         // as long as this member lives.
         let strays: Vec<_> =
             owned.into_iter().map(|(partition, fence)| (partition, fence.owner)).collect();
@@ -127,16 +152,31 @@ impl Member {
         }
     }
 
+    /// The server lacks what a reader has read: what was not committed is void, and the partition is
+    /// taken again, under a new epoch, from the committed cursor.
+    pub(super) async fn lose_tail(&mut self, partition: PartitionId, owner: Uuid) {
+        let held = self.holdings.get(&partition).filter(|holding| holding.fence.owner == owner);
+        let Some(holding) = held.cloned() else { return };
+        let what = format!(
+            "partition {partition}: the server lacks messages that were read: a failover lost the end \
+             of the log; reading goes on from the committed cursor, and effects of lost messages may \
+             exist"
+        );
+        tracing::error!(alert = "lost_tail", "{what}");
+        let news = Error::new(ErrorKind::LeaseLost, what);
+        self.end_holding(&holding, ErrorKind::LeaseLost, news);
+        // The lease that was renewed last may be among what was lost.
+        self.renewed = None;
+        let released = timeout(STATEMENT, self.release_owned(&[(partition, owner)])).await;
+        if let Ok(Err(error)) = released {
+            // The next renewal finds it.
+            tracing::debug!(error = %error.chain(), "release after a lost tail");
+        }
+    }
+
     /// A partition is another's, or was moved by a seek.
     pub(super) async fn lose(&mut self, holding: &Arc<Holding>, why: ErrorKind) {
-        holding.end(why);
-        let refusal = holding.refusal(why);
-        if holding.tracker().pending().is_some() {
-            self.uncommitted = Some(refusal.clone());
-        }
-        ::metrics::counter!(names::LEASE_LOST).increment(1);
-        self.shared.send(Event::Error(refusal));
-        self.holdings.remove(&holding.partition);
+        self.end_holding(holding, why, holding.refusal(why));
         if why == ErrorKind::Reset {
             // Still this member's: free, to be taken again from the new position.
             let owned = [(holding.partition, holding.fence.owner)];
@@ -144,6 +184,17 @@ impl Member {
                 tracing::debug!(error = %error.chain(), "release after a seek");
             }
         }
+    }
+
+    /// Refuses what is acknowledged from now on, and says so.
+    fn end_holding(&mut self, holding: &Arc<Holding>, why: ErrorKind, news: Error) {
+        holding.end(why);
+        if holding.tracker().pending().is_some() {
+            self.uncommitted = Some(holding.refusal(why));
+        }
+        ::metrics::counter!(names::LEASE_LOST).increment(1);
+        self.shared.send(Event::Error(news));
+        self.holdings.remove(&holding.partition);
     }
 
     /// Commits and releases a partition that is answered, or that was waited for long enough.

@@ -31,6 +31,8 @@ pub(crate) struct Fence {
 pub(crate) struct Acquired {
     pub(crate) partition: PartitionId,
     pub(crate) fence: Fence,
+    /// The server that answered: when it was started.
+    pub(crate) incarnation: SystemTime,
     pub(crate) acked_id: i64,
     /// Ids above it that are acknowledged too: first and last of each run.
     pub(crate) acked_ahead: Vec<(i64, i64)>,
@@ -70,22 +72,39 @@ pub(crate) async fn make_cursors(
     write(connection, Durability::Durable, sql::MAKE_CURSORS, &[&topic, &group]).await.map(drop)
 }
 
-/// Renews a member's lease; returns what it owns on this node.
+/// What a renewal found.
+#[derive(Debug)]
+pub(crate) struct Renewed {
+    /// The server that answered: when it was started.
+    pub(crate) incarnation: SystemTime,
+    /// Whether it is the one that was named, and so the lease renewed.
+    pub(crate) same_server: bool,
+    /// What the member owns on this node.
+    pub(crate) owned: Vec<(PartitionId, Fence)>,
+}
+
+/// Renews a member's lease, unless another server answers than the one that the member knows.
 pub(crate) async fn renew(
     connection: Connection,
     member: Uuid,
     group: &GroupName,
     lease_secs: f64,
-) -> Result<Vec<(PartitionId, Fence)>, Error> {
+    incarnation: Option<SystemTime>,
+) -> Result<Renewed, Error> {
     let group = group.as_str();
-    let rows =
-        write(connection, Durability::Relaxed, sql::RENEW, &[&member, &group, &lease_secs]).await?;
+    let params: [&(dyn tokio_postgres::types::ToSql + Sync); 4] =
+        [&member, &group, &lease_secs, &incarnation];
+    let rows = write(connection, Durability::Relaxed, sql::RENEW, &params).await?;
     let owned = rows.iter().filter_map(|row| {
-        let partition = PartitionId::from_i32(row.get(0)).ok()?;
-        let owner = row.get::<_, Option<Uuid>>(1)?;
-        Some((partition, Fence { owner, epoch: row.get(2), reset_epoch: row.get(3) }))
+        let partition = PartitionId::from_i32(row.get::<_, Option<i32>>(2)?).ok()?;
+        let owner = row.get::<_, Option<Uuid>>(3)?;
+        Some((partition, Fence { owner, epoch: row.get(4), reset_epoch: row.get(5) }))
     });
-    Ok(owned.collect())
+    Ok(Renewed {
+        incarnation: rows.first().map_or(SystemTime::UNIX_EPOCH, |row| row.get(0)),
+        same_server: rows.first().is_some_and(|row| row.get(1)),
+        owned: owned.collect(),
+    })
 }
 
 /// Takes up to `most` of these partitions that are free, or, where `ended_too`, whose member's lease
@@ -108,6 +127,7 @@ pub(crate) async fn acquire(
             fence: Fence { owner: row.get(1), epoch: row.get(2), reset_epoch: row.get(3) },
             acked_id: row.get(4),
             acked_ahead: parse_ranges(row.get(5)),
+            incarnation: row.get(6),
         })
     });
     Ok(acquired.collect())
@@ -118,6 +138,8 @@ pub(crate) async fn acquire(
 pub(crate) struct Move {
     pub(crate) partition: PartitionId,
     pub(crate) fence: Fence,
+    /// The server that the messages were last seen on.
+    pub(crate) incarnation: SystemTime,
     pub(crate) acked_id: i64,
     pub(crate) acked_ahead: Vec<(i64, i64)>,
 }
@@ -133,6 +155,8 @@ pub(crate) enum Moved {
     LeaseLost,
     /// A seek came in between.
     Reset,
+    /// Another server answered than the one that the messages were seen on: not before a look.
+    OtherServer,
 }
 
 /// Moves cursors, each only where its fence still holds.
@@ -147,15 +171,17 @@ pub(crate) async fn flush(
     let resets: Vec<i64> = moves.iter().map(|m| m.fence.reset_epoch).collect();
     let acked: Vec<i64> = moves.iter().map(|m| m.acked_id).collect();
     let ahead: Vec<String> = moves.iter().map(|m| format_ranges(&m.acked_ahead)).collect();
+    let servers: Vec<SystemTime> = moves.iter().map(|m| m.incarnation).collect();
     let group = group.as_str();
-    let params: [&(dyn tokio_postgres::types::ToSql + Sync); 7] =
-        [&group, &partitions, &owners, &epochs, &resets, &acked, &ahead];
+    let params: [&(dyn tokio_postgres::types::ToSql + Sync); 8] =
+        [&group, &partitions, &owners, &epochs, &resets, &acked, &ahead, &servers];
     let rows = write(connection, Durability::Durable, sql::FLUSH, &params).await?;
     let outcomes = rows.iter().filter_map(|row| {
         let outcome = match row.get(1) {
             "moved" => Moved::Yes,
             "locked" => Moved::Locked,
             "reset" => Moved::Reset,
+            "other_server" => Moved::OtherServer,
             _ => Moved::LeaseLost,
         };
         Some((PartitionId::from_i32(row.get(0)).ok()?, outcome))

@@ -2,7 +2,7 @@
 //! why, also where rows change at the same time.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use tokio_postgres::Client;
 use uuid::Uuid;
@@ -37,7 +37,8 @@ async fn ready(partitions: usize) -> (TestCluster, Client, Vec<shardmq::Partitio
 }
 
 async fn renew(sql: &Client, member: Uuid, seconds: f64) {
-    sql.query(RENEW, &[&member, &"g", &seconds]).await.unwrap();
+    let known: Option<SystemTime> = None;
+    sql.query(RENEW, &[&member, &"g", &seconds, &known]).await.unwrap();
 }
 
 async fn acquire(sql: &Client, member: Uuid, most: i64, ended_too: bool) -> Vec<Fence> {
@@ -60,8 +61,10 @@ async fn flush(sql: &Client, fences: &[Fence], acked: i64) -> Vec<(i32, String)>
     let epochs: Vec<i64> = fences.iter().map(|f| f.epoch).collect();
     let resets: Vec<i64> = fences.iter().map(|f| f.reset).collect();
     let (ids, ahead) = (vec![acked; fences.len()], vec!["{}"; fences.len()]);
+    let server = sql.query_one("select pg_postmaster_start_time()", &[]).await.unwrap();
+    let servers: Vec<SystemTime> = vec![server.get(0); fences.len()];
     let rows = sql
-        .query(FLUSH, &[&"g", &partitions, &owners, &epochs, &resets, &ids, &ahead])
+        .query(FLUSH, &[&"g", &partitions, &owners, &epochs, &resets, &ids, &ahead, &servers])
         .await
         .unwrap();
     let mut outcomes: Vec<(i32, String)> =

@@ -14,6 +14,8 @@ mod bad_input;
 mod bounded_reads;
 /// Several partitions in one commit, without waiting for each other.
 mod convoy;
+/// A server that crashes under load, again and again.
+mod crash;
 /// From day to day: no message is left behind, and lag is right.
 mod days;
 /// Payloads that can't be read are no dead end; headers are text.
@@ -30,14 +32,24 @@ mod half_pipeline;
 mod late_commit;
 /// Who owns a partition, through joins, crashes, pauses and restarts.
 mod leases;
+/// A server that comes back without the end of its log.
+mod lost_tail;
+/// Many processes that append to one partition, while another ends their connections.
+mod many_processes;
 /// Midnight, and clocks that are wrong.
 mod midnight;
 /// Schemas: made by many at once, brought up to date, refused where they do not fit.
 mod migrations;
 /// With hints a message comes at once, without them within the poll interval.
 mod notifications;
+/// Every statement is one that the server takes, and the hot ones go by indexes only.
+mod plans;
 /// A position anywhere in a batch: exactly the rest comes.
 mod positions;
+/// Batches that are repeated since their answer was lost: one copy, in every order of events.
+mod repeats;
+/// Old days are dropped, and nobody stumbles over it.
+mod retention;
 /// A message goes in and comes out.
 mod round_trip;
 /// Databases with settings of their own, and commits that are none.

@@ -189,6 +189,10 @@ async fn a_server_clock_that_leaps_a_year_is_refused_and_pins_nothing() {
     assert_eq!(sent.unwrap().unwrap().day().yymmdd(), today.unsigned_abs());
     assert_eq!(night.partition_day().await, today);
     assert_eq!(night.finished_days().await, []);
+    // Also by whoever makes tables ahead.
+    night.clocks.set_server("370 days").await;
+    let ahead = format!("select shardmq.make_days_ahead({}, 3)", night.partition);
+    night.sql.batch_execute(&ahead).await.unwrap();
     let far = "select count(*) from pg_class where relname like 'batch\\_%' and relkind = 'r'
                   and right(relname, 6)::int > $1 + 10000";
     let far = night.sql.query_one(far, &[&(today - 9_000)]).await.unwrap();
@@ -271,6 +275,7 @@ async fn prepared_plans_notice_that_the_clock_was_replaced() {
 async fn tables_are_made_ahead_and_used_at_midnight() {
     let night = Night::at("23:59:00").await;
     night.send("before").await;
+    night.test.cluster.look_after_nodes().await.unwrap();
     let tomorrow = table(night.partition, night.clocks.day(1).await);
     let made = format!("select to_regclass('{tomorrow}') is not null");
     let there = || async {

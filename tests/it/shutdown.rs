@@ -8,7 +8,7 @@ use shardmq::{Cluster, ConsumerBuilder, ErrorKind, PartitionId};
 use tokio::time::Instant;
 use tokio_postgres::Client;
 
-use crate::support::proxy::{Proxy, Rule};
+use crate::support::proxy::{Proxy, Rule, cluster_behind_proxy};
 use crate::support::reading::{append_texts, cursor, cursors, next, take, text};
 use crate::support::stored::topic;
 use crate::support::{TestCluster, database, eventually, own_server, shared_server, within};
@@ -40,7 +40,8 @@ async fn in_hand_may_be_answered_until_the_deadline_and_nothing_new_comes() {
         let handle = handle.clone();
         async move { handle.shutdown(30 * SECOND).await }
     });
-    // From the moment on at which it begins nothing comes, though six are fetched already.
+    eventually("it began", SOON, async || handle.is_shutting_down()).await;
+    // From then on nothing comes, though six are fetched already.
     let reading = tokio::spawn(async move {
         let mut after = 0;
         while let Some(delivery) = messages.next().await {
@@ -91,6 +92,30 @@ async fn at_the_deadline_it_ends_and_what_comes_later_is_refused() {
     within(SECOND, "the second shutdown", again).await;
     assert_eq!(cursor(&sql, "g", partition).await.acked_id, first);
     assert!(within(SECOND, "still the end", messages.next()).await.is_none());
+}
+
+/// The node's task hangs in a statement and hears of the shutdown late: the stream knows at once.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nothing_new_comes_though_a_node_is_busy() {
+    let (test, proxy) = cluster_behind_proxy().await;
+    let sql = test.sql(0).await;
+    let partition = topic(&test, "orders", 1).await[0];
+    append_texts(&sql, partition, 0..10).await;
+    let builder = consumer(&test.cluster).flush_interval(SECOND / 100);
+    let mut messages = builder.stream().await.unwrap();
+    let mut taken = take(&mut messages, 2).await;
+    messages.flush().await.unwrap();
+    proxy.to_server(Rule::Hold);
+    taken.remove(0).ack().unwrap();
+    let kept = || proxy.links().iter().any(|link| link.to_server.kept() > 0);
+    eventually("a flush is on its way", SOON, async || kept()).await;
+    let handle = messages.handle();
+    let ending = tokio::spawn(async move { handle.shutdown(SECOND).await });
+    eventually("it began", SOON, async || messages.handle().is_shutting_down()).await;
+    assert!(futures_util::FutureExt::now_or_never(messages.next()).is_none(), "eight are fetched");
+    proxy.to_server(Rule::Pass);
+    within(20 * SECOND, "the shutdown", ending).await.unwrap().unwrap();
+    assert!(within(SECOND, "the end", messages.next()).await.is_none());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

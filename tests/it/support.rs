@@ -28,6 +28,7 @@ const TEMPLATE: &str = "shardmq_template";
 
 /// The Postgres that tests share. They must not restart it, nor change its settings.
 pub async fn shared_server() -> &'static Server {
+    logs();
     SHARED
         .get_or_init(|| async {
             BACKGROUND
@@ -36,6 +37,12 @@ pub async fn shared_server() -> &'static Server {
                 .unwrap()
         })
         .await
+}
+
+/// Shows what the library logs where `RUST_LOG` asks for it.
+fn logs() {
+    let filter = tracing_subscriber::EnvFilter::from_default_env();
+    let _ = tracing_subscriber::fmt().with_env_filter(filter).with_test_writer().try_init();
 }
 
 /// A Postgres of the test's own, to be stopped and broken.

@@ -18,7 +18,8 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::{TestCluster, client, database, shared_server};
-use shardmq::{Cluster, NodeId};
+use shardmq::notifier::LocalNotifier;
+use shardmq::{Cluster, ClusterBuilder, NodeId};
 
 /// What happens to bytes on their way.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -45,6 +46,7 @@ pub struct Way {
     bytes: AtomicU64,
     /// Bytes that came in, passed or not.
     received: AtomicU64,
+    ended: AtomicBool,
 }
 
 impl Way {
@@ -53,6 +55,7 @@ impl Way {
             rule: watch::Sender::new(rule),
             bytes: AtomicU64::new(0),
             received: AtomicU64::new(0),
+            ended: AtomicBool::new(false),
         }
     }
 
@@ -68,6 +71,11 @@ impl Way {
     /// How many bytes wait here, or were swallowed.
     pub fn kept(&self) -> u64 {
         self.received.load(Ordering::SeqCst) - self.bytes()
+    }
+
+    /// Whether whoever sends here has closed its end.
+    pub fn ended(&self) -> bool {
+        self.ended.load(Ordering::SeqCst)
     }
 
     /// Waits until some of so many bytes may go on. Some(0): they are swallowed. None: the end.
@@ -246,6 +254,7 @@ async fn one_way(
                 _ => break,
             }
         }
+        way.ended.store(true, Ordering::SeqCst);
     };
     let give = async {
         while let Some((at, mut chunk)) = arrived.recv().await {
@@ -271,10 +280,22 @@ async fn one_way(
 /// A cluster of one node that the library reaches through a proxy; the control database, and the
 /// test's own SQL, go straight.
 pub async fn cluster_behind_proxy() -> (TestCluster, Proxy) {
+    behind_proxy(|builder| builder).await
+}
+
+/// The same with one connection to the node: nothing passes but what its only user sends.
+pub async fn cluster_with_one_connection() -> (TestCluster, Proxy) {
+    let alone = |builder: ClusterBuilder| builder.connections_per_node(1);
+    behind_proxy(|builder| alone(builder).notifier(LocalNotifier::new())).await
+}
+
+async fn behind_proxy(
+    settings: impl FnOnce(ClusterBuilder) -> ClusterBuilder,
+) -> (TestCluster, Proxy) {
     let server = shared_server().await;
     let proxy = Proxy::start(server.port()).await;
     let url = database(server).await;
-    let cluster = Cluster::connect(&url).await.unwrap();
+    let cluster = settings(Cluster::builder(&url)).connect().await.unwrap();
     let node = NodeId::new(1).unwrap();
     cluster.add_node(node, &proxy.url(&url)).await.unwrap();
     let test = TestCluster { cluster, control_url: url.clone(), node_urls: vec![url] };
