@@ -60,6 +60,8 @@ mod shutdown;
 mod sql_functions;
 /// Where a group starts: earliest, latest, a time, an id.
 mod starts;
+/// Topics and nodes come and go.
+mod topics;
 
 /// The command, as people and scripts run it.
 mod command;
