@@ -37,7 +37,7 @@ pub(crate) struct Inner {
     pub(crate) notifier: Arc<dyn Notifier>,
     pub(crate) shutdown: CancellationToken,
     pub(crate) tasks: TaskTracker,
-    /// Whether this process takes its turn in looking after the nodes.
+    /// Whether this process takes its turn in looking after the nodes already, or never will.
     keeping_up: AtomicBool,
 }
 
@@ -48,6 +48,7 @@ pub struct ClusterBuilder {
     url: String,
     connections: usize,
     notifier: Option<Arc<dyn Notifier>>,
+    upkeep: bool,
 }
 
 impl ClusterBuilder {
@@ -55,6 +56,13 @@ impl ClusterBuilder {
     /// 2 by default, 1 to 64.
     pub fn connections_per_node(mut self, connections: usize) -> Self {
         self.connections = connections.clamp(1, 64);
+        self
+    }
+
+    /// Whether this process takes its turn in looking after the nodes, where it produces or consumes:
+    /// day tables ahead, retention. It does by default; some process must.
+    pub fn upkeep(mut self, upkeep: bool) -> Self {
+        self.upkeep = upkeep;
         self
     }
 
@@ -86,7 +94,7 @@ impl ClusterBuilder {
             Arc::new(PostgresNotifier::new(nodes, shutdown.child_token(), tasks.clone()))
         });
         let inner = Inner {
-            keeping_up: AtomicBool::new(false),
+            keeping_up: AtomicBool::new(!self.upkeep),
             control,
             id,
             nodes,
@@ -106,7 +114,7 @@ impl Cluster {
 
     /// Settings first: the URL of the control database, then [`ClusterBuilder::connect`].
     pub fn builder(url: &str) -> ClusterBuilder {
-        ClusterBuilder { url: url.to_owned(), connections: 2, notifier: None }
+        ClusterBuilder { url: url.to_owned(), connections: 2, notifier: None, upkeep: true }
     }
 
     /// The cluster's id, drawn when its control schema was made.
@@ -134,18 +142,18 @@ impl Cluster {
         self.inner.control.close();
     }
 
-    /// What carries hints here: for tests.
-    #[doc(hidden)]
-    pub fn notifier(&self) -> Arc<dyn Notifier> {
-        Arc::clone(&self.inner.notifier)
-    }
-
     /// Takes a turn in looking after the nodes, from now on: whoever uses a cluster does.
     pub(crate) fn keep_up(&self) {
         if !self.inner.keeping_up.swap(true, Ordering::AcqRel) {
             let nodes = Arc::clone(&self.inner.nodes);
             self.inner.tasks.spawn(upkeep::run(nodes, self.inner.shutdown.child_token()));
         }
+    }
+
+    /// What carries hints here: for tests.
+    #[doc(hidden)]
+    pub fn notifier(&self) -> Arc<dyn Notifier> {
+        Arc::clone(&self.inner.notifier)
     }
 
     /// What producers and consumers need to know of a topic.

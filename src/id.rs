@@ -448,7 +448,7 @@ mod tests {
             prop_assert_eq!(Day::from_yymmdd(day.yymmdd()).unwrap(), day);
             if let Some(next) = day.next() {
                 prop_assert!(next > day);
-                prop_assert_eq!(next.start(), day.start() + Duration::from_secs(86_400));
+                prop_assert_eq!(next.start(), day.start() + Duration::from_hours(24));
             }
         }
 

@@ -1,6 +1,8 @@
 //! A business message queue that lives in the Postgres you already run.
 
 mod admin;
+#[cfg(feature = "bench")]
+pub mod bench;
 mod cluster;
 mod codec;
 mod consumer;

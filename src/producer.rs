@@ -178,7 +178,7 @@ impl Producer {
         let shared = &self.handle.shared;
         message.check(shared.options.max_payload)?;
         shared.reserve(&message).await?;
-        shared.push(&message)
+        Ok(shared.push(&message))
     }
 
     /// Sends messages and waits for all. One result for each, in the order given; messages of one key
@@ -205,7 +205,9 @@ impl Producer {
     /// returned. Cancel safe.
     pub async fn flush(&self) -> Result<()> {
         let lanes = &self.handle.shared.lanes;
-        let completions: Vec<_> = lanes.iter().flat_map(|lane| lane.completions()).collect();
+        // Twice, since a batch may go to another partition meanwhile, to one that was looked at before.
+        let looks = lanes.iter().chain(lanes);
+        let completions: Vec<_> = looks.flat_map(|lane| lane.completions()).collect();
         let mut outcome = Ok(());
         for completion in completions {
             outcome = outcome.and(completion.all().await);
@@ -323,7 +325,7 @@ impl Shared {
         permit.map(tokio::sync::SemaphorePermit::forget).map_err(|_| Error::closed("the producer"))
     }
 
-    fn push(&self, message: &Message) -> Result<Receipt> {
+    fn push(&self, message: &Message) -> Receipt {
         let lane = match &message.key {
             Some(key) => self.slots.get(usize::from(key_slot(key))).map_or(0, |i| usize::from(*i)),
             None => self.current.load(Ordering::Relaxed),
@@ -344,7 +346,7 @@ impl Shared {
         if pushed.filled && message.key.is_none() {
             self.passed(lane);
         }
-        Ok(pushed.receipt)
+        pushed.receipt
     }
 
     /// A lane's batch has gone, or is full: messages without a key fill the next idle open lane, where

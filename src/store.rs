@@ -1,6 +1,8 @@
 //! All that knows SQL, table names and rows. One statement a file under `store/sql`.
 
 pub(crate) mod append;
+#[cfg(feature = "bench")]
+pub(crate) mod bare;
 pub(crate) mod connect;
 pub(crate) mod control;
 pub(crate) mod fetch;

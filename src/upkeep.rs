@@ -26,7 +26,7 @@ const DAYS_AHEAD: i32 = 3;
 const BEAT: Duration = Duration::from_secs(8);
 const LEASE_SECS: f64 = 20.0;
 /// Between rounds over all partitions.
-const ROUND: Duration = Duration::from_secs(300);
+const ROUND: Duration = Duration::from_mins(5);
 
 /// Looks after the nodes of a cluster until it is shut down.
 pub(crate) async fn run(nodes: Arc<Nodes>, shutdown: CancellationToken) {

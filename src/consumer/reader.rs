@@ -121,9 +121,9 @@ impl Reader {
                 continue;
             };
             match self.fetch(day).await? {
-                Fetched::Rows if self.open == self.day => return Ok(()),
-                Fetched::Rows | Fetched::Full | Fetched::Moved => continue,
                 Fetched::Nothing => {}
+                Fetched::Rows if self.open == self.day => return Ok(()),
+                Fetched::Full | Fetched::Moved | Fetched::Rows => continue,
             }
             // Was the day seen to be closed before this read?
             if let Some(next) = self.next.take() {
@@ -184,19 +184,17 @@ impl Reader {
 
     /// Reads on in a day.
     async fn fetch(&mut self, day: Day) -> Result<Fetched, Stop> {
+        let partition = self.holding.partition;
         let (reserved, connection) = self.room_and_connection().await?;
+        let bound = reserved.size();
         // Closed where it falls silent: the next one would hang in it too.
         let connection = Unfinished::new(connection);
-        let bound = reserved.size();
-        let rows = timeout(FETCH, self.rows(connection.connection(), day, bound));
-        let Ok(rows) = rows.await else {
-            let what = format!("read partition {}: no answer", self.holding.partition);
-            return Err(Error::new(ErrorKind::Unavailable, what).into());
-        };
+        let read = timeout(FETCH, self.compared(connection.connection(), day, bound)).await;
+        let read = read.map_err(|_| {
+            Error::new(ErrorKind::Unavailable, format!("read partition {partition}: no answer"))
+        })?;
         connection.finished();
-        let Some(rows) = rows? else {
-            return self.table_gone(day).await;
-        };
+        let Some(rows) = read? else { return self.table_gone(day).await };
         // A position beyond the end of the log has nothing yet to be compared with.
         if let Some(row) = rows.last().filter(|row| row.last_id() >= self.position) {
             self.last = Some((day, row.identity()));
@@ -214,15 +212,15 @@ impl Reader {
         })
     }
 
-    /// The rows from the one that was read last on, which is compared. None: there is no such table.
-    async fn rows(
+    /// The rows from the last one on, which was compared; none where the table does not exist.
+    async fn compared(
         &self,
         connection: &Connection,
         day: Day,
-        bytes: usize,
+        bound: usize,
     ) -> Result<Option<Vec<Batch>>, Stop> {
         let partition = self.holding.partition;
-        let bounds = (i64::try_from(bytes).unwrap_or(i64::MAX), MAX_ROWS);
+        let bounds = (i64::try_from(bound).unwrap_or(i64::MAX), MAX_ROWS);
         let rows = fetch::fetch(connection, partition, day, self.position, bounds)
             .await
             .map_err(|error| refused(error, &format!("read partition {partition}")))?;
@@ -253,11 +251,10 @@ impl Reader {
                     .map_err(|error| refused(error, &format!("read partition {partition}")))?;
                 match found {
                     Overlap::Same(incarnation) => incarnation,
-                    Overlap::Changed => return Err(Stop::Lost),
                     Overlap::NoTable if self.was_dropped(connection, *of).await? => {
                         read_on.unwrap_or(self.holding.incarnation())
                     }
-                    Overlap::NoTable => return Err(Stop::Lost),
+                    Overlap::Changed | Overlap::NoTable => return Err(Stop::Lost),
                 }
             }
             // Nothing was read that another server could lack: the position is of the cursor itself,

@@ -109,7 +109,7 @@ impl Batch {
         }
         match (headers, &mut arrays.headers) {
             (Some(text), all) => {
-                all.get_or_insert_with(|| Packed::of_nulls(before)).push_json(text)
+                all.get_or_insert_with(|| Packed::of_nulls(before)).push_json(text);
             }
             (None, Some(all)) => all.push_null(),
             (None, None) => {}
@@ -424,7 +424,7 @@ mod tests {
             for (text, key, header) in &messages {
                 let mut message = Message::new(text.clone());
                 message.key.clone_from(key);
-                let _ = batch.push(&if *header { message.header("h", text) } else { message });
+                drop(batch.push(&if *header { message.header("h", text) } else { message }));
             }
             let cost = batch.cost;
             let (a, b) = batch.divide(|index, _| index < cut);

@@ -79,7 +79,7 @@ struct Micros(i64);
 
 impl Micros {
     fn time(&self) -> SystemTime {
-        const TO_2000: Duration = Duration::from_secs(946_684_800);
+        const TO_2000: Duration = Duration::from_hours(262_968);
         let distance = Duration::from_micros(self.0.unsigned_abs());
         let base = UNIX_EPOCH + TO_2000;
         if self.0 < 0 { base - distance } else { base + distance }

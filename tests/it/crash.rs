@@ -22,7 +22,7 @@ async fn load(producer: Producer, name: usize, acknowledged: Acknowledged, end: 
         let text = format!("{name}-{n}");
         let message = Message::new(text.clone());
         // Some with a key, in order; the others where there is room.
-        let message = if name % 2 == 0 { message.key(name.to_string()) } else { message };
+        let message = if name.is_multiple_of(2) { message.key(name.to_string()) } else { message };
         let id = producer.send(message).await.unwrap();
         acknowledged.lock().unwrap().push((text, id));
     }

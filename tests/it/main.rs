@@ -1,6 +1,8 @@
 //! Everything that needs real servers, in reading order: from the servers themselves to the command.
 
 #![allow(unreachable_pub, missing_docs, clippy::unwrap_used, clippy::expect_used)]
+// What is plain in a test: sequences searched until something is found, names of a pair alike.
+#![allow(clippy::maybe_infinite_iter, clippy::similar_names, clippy::needless_for_each)]
 
 mod support;
 
@@ -63,5 +65,7 @@ mod starts;
 /// Topics and nodes come and go.
 mod topics;
 
+/// The benches run, and say what they found.
+mod bench;
 /// The command, as people and scripts run it.
 mod command;

@@ -7,7 +7,7 @@ use shardmq::{ErrorKind, Message, PartitionId, Producer};
 use tokio_postgres::Client;
 
 use crate::support::clocks::Clocks;
-use crate::support::stored::{assert_dense, number, stored, table, topic, waiting};
+use crate::support::stored::{Stored, assert_dense, number, stored, table, topic, waiting};
 use crate::support::{TestCluster, eventually, within};
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -152,13 +152,14 @@ async fn a_clock_that_goes_back_over_midnight_does_not_take_the_partition_with_i
     assert_eq!(night.send("b").await, tomorrow);
     night.clocks.set("23:59:55").await;
     assert_eq!(night.send("c").await, tomorrow);
+    assert_eq!(night.roll(0.0).await, ("current".to_owned(), tomorrow));
     night.clocks.set("12:00").await;
     assert_eq!(night.send("d").await, tomorrow);
     night.clocks.set("1 day 01:00").await;
     assert_eq!(night.send("e").await, tomorrow);
     let all = stored(&night.sql, night.partition).await;
     assert_dense(&all);
-    let texts: Vec<&str> = all.iter().map(|m| m.text()).collect();
+    let texts: Vec<&str> = all.iter().map(Stored::text).collect();
     assert_eq!(texts, ["a", "b", "c", "d", "e"]);
     assert_eq!(night.finished_days().await, [(today, 1, 1, 1)]);
 }

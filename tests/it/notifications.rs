@@ -12,6 +12,7 @@ use shardmq::{Cluster, Message, Messages, PartitionId};
 use tokio::time::Instant;
 use tokio_postgres::Client;
 
+use crate::support::proxy::{Rule, cluster_behind_proxy};
 use crate::support::reading::{append_texts, next, text};
 use crate::support::stored::topic;
 use crate::support::{TestCluster, eventually, prepared, within};
@@ -19,7 +20,7 @@ use crate::support::{TestCluster, eventually, prepared, within};
 const SECOND: Duration = Duration::from_secs(1);
 const SOON: Duration = Duration::from_secs(10);
 /// Long, where what is tested must not come from a look.
-const NEVER: Duration = Duration::from_secs(600);
+const NEVER: Duration = Duration::from_mins(10);
 
 async fn consume(cluster: &Cluster, poll: Duration) -> Messages {
     let builder = cluster.consumer("orders", "g").poll_interval(poll);
@@ -253,4 +254,30 @@ async fn the_postgres_notifier_conforms_within_and_between_processes() {
     let stranger = partitions.iter().copied().find(|p| p.node().number() == 2).unwrap();
     conforms(&*one, &*two, &mine, stranger).await;
     conforms(&*two, &*two, &mine, stranger).await;
+}
+
+/// What a network does that forgets a connection: both ends think that it is open, and nothing passes.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_listener_that_fell_silent_is_found_and_made_anew_and_looks_go_on_meanwhile() {
+    let (test, proxy) = cluster_behind_proxy().await;
+    let partition = topic(&test, "orders", 1).await[0];
+    let before = proxy.links().len();
+    let mut hints = test.cluster.notifier().subscribe(&[partition]);
+    assert_eq!(within(SOON, "the first look", hints.next()).await, Some(Hint::Look));
+    let listening = proxy.links().split_off(before);
+    let [link] = listening.as_slice() else { panic!("{} connections", listening.len()) };
+    let mut messages = consume(&test.cluster, SECOND / 2).await;
+    let producer = test.cluster.producer("orders").build().await.unwrap();
+    producer.send(Message::new("heard")).await.unwrap();
+    assert_eq!(text(&next(&mut messages).await), "heard");
+
+    link.to_client.set(Rule::Swallow);
+    link.to_server.set(Rule::Swallow);
+    let silent = Instant::now();
+    producer.send(Message::new("polled")).await.unwrap();
+    assert_eq!(text(&next(&mut messages).await), "polled");
+    let again = async { while hints.next().await != Some(Hint::Look) {} };
+    within(15 * SECOND, "another connection listens", again).await;
+    assert!(silent.elapsed() > SECOND, "it was not silent");
+    messages.shutdown(Duration::ZERO).await.unwrap();
 }

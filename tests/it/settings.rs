@@ -144,6 +144,39 @@ async fn a_statement_timeout_does_not_end_a_wait_for_the_lock() {
     assert_eq!(send.await.unwrap().unwrap().sequence(), 2);
 }
 
+/// In repeatable read it would see the partition as it was before it waited.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_wait_for_the_lock_sees_what_its_holder_has_done() {
+    let test = TestCluster::new(1).await;
+    let sql = test.sql(0).await;
+    let alter = "do $$ begin execute format('alter database %I set default_transaction_isolation =
+                 ''repeatable read''', current_database()); end $$";
+    sql.batch_execute(alter).await.unwrap();
+    let cluster = Cluster::connect(&test.control_url).await.unwrap();
+    let partition = topic(&test, "orders", 1).await[0];
+    let producer = cluster.producer("orders").send_timeout(3 * SECOND);
+    let producer = producer.build().await.unwrap();
+    producer.send(Message::new("first")).await.unwrap();
+    for (change, stored_then) in [
+        ("perform shardmq.append({}, array['theirs'::bytea])", 3),
+        ("update shardmq.partition set state = 'sealed' where partition = {}", 3),
+    ] {
+        let change = change.replace("{}", &partition.to_string());
+        let hold = format!(
+            "begin; select shardmq.lock_partition({partition}); do $$ begin {change}; end $$"
+        );
+        sql.batch_execute(&hold).await.unwrap();
+        let (sender, look) = (producer.clone(), test.sql(0).await);
+        let send = tokio::spawn(async move { sender.send(Message::new("ours")).await });
+        let waits = || async { waiting(&look, partition).await == 1 };
+        eventually("the append waits", 5 * SECOND, waits).await;
+        sql.batch_execute("commit").await.unwrap();
+        let sent = send.await.unwrap();
+        assert_eq!(sent.is_ok(), change.starts_with("perform"), "{sent:?}");
+        assert_eq!(stored(&look, partition).await.len(), stored_then);
+    }
+}
+
 #[tokio::test]
 async fn tables_ahead_are_whole_days_in_utc_where_clocks_change() {
     let test = TestCluster::new(1).await;

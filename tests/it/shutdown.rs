@@ -3,6 +3,7 @@
 
 use std::time::Duration;
 
+use futures_util::FutureExt;
 use shardmq::embedded::StopMode;
 use shardmq::{Cluster, ConsumerBuilder, ErrorKind, PartitionId};
 use tokio::time::Instant;
@@ -36,12 +37,14 @@ async fn in_hand_may_be_answered_until_the_deadline_and_nothing_new_comes() {
     let mut messages = consumer(&test.cluster).stream().await.unwrap();
     let mut in_hand = take(&mut messages, 4).await;
     let handle = messages.handle();
-    let ending = tokio::spawn({
+    let mut ending = Box::pin({
         let handle = handle.clone();
         async move { handle.shutdown(30 * SECOND).await }
     });
-    eventually("it began", SOON, async || handle.is_shutting_down()).await;
-    // From then on nothing comes, though six are fetched already.
+    // It has begun, here and now.
+    assert!(ending.as_mut().now_or_never().is_none());
+    let ending = tokio::spawn(ending);
+    // From the moment on at which it begins nothing comes, though six are fetched already.
     let reading = tokio::spawn(async move {
         let mut after = 0;
         while let Some(delivery) = messages.next().await {
@@ -112,7 +115,7 @@ async fn nothing_new_comes_though_a_node_is_busy() {
     let handle = messages.handle();
     let ending = tokio::spawn(async move { handle.shutdown(SECOND).await });
     eventually("it began", SOON, async || messages.handle().is_shutting_down()).await;
-    assert!(futures_util::FutureExt::now_or_never(messages.next()).is_none(), "eight are fetched");
+    assert!(messages.next().now_or_never().is_none(), "eight are fetched");
     proxy.to_server(Rule::Pass);
     within(20 * SECOND, "the shutdown", ending).await.unwrap().unwrap();
     assert!(within(SECOND, "the end", messages.next()).await.is_none());

@@ -3,6 +3,7 @@
 //! Each command is a file with its arguments and a `run`. Data goes to stdout, everything else to
 //! stderr. Only the library's public API is used.
 
+mod bench;
 mod caught_up;
 mod consume;
 mod context;
@@ -70,6 +71,8 @@ enum Command {
     Peek(look::PeekArgs),
     Message(look::MessageArgs),
     Lag(lag::Args),
+    #[command(subcommand)]
+    Bench(bench::Command),
     #[command(hide = true)]
     DemoMember(demo::MemberArgs),
 }
@@ -103,6 +106,7 @@ async fn run(command: Command, context: Context) -> Result<(), Failure> {
         Command::Peek(args) => look::peek(&context, args).await,
         Command::Message(args) => look::message(&context, args).await,
         Command::Lag(args) => lag::run(&context, args).await,
+        Command::Bench(command) => bench::run(&context, command).await,
         Command::DemoMember(args) => demo::member(&context, args).await,
     }
 }

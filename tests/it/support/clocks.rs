@@ -59,11 +59,6 @@ impl Clocks {
         self.client_ahead_ms.fetch_add(seconds * 1000, Ordering::SeqCst);
     }
 
-    /// What the clients' clocks show.
-    pub fn client_now(&self) -> SystemTime {
-        moved(&self.client_ahead_ms)
-    }
-
     /// A producer that goes by the clients' clock.
     pub fn on(&self, builder: ProducerBuilder) -> ProducerBuilder {
         let ahead = Arc::clone(&self.client_ahead_ms);

@@ -13,7 +13,6 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{mpsc, watch};
-use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
@@ -31,8 +30,6 @@ pub enum Rule {
     Hold,
     /// They are thrown away.
     Swallow,
-    /// They pass so much later.
-    Delay(Duration),
     /// So many more pass, what follows is held.
     HoldAfter(u64),
     /// So many more pass, then the connection is cut.
@@ -79,7 +76,7 @@ impl Way {
     }
 
     /// Waits until some of so many bytes may go on. Some(0): they are swallowed. None: the end.
-    async fn admit(&self, wanted: usize, arrived: Instant) -> Option<usize> {
+    async fn admit(&self, wanted: usize) -> Option<usize> {
         let mut rules = self.rule.subscribe();
         loop {
             let rule = *rules.borrow_and_update();
@@ -88,12 +85,6 @@ impl Way {
                 Rule::Swallow => return Some(0),
                 Rule::CutAfter(0) => return None,
                 Rule::HoldAfter(left) | Rule::CutAfter(left) => self.spend(rule, left, wanted),
-                Rule::Delay(delay) => {
-                    tokio::select! {
-                        () = tokio::time::sleep_until(arrived + delay) => return Some(wanted),
-                        _ = rules.changed() => continue,
-                    }
-                }
                 Rule::Hold => 0,
             };
             if admitted > 0 {
@@ -249,7 +240,7 @@ async fn one_way(
             match from.read_buf(&mut chunk).await {
                 Ok(read) if read > 0 => {
                     way.received.fetch_add(read as u64, Ordering::SeqCst);
-                    let _ = sender.send((Instant::now(), chunk));
+                    let _ = sender.send(chunk);
                 }
                 _ => break,
             }
@@ -257,9 +248,9 @@ async fn one_way(
         way.ended.store(true, Ordering::SeqCst);
     };
     let give = async {
-        while let Some((at, mut chunk)) = arrived.recv().await {
+        while let Some(mut chunk) = arrived.recv().await {
             while !chunk.is_empty() {
-                let Some(admitted) = way.admit(chunk.len(), at).await else {
+                let Some(admitted) = way.admit(chunk.len()).await else {
                     return end.cancel();
                 };
                 if admitted == 0 {
@@ -271,7 +262,7 @@ async fn one_way(
                 way.bytes.fetch_add(admitted as u64, Ordering::SeqCst);
             }
         }
-        let _ = way.admit(1, Instant::now()).await;
+        let _ = way.admit(1).await;
         let _ = to.shutdown().await;
     };
     tokio::join!(take, give);
@@ -285,7 +276,7 @@ pub async fn cluster_behind_proxy() -> (TestCluster, Proxy) {
 
 /// The same with one connection to the node: nothing passes but what its only user sends.
 pub async fn cluster_with_one_connection() -> (TestCluster, Proxy) {
-    let alone = |builder: ClusterBuilder| builder.connections_per_node(1);
+    let alone = |builder: ClusterBuilder| builder.connections_per_node(1).upkeep(false);
     behind_proxy(|builder| alone(builder).notifier(LocalNotifier::new())).await
 }
 

@@ -1,0 +1,183 @@
+//! Receiving a backlog: each slice is a group of its own that reads it from the start.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use futures_util::future::join_all;
+use tokio::sync::Notify;
+use tokio::task::JoinSet;
+use tokio::time::{Instant, timeout};
+
+use crate::bench::floor::{self, BATCH, Bare, Work};
+use crate::bench::slices::{Contest, Latency, Outcome, SLICE, Tally, alternate, pairs_in};
+use crate::bench::stage::{FLOOR_CONNECTIONS, Stage};
+use crate::consumer::{ConsumerHandle, Messages};
+use crate::error::{Error, ErrorKind, Result};
+
+/// How long a group may take to begin.
+const PATIENCE: Duration = Duration::from_secs(30);
+/// How long giving partitions back may take.
+const GRACE: Duration = Duration::from_secs(5);
+
+pub(super) async fn measure(stage: &Stage) -> Result<Outcome> {
+    let backlog = fill(stage, backlog_for(stage)).await?;
+    let contest = Consume::new(stage, backlog).await?;
+    alternate(contest, pairs_in(stage.options.seconds)).await
+}
+
+/// More than is read in a slice, at most half a gigabyte.
+fn backlog_for(stage: &Stage) -> u64 {
+    let fits = (512 << 20) / (stage.options.size as u64 + 1);
+    let enough = if stage.options.seconds < 10 { 500_000 } else { 5_000_000 };
+    stage.options.messages.unwrap_or(fits.min(enough))
+}
+
+/// Appends so many messages to the library's topic, through the floor.
+pub(super) async fn fill(stage: &Stage, messages: u64) -> Result<u64> {
+    let writers = Bare::each(&stage.producing, &stage.topic, usize::MAX).await?;
+    floor::fill(writers, &stage.payloads.batches(BATCH).into(), messages).await
+}
+
+pub(super) struct Consume<'a> {
+    stage: &'a Stage,
+    backlog: u64,
+    groups: usize,
+    bare: Vec<Bare>,
+}
+
+impl<'a> Consume<'a> {
+    /// On a topic that has so many messages.
+    pub(super) async fn new(stage: &'a Stage, backlog: u64) -> Result<Self> {
+        let bare = Bare::each(&stage.consuming, &stage.topic, FLOOR_CONNECTIONS).await?;
+        Ok(Self { stage, backlog, groups: 0, bare })
+    }
+
+    /// A new group; each member reads in a task of its own.
+    async fn join(&mut self) -> Result<Group> {
+        self.groups += 1;
+        // Groups of a small and a large backlog are not the same.
+        let name = format!("g{}-{}", self.backlog, self.groups);
+        let progress = Arc::new(Progress::new(self.backlog));
+        let mut group = Group { handles: Vec::new(), readers: JoinSet::new(), progress };
+        for _ in 0..self.stage.options.members {
+            let topic = self.stage.name();
+            let messages = self.stage.consuming.consumer(topic, &name).stream().await?;
+            group.handles.push(messages.handle());
+            group.readers.spawn(read(messages, Arc::clone(&group.progress)));
+        }
+        Ok(group)
+    }
+}
+
+impl Contest for Consume<'_> {
+    /// The clock runs once the group is under way: joining is not what is measured, and what was
+    /// fetched before is no gift.
+    async fn library(&mut self, slice: Duration) -> Result<Tally> {
+        let group = self.join().await?;
+        group.progress.reach(group.progress.start).await?;
+        let (begun, before) = (Instant::now(), group.progress.count());
+        let _ = timeout(slice, group.progress.reach(self.backlog)).await;
+        let (elapsed, messages) = (begun.elapsed(), group.progress.count() - before);
+        let latency = group.leave().await?;
+        Ok(Tally { messages, elapsed, latency })
+    }
+
+    async fn floor(&mut self, slice: Duration) -> Result<Tally> {
+        floor::slice(&mut self.bare, &Work::Read, slice).await
+    }
+}
+
+/// Takes turns until the time is over, at least once. Each of the library's turns reads all.
+pub(super) async fn drain(consume: &mut Consume<'_>, time: Duration) -> Result<Outcome> {
+    let until = Instant::now() + time;
+    let mut pairs = Vec::new();
+    while pairs.is_empty() || Instant::now() < until {
+        let library = consume.library(PATIENCE).await?;
+        let floor = consume.floor(library.elapsed.min(SLICE)).await?;
+        pairs.push((library, floor));
+    }
+    Outcome::of::<Consume<'_>>(&pairs)
+}
+
+/// The members of one slice.
+struct Group {
+    handles: Vec<ConsumerHandle>,
+    readers: JoinSet<Result<Latency>>,
+    progress: Arc<Progress>,
+}
+
+impl Group {
+    async fn leave(self) -> Result<Latency> {
+        let left = join_all(self.handles.iter().map(|handle| handle.shutdown(GRACE))).await;
+        left.into_iter().collect::<Result<()>>()?;
+        let mut latency = Latency::new();
+        for read in self.readers.join_all().await {
+            latency.add(&read?);
+        }
+        Ok(latency)
+    }
+}
+
+/// Touches and acknowledges each message, until the consumer is shut down. Times how long it takes to
+/// get 1,000.
+async fn read(mut messages: Messages, progress: Arc<Progress>) -> Result<Latency> {
+    let mut latency = Latency::new();
+    let (mut count, mut begun) = (0, Instant::now());
+    while let Some(delivery) = messages.next().await {
+        let delivery = delivery?;
+        floor::touch(delivery.payload());
+        delivery.ack()?;
+        count += 1;
+        if count == BATCH {
+            latency.record(begun.elapsed());
+            progress.add(count as u64);
+            (count, begun) = (0, Instant::now());
+        }
+    }
+    Ok(latency)
+}
+
+/// How many messages all members have received.
+struct Progress {
+    /// Where the clock begins to run.
+    start: u64,
+    backlog: u64,
+    count: AtomicU64,
+    more: Notify,
+}
+
+impl Progress {
+    fn new(backlog: u64) -> Self {
+        let start = backlog.min(1_000_000) / 10;
+        Self { start, backlog, count: AtomicU64::new(0), more: Notify::new() }
+    }
+
+    fn count(&self) -> u64 {
+        self.count.load(Ordering::Acquire)
+    }
+
+    fn add(&self, messages: u64) {
+        let before = self.count.fetch_add(messages, Ordering::AcqRel);
+        // Few look, and only these moments interest them.
+        let crosses = |mark: u64| before < mark && before + messages >= mark;
+        if crosses(self.start) || crosses(self.backlog) {
+            self.more.notify_waiters();
+        }
+    }
+
+    /// Waits until so many have been received.
+    async fn reach(&self, messages: u64) -> Result<()> {
+        let reached = async {
+            loop {
+                let more = self.more.notified();
+                if self.count() >= messages {
+                    return;
+                }
+                more.await;
+            }
+        };
+        let what = "no messages came in time";
+        timeout(PATIENCE, reached).await.map_err(|_| Error::new(ErrorKind::Timeout, what))
+    }
+}

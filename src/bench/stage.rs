@@ -1,0 +1,95 @@
+//! Where it all happens: topics of the run's own, and the connections to them.
+
+use uuid::Uuid;
+
+use crate::admin::TopicOptions;
+use crate::bench::payloads::Payloads;
+use crate::bench::{Hints, Options};
+use crate::cluster::Cluster;
+use crate::error::Result;
+use crate::id::{NodeId, PartitionId};
+use crate::name::TopicName;
+use crate::notifier::{self, Hint, Notifier};
+use crate::topology::Topology;
+
+/// How many connections the floor has.
+pub(super) const FLOOR_CONNECTIONS: usize = 4;
+
+pub(super) struct Stage {
+    pub(super) options: Options,
+    /// Two clusters, as if they were of two processes: hints take the way over the server.
+    pub(super) producing: Cluster,
+    pub(super) consuming: Cluster,
+    /// What the library writes to and reads from.
+    pub(super) topic: Topology,
+    /// What the floor appends to.
+    pub(super) floor: Topology,
+    pub(super) payloads: Payloads,
+}
+
+impl Stage {
+    /// Connects, and makes the topics.
+    pub(super) async fn set(url: &str, options: Options) -> Result<Self> {
+        let producing = connect(url, &options).await?;
+        let consuming = connect(url, &options).await?;
+        let mut nodes: Vec<NodeId> = producing.nodes().await?.iter().map(|n| n.node).collect();
+        nodes.truncate(options.nodes.unwrap_or(usize::MAX));
+        let run = Uuid::new_v4().simple().to_string();
+        let name = format!("bench-{}", &run[..8]);
+        let topic = make(&producing, &name, options.partitions, &nodes).await?;
+        let floor = make(&producing, &format!("{name}-floor"), FLOOR_CONNECTIONS, &nodes).await?;
+        let payloads = Payloads::new(options.size);
+        Ok(Self { options, producing, consuming, topic, floor, payloads })
+    }
+
+    /// The name of the library's topic.
+    pub(super) fn name(&self) -> &str {
+        self.topic.topic.as_str()
+    }
+
+    /// Deletes the topics, and ends all connections.
+    pub(super) async fn clear(self) -> Result<()> {
+        self.consuming.shutdown().await;
+        let mut outcome = Ok(());
+        for topic in [&self.topic, &self.floor] {
+            outcome = outcome.and(self.producing.delete_topic(topic.topic.as_str(), true).await);
+        }
+        self.producing.shutdown().await;
+        outcome
+    }
+}
+
+async fn connect(url: &str, options: &Options) -> Result<Cluster> {
+    let mut builder = Cluster::builder(url);
+    if let Some(connections) = options.connections {
+        builder = builder.connections_per_node(connections);
+    }
+    if options.notifier == Hints::None {
+        builder = builder.notifier(Mute);
+    }
+    builder.connect().await
+}
+
+async fn make(
+    cluster: &Cluster,
+    name: &str,
+    partitions: usize,
+    nodes: &[NodeId],
+) -> Result<Topology> {
+    let options = TopicOptions::partitions(partitions).nodes(nodes.iter().copied());
+    cluster.create_topic(name, options).await?;
+    cluster.topology(&TopicName::new(name)?).await
+}
+
+/// No hints at all.
+#[derive(Debug)]
+struct Mute;
+
+impl Notifier for Mute {
+    fn publish(&self, _: &[PartitionId]) {}
+
+    fn subscribe(&self, _: &[PartitionId]) -> notifier::Hints {
+        use futures_util::{StreamExt, stream};
+        Box::pin(stream::once(async { Hint::Look }).chain(stream::pending()))
+    }
+}
