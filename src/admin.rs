@@ -7,6 +7,7 @@ use std::time::SystemTime;
 use futures_util::future::join_all;
 use serde::{Deserialize, Serialize};
 use tokio_postgres::Row;
+use tokio_postgres::error::SqlState;
 use tokio_postgres::types::ToSql;
 
 use crate::cluster::Cluster;
@@ -171,11 +172,13 @@ impl Cluster {
     /// `PGPASSWORD`.
     ///
     /// # Errors
-    /// [`ErrorKind::Conflict`] where the database is another node already, or another cluster's.
+    /// [`ErrorKind::Conflict`] where the database is another node already, or another cluster's, or
+    /// where it is empty and there is a node of this number.
     pub async fn add_node(&self, node: NodeId, url: &str) -> Result<()> {
         let what = format!("register node {node}");
         let mut client = connect::connect_once(url, "shardmq node add").await?;
         migrate::check(&client, Schema::Node).await?;
+        self.refuse_in_place_of(node, &client).await?;
         let transaction = client
             .build_transaction()
             .read_only(false)
@@ -198,6 +201,26 @@ impl Cluster {
         let connection = self.inner.control.get().await?;
         control::bump(connection).await.map_err(|error| refused(error, &what))?;
         self.inner.nodes.refresh().await.map(drop)
+    }
+
+    /// An empty database in the place of a node would hide all that the node has.
+    async fn refuse_in_place_of(
+        &self,
+        node: NodeId,
+        client: &tokio_postgres::Client,
+    ) -> Result<()> {
+        let what = format!("register node {node}");
+        let known = self.inner.nodes.refresh().await?.iter().any(|(id, _)| *id == node);
+        let found = client.query_opt(sql::IDENTITY, &[]).await.map_err(|e| refused(e, &what))?;
+        if known && found.is_none() {
+            return Err(Error::new(
+                ErrorKind::Conflict,
+                format!(
+                    "node {node} is registered already, and this database is not it: it is empty"
+                ),
+            ));
+        }
+        Ok(())
     }
 
     /// All nodes, by number.
@@ -309,7 +332,16 @@ impl Cluster {
         let params: [&(dyn ToSql + Sync); 4] = [&name, &1_i32, &wanted, &version];
         let rows = write(connection, Durability::Durable, sql::CLAIM_PARTITIONS, &params)
             .await
-            .map_err(|error| refused(error, &format!("take partitions on node {node}")))?;
+            .map_err(|error| {
+                let what = format!("take partitions on node {node}");
+                match error.code() {
+                    // Numbers are free again a day after their partition was deleted.
+                    Some(&SqlState::CONFIGURATION_LIMIT_EXCEEDED) => {
+                        Error::with_source(ErrorKind::Full, what, error)
+                    }
+                    _ => refused(error, &what),
+                }
+            })?;
         let partitions: Result<Vec<_>> =
             rows.iter().map(|row| PartitionId::from_i32(row.get(0))).collect();
         Ok((node, partitions?))

@@ -279,8 +279,8 @@ impl ConsumerHandle {
         self.shared.budget.taken()
     }
 
-    /// A shutdown has begun: nothing is handed out any more.
-    fn is_stopped(&self) -> bool {
+    /// Whether a shutdown has begun, also by dropping the stream: nothing is handed out any more.
+    pub fn is_shutting_down(&self) -> bool {
         self.shared.stopped.load(Ordering::Acquire)
     }
 

@@ -87,7 +87,7 @@ impl Messages {
                 current.next += 1;
                 continue;
             }
-            if self.handle.is_stopped() || !current.holding.hand_out() {
+            if self.handle.is_shutting_down() || !current.holding.hand_out() {
                 break;
             }
             current.next += 1;
@@ -118,7 +118,7 @@ impl Stream for Messages {
                     self.current =
                         Some(Current { holding, row, next: from, handed: 0, patchy, _room: room });
                 }
-                Some(Event::Error(error)) if !self.handle.is_stopped() => {
+                Some(Event::Error(error)) if !self.handle.is_shutting_down() => {
                     return Poll::Ready(Some(Err(error)));
                 }
                 // The shutdown returns it.

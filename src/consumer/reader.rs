@@ -195,7 +195,8 @@ impl Reader {
         })?;
         connection.finished();
         let Some(rows) = read? else { return self.table_gone(day).await };
-        if let Some(row) = rows.last() {
+        // A position beyond the end of the log has nothing yet to be compared with.
+        if let Some(row) = rows.last().filter(|row| row.last_id() >= self.position) {
             self.last = Some((day, row.identity()));
         }
         let full = rows.len() >= usize::try_from(MAX_ROWS).unwrap_or(usize::MAX);

@@ -62,6 +62,8 @@ mod shutdown;
 mod sql_functions;
 /// Where a group starts: earliest, latest, a time, an id.
 mod starts;
+/// Topics and nodes come and go.
+mod topics;
 
 /// The benches run, and say what they found.
 mod bench;

@@ -9,7 +9,7 @@ use shardmq::{Cluster, ConsumerBuilder, ErrorKind, PartitionId};
 use tokio::time::Instant;
 use tokio_postgres::Client;
 
-use crate::support::proxy::{Proxy, Rule};
+use crate::support::proxy::{Proxy, Rule, cluster_behind_proxy};
 use crate::support::reading::{append_texts, cursor, cursors, next, take, text};
 use crate::support::stored::topic;
 use crate::support::{TestCluster, database, eventually, own_server, shared_server, within};
@@ -95,6 +95,30 @@ async fn at_the_deadline_it_ends_and_what_comes_later_is_refused() {
     within(SECOND, "the second shutdown", again).await;
     assert_eq!(cursor(&sql, "g", partition).await.acked_id, first);
     assert!(within(SECOND, "still the end", messages.next()).await.is_none());
+}
+
+/// The node's task hangs in a statement and hears of the shutdown late: the stream knows at once.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nothing_new_comes_though_a_node_is_busy() {
+    let (test, proxy) = cluster_behind_proxy().await;
+    let sql = test.sql(0).await;
+    let partition = topic(&test, "orders", 1).await[0];
+    append_texts(&sql, partition, 0..10).await;
+    let builder = consumer(&test.cluster).flush_interval(SECOND / 100);
+    let mut messages = builder.stream().await.unwrap();
+    let mut taken = take(&mut messages, 2).await;
+    messages.flush().await.unwrap();
+    proxy.to_server(Rule::Hold);
+    taken.remove(0).ack().unwrap();
+    let kept = || proxy.links().iter().any(|link| link.to_server.kept() > 0);
+    eventually("a flush is on its way", SOON, async || kept()).await;
+    let handle = messages.handle();
+    let ending = tokio::spawn(async move { handle.shutdown(SECOND).await });
+    eventually("it began", SOON, async || messages.handle().is_shutting_down()).await;
+    assert!(messages.next().now_or_never().is_none(), "eight are fetched");
+    proxy.to_server(Rule::Pass);
+    within(20 * SECOND, "the shutdown", ending).await.unwrap().unwrap();
+    assert!(within(SECOND, "the end", messages.next()).await.is_none());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
