@@ -19,6 +19,8 @@ mod producer;
 mod store;
 mod topology;
 mod upkeep;
+#[cfg(feature = "verify")]
+pub mod verify;
 
 pub use admin::{
     MAX_PARTITIONS, NodeInfo, PartitionInfo, PartitionLag, Retention, StoredMessage, TopicInfo,
