@@ -167,7 +167,14 @@ impl Producer {
     /// [`ErrorKind::Timeout`] where it was certainly not stored in time, [`ErrorKind::Unknown`] where it
     /// may have been.
     pub async fn send(&self, message: Message) -> Result<MessageId> {
-        self.enqueue(message).await?.await
+        let receipt = {
+            let shared = &self.handle.shared;
+            shared.admit(&message).await?;
+            shared.push(&message)
+        };
+        // Its batch has a copy: nothing is kept twice while it is under way.
+        drop(message);
+        receipt.await
     }
 
     /// Puts a message into the buffer; the receipt waits until it is on disk. For one task that sends
@@ -176,8 +183,7 @@ impl Producer {
     /// Cancel safe: where the future is dropped before it is ready, nothing was sent.
     pub async fn enqueue(&self, message: Message) -> Result<Receipt> {
         let shared = &self.handle.shared;
-        message.check(shared.options.max_payload)?;
-        shared.reserve(&message).await?;
+        shared.admit(&message).await?;
         Ok(shared.push(&message))
     }
 
@@ -305,14 +311,20 @@ impl Shared {
         Day::of(self.now())
     }
 
-    /// Takes room in the buffer.
-    async fn reserve(&self, message: &Message) -> Result<()> {
+    /// Checks a message, and takes room in the buffer for it.
+    async fn admit(&self, message: &Message) -> Result<()> {
+        message.check(self.options.max_payload)?;
         let cost = batch::cost(message).min(self.options.buffer_bytes);
         let cost = u32::try_from(cost).unwrap_or(u32::MAX);
         if let Ok(permit) = self.budget.try_acquire_many(cost) {
             permit.forget();
             return Ok(());
         }
+        // Boxed, since it is rare: thousands of tasks that send are as large as their futures.
+        Box::pin(self.wait_for_room(cost)).await
+    }
+
+    async fn wait_for_room(&self, cost: u32) -> Result<()> {
         if self.closed.load(Ordering::Acquire) {
             return Err(Error::closed("the producer"));
         }

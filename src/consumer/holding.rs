@@ -151,7 +151,9 @@ impl Holding {
 
     /// A delivery was answered, or dropped.
     pub(crate) fn take_back(&self) {
-        if self.outstanding.fetch_sub(1, Ordering::SeqCst) == 1 {
+        // While it is held nobody waits for the last answer, which may be every one. Who drains it
+        // changes the state first and counts then: one of the two sees the other.
+        if self.outstanding.fetch_sub(1, Ordering::SeqCst) == 1 && !self.is_held() {
             self.answered.notify_waiters();
         }
     }

@@ -40,13 +40,19 @@ pub struct Messages {
 
 /// A batch that is being handed out.
 struct Current {
-    holding: Arc<Holding>,
-    row: Arc<Batch>,
+    origin: Arc<Origin>,
     next: i64,
     handed: u64,
     /// Whether parts of it were acknowledged in an earlier holding.
     patchy: bool,
     _room: Room,
+}
+
+/// What all deliveries of a batch share, so that each has one count of references to keep.
+struct Origin {
+    holding: Arc<Holding>,
+    row: Arc<Batch>,
+    topic: TopicName,
 }
 
 impl Messages {
@@ -81,22 +87,22 @@ impl Messages {
     /// The next message of the current batch.
     fn hand_out(&mut self) -> Option<Delivery> {
         let current = self.current.as_mut()?;
-        while current.next <= current.row.last_id() {
+        let Origin { holding, row, .. } = &*current.origin;
+        while current.next <= row.last_id() {
             let id = current.next;
-            if current.patchy && current.holding.tracker().is_acked(id) {
+            if current.patchy && holding.tracker().is_acked(id) {
                 current.next += 1;
                 continue;
             }
-            if self.handle.is_shutting_down() || !current.holding.hand_out() {
+            if self.handle.is_shutting_down() || !holding.hand_out() {
                 break;
             }
             current.next += 1;
             current.handed += 1;
             return Some(Delivery {
-                index: usize::try_from(id - current.row.base_id).unwrap_or(0),
-                topic: self.topic.clone(),
-                row: Arc::clone(&current.row),
-                holding: Some(Arc::clone(&current.holding)),
+                index: usize::try_from(id - row.base_id).unwrap_or(0),
+                origin: Arc::clone(&current.origin),
+                answered: false,
             });
         }
         ::metrics::counter!(names::DELIVERED).increment(current.handed);
@@ -115,8 +121,14 @@ impl Stream for Messages {
             }
             match std::task::ready!(self.events.poll_recv(context)) {
                 Some(Event::Batch { holding, row, from, patchy, room }) => {
-                    self.current =
-                        Some(Current { holding, row, next: from, handed: 0, patchy, _room: room });
+                    let origin = Origin { holding, row, topic: self.topic.clone() };
+                    self.current = Some(Current {
+                        origin: Arc::new(origin),
+                        next: from,
+                        handed: 0,
+                        patchy,
+                        _room: room,
+                    });
                 }
                 Some(Event::Error(error)) if !self.handle.is_shutting_down() => {
                     return Poll::Ready(Some(Err(error)));
@@ -146,17 +158,15 @@ impl fmt::Debug for Messages {
 /// Answer each with [`ack`](Self::ack). One that is dropped without is delivered again, by whoever has
 /// the partition after this consumer; until then the group's position can't pass it.
 pub struct Delivery {
-    row: Arc<Batch>,
+    origin: Arc<Origin>,
     index: usize,
-    topic: TopicName,
-    /// None once answered.
-    holding: Option<Arc<Holding>>,
+    answered: bool,
 }
 
 impl Delivery {
     /// Where the message is.
     pub fn id(&self) -> MessageId {
-        let id = self.row.base_id + i64::try_from(self.index).unwrap_or(0);
+        let id = self.origin.row.base_id + i64::try_from(self.index).unwrap_or(0);
         MessageId::try_from(id).unwrap_or_else(|_| unreachable!("the table's CHECKs see to it"))
     }
 
@@ -164,15 +174,15 @@ impl Delivery {
     pub fn uid(&self) -> Uid {
         let first = self.reserved_header("uid").and_then(|uid| uid.parse().ok());
         first.unwrap_or(Uid {
-            producer: self.row.producer,
-            sequence: self.row.sequence,
+            producer: self.origin.row.producer,
+            sequence: self.origin.row.sequence,
             index: u32::try_from(self.index).unwrap_or(u32::MAX),
         })
     }
 
     /// The topic's name.
     pub fn topic(&self) -> &TopicName {
-        &self.topic
+        &self.origin.topic
     }
 
     /// The partition it is in.
@@ -182,7 +192,7 @@ impl Delivery {
 
     /// The key it was sent with.
     pub fn key(&self) -> Option<&str> {
-        let key = self.row.keys.as_ref()?.element(self.index)?;
+        let key = self.origin.row.keys.as_ref()?.element(self.index)?;
         std::str::from_utf8(key).ok()
     }
 
@@ -199,12 +209,12 @@ impl Delivery {
 
     /// The payload, as it was sent.
     pub fn payload(&self) -> &[u8] {
-        self.row.payloads.element(self.index).unwrap_or_default()
+        self.origin.row.payloads.element(self.index).unwrap_or_default()
     }
 
     /// The payload without a copy. It keeps its whole batch in memory.
     pub fn payload_bytes(&self) -> Bytes {
-        self.row.payloads.bytes(self.index).unwrap_or_default()
+        self.origin.row.payloads.bytes(self.index).unwrap_or_default()
     }
 
     /// The payload read as JSON. A payload that is something else is an error of the kind
@@ -220,7 +230,7 @@ impl Delivery {
 
     /// When it was appended, by the node's clock; never falls inside a partition.
     pub fn appended_at(&self) -> SystemTime {
-        self.row.appended_at
+        self.origin.row.appended_at
     }
 
     /// Which attempt this is, from 1.
@@ -235,17 +245,15 @@ impl Delivery {
     /// [`LeaseLost`](crate::ErrorKind::LeaseLost) where the partition is known to be another consumer's
     /// already: the message is delivered there too.
     pub fn ack(mut self) -> Result<()> {
-        let Some(holding) = self.holding.take() else {
-            return Ok(());
-        };
-        let id = self.row.base_id + i64::try_from(self.index).unwrap_or(0);
-        let result = holding.ack(id);
-        holding.take_back();
+        self.answered = true;
+        let id = self.origin.row.base_id + i64::try_from(self.index).unwrap_or(0);
+        let result = self.origin.holding.ack(id);
+        self.origin.holding.take_back();
         result
     }
 
     fn all_headers(&self) -> Headers {
-        let json = self.row.headers.as_ref().and_then(|all| all.element(self.index));
+        let json = self.origin.row.headers.as_ref().and_then(|all| all.element(self.index));
         let text = json.and_then(|json| json.get(1..)).unwrap_or(b"{}");
         let values: serde_json::Map<String, serde_json::Value> =
             serde_json::from_slice(text).unwrap_or_default();
@@ -257,16 +265,16 @@ impl Delivery {
     }
 
     fn reserved_header(&self, name: &str) -> Option<String> {
-        self.row.headers.as_ref()?;
+        self.origin.row.headers.as_ref()?;
         self.all_headers().remove(&format!("{RESERVED_HEADER_PREFIX}{name}"))
     }
 }
 
 impl Drop for Delivery {
     fn drop(&mut self) {
-        if let Some(holding) = self.holding.take() {
+        if !self.answered {
             ::metrics::counter!(names::UNANSWERED).increment(1);
-            holding.take_back();
+            self.origin.holding.take_back();
         }
     }
 }
