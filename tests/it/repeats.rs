@@ -9,7 +9,7 @@ use tokio::task::JoinHandle;
 use tokio_postgres::Client;
 
 use crate::support::clocks::Clocks;
-use crate::support::proxy::{Link, Proxy, Rule, cluster_behind_proxy, cluster_with_one_connection};
+use crate::support::proxy::{Link, Proxy, Rule, cluster_behind_proxy};
 use crate::support::stored::{
     Stored, all_stored, assert_acknowledged, assert_dense, number, stored, table, topic, waiting,
 };
@@ -29,7 +29,7 @@ struct Way {
 
 impl Way {
     async fn new(settings: impl FnOnce(ProducerBuilder) -> ProducerBuilder) -> Self {
-        let (test, proxy) = cluster_with_one_connection().await;
+        let (test, proxy) = cluster_behind_proxy().await;
         let clocks = Clocks::of(&test).await;
         clocks.set("23:50").await;
         let partition = topic(&test, "orders", 1).await[0];
@@ -38,7 +38,6 @@ impl Way {
         let producer = clocks.on(settings(builder)).build().await.unwrap();
         producer.send(Message::new("first")).await.unwrap();
         let sql = test.sql(0).await;
-        test.cluster.look_after_nodes().await.unwrap();
         Self { test, proxy, clocks, sql, partition, producer }
     }
 
@@ -58,26 +57,37 @@ impl Way {
         eventually("the batch is stored", 5 * SECOND, there).await;
     }
 
-    /// Holds what is sent on the connections that are open now; later ones are free or held.
-    fn hold(&self, later: Rule) -> Vec<Arc<Link>> {
-        self.proxy.to_server(later);
-        let links = self.proxy.links();
-        links.iter().for_each(|link| link.to_server.set(Rule::Hold));
-        links
+    /// Sends a message whose pipeline is held on its way, as are its repeats.
+    async fn send_held(&self) -> (JoinHandle<shardmq::Result<MessageId>>, Arc<Link>) {
+        self.proxy.to_server(Rule::HoldLarge(8_000));
+        let send = self.send(&"m".repeat(12_000));
+        let held = || self.proxy.links().into_iter().find(|link| link.to_server.kept() > 8_000);
+        let is_held = || async { held().is_some() };
+        eventually("the original is held", 5 * SECOND, is_held).await;
+        (send, held().unwrap())
     }
 
-    /// Waits until a pipeline is held whose client has given it up.
-    async fn given_up(&self, links: &[Arc<Link>]) {
-        let late = |link: &Arc<Link>| link.to_server.ended() && link.to_server.kept() > 2_000;
-        let given_up = || async { links.iter().any(late) };
-        eventually("the client gives up", 5 * SECOND, given_up).await;
+    /// Waits until the client has given a pipeline up, of which nothing has reached the server.
+    async fn given_up(&self, original: &Link) {
+        let ended = || async { original.to_server.ended() };
+        eventually("the client gives up", 5 * SECOND, ended).await;
     }
 
-    /// Lets originals go and waits until the server has dealt with them.
-    async fn release(&self, links: &[Arc<Link>]) {
-        links.iter().for_each(|link| link.to_server.set(Rule::Pass));
-        let through = || async { links.iter().all(|link| link.to_server.kept() == 0) };
-        eventually("the originals are through", 5 * SECOND, through).await;
+    /// Lets everything pass but the original; what was held of its repeats is lost.
+    fn free_all_but(&self, original: &Arc<Link>) {
+        for link in self.proxy.links() {
+            if !Arc::ptr_eq(&link, original) && link.to_server.kept() > 0 {
+                link.cut();
+            }
+        }
+        self.proxy.to_server_but_on(Rule::Pass, Some(original));
+    }
+
+    /// Lets an original go and waits until the server has dealt with it.
+    async fn release(&self, original: &Link) {
+        original.to_server.set(Rule::Pass);
+        let through = || async { original.to_server.kept() == 0 };
+        eventually("the original is through", 5 * SECOND, through).await;
         let idle = "select count(*) from pg_stat_activity where datname = current_database()
                         and state <> 'idle' and pid <> pg_backend_pid()";
         let idle = || async { self.sql.query_one(idle, &[]).await.unwrap().get::<_, i64>(0) == 0 };
@@ -117,17 +127,13 @@ impl Way {
     }
 }
 
-/// Large enough to be told from everything else that is sent.
-fn text() -> String {
-    "m".repeat(2_000)
-}
-
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_original_that_comes_after_its_repeat_is_not_stored_again() {
     let way = Way::new(|builder| builder).await;
-    let links = way.hold(Rule::Pass);
-    let id = within(10 * SECOND, "the repeat", way.send(&text())).await.unwrap().unwrap();
-    way.release(&links).await;
+    let (send, original) = way.send_held().await;
+    way.free_all_but(&original);
+    let id = within(10 * SECOND, "the repeat", send).await.unwrap().unwrap();
+    way.release(&original).await;
     let all = way.stored().await;
     assert_eq!((all.len(), all[1].id), (2, id));
 }
@@ -135,10 +141,9 @@ async fn an_original_that_comes_after_its_repeat_is_not_stored_again() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_repeat_that_comes_after_its_original_gets_its_id() {
     let way = Way::new(|builder| builder).await;
-    let links = way.hold(Rule::Hold);
-    let send = way.send(&text());
-    way.given_up(&links).await;
-    way.release(&links).await;
+    let (send, original) = way.send_held().await;
+    way.given_up(&original).await;
+    way.release(&original).await;
     way.eventually_stored(2).await;
     way.proxy.to_server(Rule::Pass);
     let id = within(10 * SECOND, "the repeat", send).await.unwrap().unwrap();
@@ -149,39 +154,26 @@ async fn a_repeat_that_comes_after_its_original_gets_its_id() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_original_from_before_midnight_that_comes_after_its_repeat_is_turned_away() {
     let way = Way::new(|builder| builder).await;
-    let links = way.hold(Rule::Hold);
-    let send = way.send(&text());
-    way.given_up(&links).await;
+    let (send, original) = way.send_held().await;
+    way.given_up(&original).await;
     way.clocks.set("1 day 00:00:05").await;
-    for link in &way.proxy.links()[links.len()..] {
-        link.cut();
-    }
-    way.hold_only(&links);
+    way.free_all_but(&original);
     let id = within(10 * SECOND, "the repeat", send).await.unwrap().unwrap();
     assert_eq!(id.day().yymmdd(), way.clocks.day(1).await.unsigned_abs());
     // Also where the clock has gone back since: the partition has not.
     way.clocks.set("23:59:55").await;
-    way.release(&links).await;
+    way.release(&original).await;
     let all = way.stored().await;
     assert_eq!((all.len(), all[1].id), (2, id));
-}
-
-impl Way {
-    /// Only these connections are held any more.
-    fn hold_only(&self, links: &[Arc<Link>]) {
-        self.proxy.to_server(Rule::Pass);
-        links.iter().for_each(|link| link.to_server.set(Rule::Hold));
-    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_repeat_after_midnight_finds_its_original_in_the_day_that_is_over() {
     for days in [1, 2] {
         let way = Way::new(|builder| builder).await;
-        let links = way.hold(Rule::Hold);
-        let send = way.send(&text());
-        way.given_up(&links).await;
-        way.release(&links).await;
+        let (send, original) = way.send_held().await;
+        way.given_up(&original).await;
+        way.release(&original).await;
         way.eventually_stored(2).await;
         for day in 1..=days {
             way.clocks.set(&format!("{day} days 00:00:05")).await;
@@ -235,10 +227,9 @@ async fn a_client_whose_clock_is_ahead_finds_its_original() {
 async fn a_repeat_finds_its_original_in_a_partition_that_was_sealed_or_is_full_since() {
     for full in [false, true] {
         let way = Way::new(|builder| builder).await;
-        let links = way.hold(Rule::Hold);
-        let send = way.send(&text());
-        way.given_up(&links).await;
-        way.release(&links).await;
+        let (send, original) = way.send_held().await;
+        way.given_up(&original).await;
+        way.release(&original).await;
         way.eventually_stored(2).await;
         if full {
             way.fill().await;
@@ -260,14 +251,13 @@ async fn an_original_that_comes_after_the_seal_is_turned_away_and_its_repeat_say
         ("topic = 'other'", ErrorKind::NotFound),
     ] {
         let way = Way::new(|builder| builder).await;
-        let links = way.hold(Rule::Hold);
-        let send = way.send(&text());
-        way.given_up(&links).await;
+        let (send, original) = way.send_held().await;
+        way.given_up(&original).await;
         way.set_state(change).await;
-        way.hold_only(&links);
+        way.free_all_but(&original);
         let outcome = within(10 * SECOND, "the repeat", send).await.unwrap();
         assert_eq!(outcome.unwrap_err().kind(), kind, "{change}");
-        way.release(&links).await;
+        way.release(&original).await;
         assert_eq!(way.stored().await.len(), 1, "{change}");
     }
 }
@@ -277,10 +267,10 @@ async fn an_original_that_comes_after_the_seal_is_turned_away_and_its_repeat_say
 async fn a_batch_that_is_given_up_is_fenced_and_its_late_original_turned_away() {
     let way = Way::new(|builder| builder.send_timeout(SECOND)).await;
     let holder = way.test.sql(0).await;
-    let links = way.hold(Rule::Pass);
     let lock = format!("begin; select shardmq.lock_partition({})", way.partition);
     holder.batch_execute(&lock).await.unwrap();
-    let send = way.send(&text());
+    let (send, original) = way.send_held().await;
+    way.free_all_but(&original);
     let asks = "select exists (select from pg_stat_activity where datname = current_database()
                    and wait_event_type = 'Lock' and query like '%fence_batch%')";
     let fences = || async { way.sql.query_one(asks, &[]).await.unwrap().get(0) };
@@ -289,7 +279,7 @@ async fn a_batch_that_is_given_up_is_fenced_and_its_late_original_turned_away() 
     let outcome = within(5 * SECOND, "an answer", send).await.unwrap();
     assert_eq!(outcome.unwrap_err().kind(), ErrorKind::Timeout);
     assert_eq!(way.refused().await, 1);
-    way.release(&links).await;
+    way.release(&original).await;
     assert_eq!(way.stored().await.len(), 1, "what was said not to be sent is stored");
     // The next goes as ever; the day's end takes the fence away.
     let id = way.send("next").await.unwrap().unwrap();
@@ -302,15 +292,13 @@ async fn a_batch_that_is_given_up_is_fenced_and_its_late_original_turned_away() 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_batch_whose_node_can_not_be_asked_is_unknown_and_does_not_rise_after_its_successor() {
     let way = Way::new(|builder| builder.send_timeout(SECOND)).await;
-    let links = way.hold(Rule::Hold);
-    let outcome = within(10 * SECOND, "an answer", way.send(&text())).await.unwrap();
+    let (send, original) = way.send_held().await;
+    way.proxy.to_server(Rule::Hold);
+    let outcome = within(20 * SECOND, "an answer", send).await.unwrap();
     assert_eq!(outcome.unwrap_err().kind(), ErrorKind::Unknown);
-    for link in &way.proxy.links()[links.len()..] {
-        link.cut();
-    }
-    way.hold_only(&links);
+    way.free_all_but(&original);
     let next = within(10 * SECOND, "the next", way.send("next")).await.unwrap().unwrap();
-    way.release(&links).await;
+    way.release(&original).await;
     let all = way.stored().await;
     assert_eq!((all.len(), all[1].id), (2, next));
 }
@@ -334,9 +322,8 @@ async fn what_was_never_sent_is_not_called_unknown() {
 async fn an_original_whose_repeat_was_refused_is_turned_away() {
     for code in ["check_violation", "raise_exception"] {
         let way = Way::new(|builder| builder).await;
-        let links = way.hold(Rule::Hold);
-        let send = way.send(&text());
-        way.given_up(&links).await;
+        let (send, original) = way.send_held().await;
+        way.given_up(&original).await;
         let table = table(way.partition, way.clocks.day(0).await);
         let refuse = format!(
             "create function public.no() returns trigger language plpgsql as
@@ -344,12 +331,12 @@ async fn an_original_whose_repeat_was_refused_is_turned_away() {
              create trigger no before insert on {table} execute function public.no()"
         );
         way.sql.batch_execute(&refuse).await.unwrap();
-        way.hold_only(&links);
+        way.free_all_but(&original);
         let outcome = within(10 * SECOND, "the repeat", send).await.unwrap();
         assert_ne!(outcome.unwrap_err().kind(), ErrorKind::Unknown);
         let allow = format!("drop trigger no on {table}");
         way.sql.batch_execute(&allow).await.unwrap();
-        way.release(&links).await;
+        way.release(&original).await;
         assert_eq!(way.stored().await.len(), 1, "{code}");
     }
 }

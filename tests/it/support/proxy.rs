@@ -17,8 +17,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::{TestCluster, client, database, shared_server};
-use shardmq::notifier::LocalNotifier;
-use shardmq::{Cluster, ClusterBuilder, NodeId};
+use shardmq::{Cluster, NodeId};
 
 /// What happens to bytes on their way.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -30,6 +29,8 @@ pub enum Rule {
     Hold,
     /// They are thrown away.
     Swallow,
+    /// What comes in pieces of at least so many bytes is held, and all after it.
+    HoldLarge(usize),
     /// So many more pass, what follows is held.
     HoldAfter(u64),
     /// So many more pass, then the connection is cut.
@@ -85,6 +86,11 @@ impl Way {
                 Rule::Swallow => return Some(0),
                 Rule::CutAfter(0) => return None,
                 Rule::HoldAfter(left) | Rule::CutAfter(left) => self.spend(rule, left, wanted),
+                Rule::HoldLarge(size) if wanted < size => return Some(wanted),
+                Rule::HoldLarge(_) => {
+                    self.change(rule, Rule::Hold);
+                    0
+                }
                 Rule::Hold => 0,
             };
             if admitted > 0 {
@@ -94,19 +100,25 @@ impl Way {
         }
     }
 
-    /// Takes bytes from what a rule still lets pass, unless there is another rule by now.
-    fn spend(&self, seen: Rule, left: u64, wanted: usize) -> usize {
-        let admitted = left.min(wanted as u64);
-        let rest = left - admitted;
+    /// Follows up a rule, unless there is another by now.
+    fn change(&self, seen: Rule, then: Rule) {
         self.rule.send_if_modified(|rule| {
             if *rule == seen {
-                *rule = match rule {
-                    Rule::HoldAfter(_) => Rule::HoldAfter(rest),
-                    _ => Rule::CutAfter(rest),
-                };
+                *rule = then;
             }
             false
         });
+    }
+
+    /// Takes bytes from what a rule still lets pass.
+    fn spend(&self, seen: Rule, left: u64, wanted: usize) -> usize {
+        let admitted = left.min(wanted as u64);
+        let rest = left - admitted;
+        let then = match seen {
+            Rule::HoldAfter(_) => Rule::HoldAfter(rest),
+            _ => Rule::CutAfter(rest),
+        };
+        self.change(seen, then);
         usize::try_from(admitted).unwrap()
     }
 }
@@ -160,8 +172,17 @@ impl Proxy {
 
     /// A rule for what goes to the server, on connections that are open and those to come.
     pub fn to_server(&self, rule: Rule) {
+        self.to_server_but_on(rule, None);
+    }
+
+    /// The same, but for one connection, which keeps its own.
+    pub fn to_server_but_on(&self, rule: Rule, kept: Option<&Arc<Link>>) {
         self.shared.rules.lock().unwrap().0 = rule;
-        self.links().iter().for_each(|link| link.to_server.set(rule));
+        for link in self.links() {
+            if kept.is_none_or(|kept| !Arc::ptr_eq(kept, &link)) {
+                link.to_server.set(rule);
+            }
+        }
     }
 
     /// A rule for what goes to the client.
@@ -271,22 +292,10 @@ async fn one_way(
 /// A cluster of one node that the library reaches through a proxy; the control database, and the
 /// test's own SQL, go straight.
 pub async fn cluster_behind_proxy() -> (TestCluster, Proxy) {
-    behind_proxy(|builder| builder).await
-}
-
-/// The same with one connection to the node: nothing passes but what its only user sends.
-pub async fn cluster_with_one_connection() -> (TestCluster, Proxy) {
-    let alone = |builder: ClusterBuilder| builder.connections_per_node(1).upkeep(false);
-    behind_proxy(|builder| alone(builder).notifier(LocalNotifier::new())).await
-}
-
-async fn behind_proxy(
-    settings: impl FnOnce(ClusterBuilder) -> ClusterBuilder,
-) -> (TestCluster, Proxy) {
     let server = shared_server().await;
     let proxy = Proxy::start(server.port()).await;
     let url = database(server).await;
-    let cluster = settings(Cluster::builder(&url)).connect().await.unwrap();
+    let cluster = Cluster::connect(&url).await.unwrap();
     let node = NodeId::new(1).unwrap();
     cluster.add_node(node, &proxy.url(&url)).await.unwrap();
     let test = TestCluster { cluster, control_url: url.clone(), node_urls: vec![url] };
