@@ -1,5 +1,7 @@
 //! Where a group starts: resolved once, to a time, and kept on every node.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime};
 
 use shardmq::{Message, MessageId, Messages, PartitionId, Start};
@@ -7,7 +9,7 @@ use tokio_postgres::Client;
 
 use crate::support::reading::{append_texts, cursor, next, take, text, texts_until};
 use crate::support::stored::{number, stored, topic};
-use crate::support::{TestCluster, database, own_server, shared_server};
+use crate::support::{TestCluster, database, eventually, own_server, shared_server};
 
 const SECOND: Duration = Duration::from_secs(1);
 
@@ -71,7 +73,7 @@ async fn earliest_latest_a_time_and_an_id_start_where_they_say() {
     let mut streams = Vec::new();
     for (group, start, _) in starts {
         let mut messages = consume(&test, group, start).await;
-        crate::support::eventually("both are taken", 10 * SECOND, async || {
+        eventually("both are taken", 10 * SECOND, async || {
             messages.handle().held_partitions() == 2
         })
         .await;
@@ -131,7 +133,7 @@ async fn of_two_first_consumers_with_different_starts_one_decides_for_each_node(
             .unwrap()
             .get(0);
         assert_eq!(known, 1);
-        crate::support::eventually("all are taken", 10 * SECOND, async || {
+        eventually("all are taken", 10 * SECOND, async || {
             a.handle().held_partitions() + b.handle().held_partitions() == 4
         })
         .await;
@@ -232,7 +234,15 @@ async fn an_id_that_is_not_there_yet_and_a_fixed_list_of_partitions() {
     let id = producer.send(Message::new("x")).await.unwrap();
     let later = MessageId::new(id.partition(), id.day(), id.sequence() + 2).unwrap();
     let builder = test.cluster.consumer("orders", "g").start(Start::Id(later));
+    // The reader has looked already, and seen the log end before its position.
+    let looked = Arc::new(AtomicBool::new(false));
+    let seen = Arc::clone(&looked);
+    let builder = builder.failpoint(move |place| {
+        seen.fetch_or(place == "empty", Ordering::SeqCst);
+        Box::pin(std::future::ready(()))
+    });
     let mut messages = builder.partitions([id.partition()]).stream().await.unwrap();
+    eventually("the reader looks", 10 * SECOND, async || looked.load(Ordering::SeqCst)).await;
     append_texts(&sql, id.partition(), ["before", "at", "end"]).await;
     assert_eq!(texts_until(&mut messages, "end").await, ["at"]);
     messages.shutdown(SECOND).await.unwrap();
