@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use shardmq::{ErrorKind, Message, Retention, TopicOptions};
+use shardmq::{Cluster, ErrorKind, Message, Retention, TopicOptions};
 use tokio_postgres::Client;
 
 use crate::support::{TestCluster, eventually, within};
@@ -177,9 +177,10 @@ async fn a_reader_on_the_very_table_and_a_writer_of_the_next_go_on() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn any_client_keeps_tables_ahead_and_one_takes_over_from_another() {
     let (test, sql) = topic(Retention::default()).await;
-    let producer = test.cluster.producer("orders").build().await.unwrap();
+    let client = Cluster::connect(&test.control_url).await.unwrap();
+    let producer = client.producer("orders").build().await.unwrap();
     producer.send(Message::new("x")).await.unwrap();
-    test.cluster.look_after_nodes().await.unwrap();
+    client.look_after_nodes().await.unwrap();
     assert_eq!(tables(&sql).await.len(), 4);
     eventually("the client holds the upkeep", 10 * SECOND, async || {
         sql.query_opt("select from shardmq.upkeep", &[]).await.unwrap().is_some()

@@ -95,7 +95,8 @@ impl TestCluster {
     /// Of these migrated databases.
     pub async fn of(node_urls: Vec<String>) -> Self {
         let control_url = node_urls[0].clone();
-        let cluster = Cluster::connect(&control_url).await.unwrap();
+        // Upkeep takes locks when it likes: tests that want it ask for it.
+        let cluster = Cluster::builder(&control_url).upkeep(false).connect().await.unwrap();
         for (url, number) in node_urls.iter().zip(1..) {
             cluster.add_node(NodeId::new(number).unwrap(), url).await.unwrap();
         }

@@ -4,14 +4,19 @@
 -- $1 topic  $2 group  $3 member  $4 at most  $5 whether ended leases may be taken  $6 of these only
 with live as (
     select m.member from shardmq.member m where m.leased_until > shardmq.clock()),
-free as (
-    select c.partition
+seen as materialized (
+    select c.partition, c.epoch
       from shardmq.cursor c join shardmq.partition p using (partition)
      where c.group_name = $2 and p.topic = $1 and p.state <> 'deleted'
        and c.partition = any ($6::int[])
        and (c.member is null
             or $5::bool and not exists (select from live where live.member = c.member))
-       and exists (select from live where live.member = $3)
+       and exists (select from live where live.member = $3)),
+-- Whoever took one since this snapshot has raised its epoch, and may be live without being in it.
+free as (
+    select c.partition
+      from seen join shardmq.cursor c
+        on c.group_name = $2 and c.partition = seen.partition and c.epoch = seen.epoch
      order by c.partition
      limit $4
        for no key update of c skip locked)

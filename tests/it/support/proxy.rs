@@ -295,7 +295,7 @@ pub async fn cluster_behind_proxy() -> (TestCluster, Proxy) {
     let server = shared_server().await;
     let proxy = Proxy::start(server.port()).await;
     let url = database(server).await;
-    let cluster = Cluster::connect(&url).await.unwrap();
+    let cluster = Cluster::builder(&url).upkeep(false).connect().await.unwrap();
     let node = NodeId::new(1).unwrap();
     cluster.add_node(node, &proxy.url(&url)).await.unwrap();
     let test = TestCluster { cluster, control_url: url.clone(), node_urls: vec![url] };
