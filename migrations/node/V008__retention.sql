@@ -64,9 +64,11 @@ create function shardmq.oldest_table(p_partition int) returns int
 -- Moves the low watermark over the oldest day of a partition if its time is over. The caller commits,
 -- and drops the table in a transaction of its own: a reader that finds the table gone then also finds
 -- the watermark moved. Answers nothing, kept (a group has not finished it: which) or expired.
+-- Waits for the lock for a moment only: it is asked with a connection that appends need.
 create function shardmq.expire_day(p_partition int, out outcome text, out day int, out group_name text)
     language plpgsql volatile security definer
     set search_path = pg_catalog, pg_temp
+    set lock_timeout = '300ms'
     as $$
 declare
     p shardmq.partition;
