@@ -25,9 +25,9 @@ forbid 'a table or function by name outside of the store' \
     'src/store/|src/migrate\.rs|migrations/'
 forbid 'LISTEN or NOTIFY outside of the notifier' \
     '"(un)?listen [a-z_]+[";]|"notify [a-z_]+[",;]|pg_notify' \
-    'src/notifier/|src/store/sql/notify\.sql'
+    'src/notifier/|src/store/sql/notify(_beat)?\.sql'
 forbid 'a notification inside the appending transaction' 'pg_notify|\bnotify [a-z]+' \
-    'src/[^:]*\.rs|src/store/sql/notify\.sql'
+    'src/[^:]*\.rs|src/store/sql/notify(_beat)?\.sql'
 forbid 'a crate of the command in the library' '\b(clap|comfy_table|indicatif|jiff|axum|redis)::' \
     'src/bin/'
 

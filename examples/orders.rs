@@ -22,9 +22,7 @@ const ORDERS: u32 = 1_000;
 async fn main() -> Result<()> {
     let server = Server::builder().start().await?;
     let cluster = cluster_on(&server).await?;
-    cluster
-        .create_topic("orders", TopicOptions::partitions(4))
-        .await?;
+    cluster.create_topic("orders", TopicOptions::partitions(4)).await?;
 
     let (sold, billed) = tokio::try_join!(sell(&cluster), bill(&cluster))?;
     println!("sold {ORDERS} orders for {sold} cents, billed {billed} cents");

@@ -7,6 +7,7 @@ use std::time::SystemTime;
 use futures_util::future::join_all;
 use serde::{Deserialize, Serialize};
 use tokio_postgres::Row;
+use tokio_postgres::error::SqlState;
 use tokio_postgres::types::ToSql;
 
 use crate::cluster::Cluster;
@@ -17,7 +18,7 @@ use crate::migrate::{self, Schema};
 use crate::name::TopicName;
 use crate::store::connect::{self, refused};
 use crate::store::node::{Connection, Durability, Unfinished, query, write};
-use crate::store::{control, sql};
+use crate::store::{control, sql, upkeep};
 use crate::topology::{even_slots, interleave, spread};
 
 /// The most partitions of a cluster: 99 nodes of 99.
@@ -38,6 +39,25 @@ pub struct TopicOptions {
     partitions: usize,
     nodes: Option<Vec<NodeId>>,
     if_missing: bool,
+    retention: Retention,
+}
+
+/// How long a topic's messages are kept: whole days, dropped some time after the last of them is so
+/// old.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Retention {
+    /// How many days a day is kept after its end, 1 to 3,650.
+    pub days: u16,
+    /// Whether a day is dropped that some group has not finished. If not, it is kept, however old, and
+    /// an alert opens.
+    pub drop_unread: bool,
+}
+
+impl Default for Retention {
+    /// Seven days, and longer while a group needs them.
+    fn default() -> Self {
+        Self { days: 7, drop_unread: false }
+    }
 }
 
 impl TopicOptions {
@@ -45,16 +65,18 @@ impl TopicOptions {
     /// 99,999,999 messages a day, is written by one commit at a time, and is consumed by one member of
     /// a group.
     pub fn partitions(partitions: usize) -> Self {
-        Self {
-            partitions,
-            nodes: None,
-            if_missing: false,
-        }
+        Self { partitions, nodes: None, if_missing: false, retention: Retention::default() }
     }
 
     /// Only on these nodes.
     pub fn nodes(mut self, nodes: impl IntoIterator<Item = NodeId>) -> Self {
         self.nodes = Some(nodes.into_iter().collect());
+        self
+    }
+
+    /// How long its messages are kept: seven days by default, and longer while a group needs them.
+    pub fn retention(mut self, retention: Retention) -> Self {
+        self.retention = retention;
         self
     }
 
@@ -150,11 +172,13 @@ impl Cluster {
     /// `PGPASSWORD`.
     ///
     /// # Errors
-    /// [`ErrorKind::Conflict`] where the database is another node already, or another cluster's.
+    /// [`ErrorKind::Conflict`] where the database is another node already, or another cluster's, or
+    /// where it is empty and there is a node of this number.
     pub async fn add_node(&self, node: NodeId, url: &str) -> Result<()> {
         let what = format!("register node {node}");
         let mut client = connect::connect_once(url, "shardmq node add").await?;
         migrate::check(&client, Schema::Node).await?;
+        self.refuse_in_place_of(node, &client).await?;
         let transaction = client
             .build_transaction()
             .read_only(false)
@@ -166,33 +190,43 @@ impl Cluster {
             .execute(sql::REGISTER_NODE, &params)
             .await
             .map_err(|error| refused(error, &what))?;
-        transaction
-            .commit()
-            .await
-            .map_err(|error| refused(error, &what))?;
+        transaction.commit().await.map_err(|error| refused(error, &what))?;
         // What is there now is compared by the pool's check: a stranger is refused.
         let address = connect::without_password(url)?;
         let check = crate::store::node::Node::new(url, self.id(), node, 1)?;
         drop(check.get().await?);
         check.close();
         let connection = self.inner.control.get().await?;
-        control::add_node(connection, node, &address)
-            .await
-            .map_err(|e| refused(e, &what))?;
+        control::add_node(connection, node, &address).await.map_err(|e| refused(e, &what))?;
         let connection = self.inner.control.get().await?;
-        control::bump(connection)
-            .await
-            .map_err(|error| refused(error, &what))?;
+        control::bump(connection).await.map_err(|error| refused(error, &what))?;
         self.inner.nodes.refresh().await.map(drop)
+    }
+
+    /// An empty database in the place of a node would hide all that the node has.
+    async fn refuse_in_place_of(
+        &self,
+        node: NodeId,
+        client: &tokio_postgres::Client,
+    ) -> Result<()> {
+        let what = format!("register node {node}");
+        let known = self.inner.nodes.refresh().await?.iter().any(|(id, _)| *id == node);
+        let found = client.query_opt(sql::IDENTITY, &[]).await.map_err(|e| refused(e, &what))?;
+        if known && found.is_none() {
+            return Err(Error::new(
+                ErrorKind::Conflict,
+                format!(
+                    "node {node} is registered already, and this database is not it: it is empty"
+                ),
+            ));
+        }
+        Ok(())
     }
 
     /// All nodes, by number.
     pub async fn nodes(&self) -> Result<Vec<NodeInfo>> {
         let nodes = self.inner.nodes.refresh().await?;
-        Ok(nodes
-            .into_iter()
-            .map(|(node, url)| NodeInfo { node, url })
-            .collect())
+        Ok(nodes.into_iter().map(|(node, url)| NodeInfo { node, url }).collect())
     }
 
     /// Makes a topic: its partitions are taken on their nodes first, then recorded in the control
@@ -209,17 +243,16 @@ impl Cluster {
             let what = format!("{count} partitions is not between 1 and {MAX_PARTITIONS}");
             return Err(Error::invalid(what));
         }
+        check_retention(options.retention)?;
         // Dropped on an error, the connection is closed and the change is off.
         let change = Unfinished::new(self.inner.control.get().await?);
-        let exists = self
-            .change_topology(change.connection(), &topic, &options)
-            .await?;
+        let exists = self.change_topology(change.connection(), &topic, &options).await?;
         change.finished();
         if exists && !options.if_missing {
-            return Err(Error::new(
-                ErrorKind::Conflict,
-                format!("topic {topic} exists already"),
-            ));
+            return Err(Error::new(ErrorKind::Conflict, format!("topic {topic} exists already")));
+        }
+        if !exists {
+            self.set_retention(topic.as_str(), options.retention).await?;
         }
         self.topic(topic.as_str()).await
     }
@@ -234,11 +267,7 @@ impl Cluster {
         let what = format!("create topic {topic}");
         let refused = |error| refused(error, &what);
         let (_, version) = control::begin_change(change).await.map_err(refused)?;
-        if control::topic(change, topic)
-            .await
-            .map_err(refused)?
-            .is_some()
-        {
+        if control::topic(change, topic).await.map_err(refused)?.is_some() {
             change.batch_execute("rollback").await.map_err(refused)?;
             return Ok(true);
         }
@@ -247,20 +276,48 @@ impl Cluster {
         let chosen = choose_nodes(&nodes, options.nodes.as_deref())?;
         let taken = control::partition_counts(change).await.map_err(refused)?;
         let shares = spread(options.partitions, &chosen, &taken)?;
-        let claims = shares
-            .into_iter()
-            .map(|(node, count)| self.claim(topic, node, count, version));
+        let claims =
+            shares.into_iter().map(|(node, count)| self.claim(topic, node, count, version));
         let mut by_node: BTreeMap<NodeId, Vec<PartitionId>> = BTreeMap::new();
         for claimed in join_all(claims).await {
             let (node, partitions) = claimed?;
             by_node.insert(node, partitions);
         }
         let slots = even_slots(&interleave(&by_node));
-        control::record_topic(change, topic, &slots)
-            .await
-            .map_err(refused)?;
+        control::record_topic(change, topic, &slots).await.map_err(refused)?;
         control::commit_change(change).await.map_err(refused)?;
         Ok(false)
+    }
+
+    /// Changes how long a topic's messages are kept, on all its nodes.
+    ///
+    /// # Errors
+    /// Where a node can't be reached the others have the new retention all the same: call it again.
+    pub async fn set_retention(&self, topic: &str, retention: Retention) -> Result<()> {
+        check_retention(retention)?;
+        let name = TopicName::new(topic)?;
+        let nodes = self.topology(&name).await?.by_node();
+        let (days, drop_unread) = (i32::from(retention.days), retention.drop_unread);
+        let told = nodes.into_keys().map(|id| {
+            let name = &name;
+            async move {
+                let connection = self.inner.nodes.node(id).await?.get().await?;
+                upkeep::set_retention(connection, name, days, drop_unread)
+                    .await
+                    .map_err(|error| refused(error, &format!("set the retention on node {id}")))
+            }
+        });
+        join_all(told).await.into_iter().collect()
+    }
+
+    /// Looks after the nodes at once, rather than when it is due: makes day tables ahead, drops days
+    /// whose time is over. Any client does so in the background; see [`Retention`].
+    pub async fn look_after_nodes(&self) -> Result<()> {
+        self.inner.nodes.refresh().await?;
+        let rounds = self.inner.nodes.known().into_iter().map(|node| async move {
+            crate::upkeep::round(&self.inner.nodes, node).await.map(drop)
+        });
+        join_all(rounds).await.into_iter().collect()
     }
 
     async fn claim(
@@ -273,27 +330,27 @@ impl Cluster {
         let connection = self.inner.nodes.node(node).await?.get().await?;
         let (name, wanted) = (topic.as_str(), i32::try_from(count).unwrap_or(i32::MAX));
         let params: [&(dyn ToSql + Sync); 4] = [&name, &1_i32, &wanted, &version];
-        let rows = write(
-            connection,
-            Durability::Durable,
-            sql::CLAIM_PARTITIONS,
-            &params,
-        )
-        .await
-        .map_err(|error| refused(error, &format!("take partitions on node {node}")))?;
-        let partitions: Result<Vec<_>> = rows
-            .iter()
-            .map(|row| PartitionId::from_i32(row.get(0)))
-            .collect();
+        let rows = write(connection, Durability::Durable, sql::CLAIM_PARTITIONS, &params)
+            .await
+            .map_err(|error| {
+                let what = format!("take partitions on node {node}");
+                match error.code() {
+                    // Numbers are free again a day after their partition was deleted.
+                    Some(&SqlState::CONFIGURATION_LIMIT_EXCEEDED) => {
+                        Error::with_source(ErrorKind::Full, what, error)
+                    }
+                    _ => refused(error, &what),
+                }
+            })?;
+        let partitions: Result<Vec<_>> =
+            rows.iter().map(|row| PartitionId::from_i32(row.get(0))).collect();
         Ok((node, partitions?))
     }
 
     /// All topics, by name.
     pub async fn topics(&self) -> Result<Vec<TopicSummary>> {
         let connection = self.inner.control.get().await?;
-        let rows = control::topics(&connection)
-            .await
-            .map_err(|e| refused(e, "list the topics"))?;
+        let rows = control::topics(&connection).await.map_err(|e| refused(e, "list the topics"))?;
         let summary = |row: control::TopicRow| {
             Ok(TopicSummary {
                 topic: TopicName::new(&row.topic)?,
@@ -311,9 +368,7 @@ impl Cluster {
         let topology = self.topology(&name).await?;
         let connection = self.inner.control.get().await?;
         let what = format!("describe topic {topic}");
-        let found = control::topic(&connection, &name)
-            .await
-            .map_err(|e| refused(e, &what))?;
+        let found = control::topic(&connection, &name).await.map_err(|e| refused(e, &what))?;
         drop(connection);
         let created_at = found.map_or(SystemTime::UNIX_EPOCH, |found| found.created_at);
         let by_node = topology.by_node();
@@ -326,12 +381,7 @@ impl Cluster {
         });
         let described: Vec<Vec<PartitionInfo>> = join_all(asked).await;
         let partitions = described.into_iter().flatten().collect();
-        Ok(TopicInfo {
-            topic: name,
-            generation: topology.generation,
-            created_at,
-            partitions,
-        })
+        Ok(TopicInfo { topic: name, generation: topology.generation, created_at, partitions })
     }
 
     async fn partitions_on(&self, node: NodeId, topic: &str) -> Result<Vec<PartitionInfo>> {
@@ -355,9 +405,7 @@ impl Cluster {
         let what = format!("delete topic {topic}");
         let change = Unfinished::new(self.inner.control.get().await?);
         let connection = change.connection();
-        control::begin_change(connection)
-            .await
-            .map_err(|error| refused(error, &what))?;
+        control::begin_change(connection).await.map_err(|error| refused(error, &what))?;
         for partition in &topology.partitions {
             let node = self.inner.nodes.node(partition.node()).await?.get().await?;
             let params: [&(dyn ToSql + Sync); 2] = [&partition.as_i32(), &name.as_str()];
@@ -365,12 +413,8 @@ impl Cluster {
                 .await
                 .map_err(|error| refused(error, &format!("{what}: partition {partition}")))?;
         }
-        control::forget_topic(connection, &name)
-            .await
-            .map_err(|error| refused(error, &what))?;
-        control::commit_change(connection)
-            .await
-            .map_err(|error| refused(error, &what))?;
+        control::forget_topic(connection, &name).await.map_err(|error| refused(error, &what))?;
+        control::commit_change(connection).await.map_err(|error| refused(error, &what))?;
         change.finished();
         Ok(())
     }
@@ -394,10 +438,7 @@ impl Cluster {
     pub async fn lag(&self, topic: &str) -> Result<Vec<PartitionLag>> {
         let name = TopicName::new(topic)?;
         let topology = self.topology(&name).await?;
-        let asked = topology
-            .by_node()
-            .into_keys()
-            .map(|node| self.lag_on(node, topic));
+        let asked = topology.by_node().into_keys().map(|node| self.lag_on(node, topic));
         let mut lags = Vec::new();
         for on_node in join_all(asked).await {
             lags.extend(on_node?);
@@ -416,13 +457,7 @@ impl Cluster {
 
     /// A message by its id; none where there is none. Reads the partition's node.
     pub async fn message(&self, id: MessageId) -> Result<Option<StoredMessage>> {
-        let connection = self
-            .inner
-            .nodes
-            .node(id.partition().node())
-            .await?
-            .get()
-            .await?;
+        let connection = self.inner.nodes.node(id.partition().node()).await?.get().await?;
         let rows = query(&connection, sql::MESSAGE, &[&id.number()])
             .await
             .map_err(|error| refused(error, &format!("read message {id}")))?;
@@ -447,6 +482,14 @@ impl Cluster {
     }
 }
 
+fn check_retention(retention: Retention) -> Result<()> {
+    if (1..=3650).contains(&retention.days) {
+        return Ok(());
+    }
+    let days = retention.days;
+    Err(Error::invalid(format!("a retention of {days} days is not between 1 and 3650")))
+}
+
 fn choose_nodes(known: &[NodeId], wanted: Option<&[NodeId]>) -> Result<Vec<NodeId>> {
     if known.is_empty() {
         let what = "the cluster has no node yet: register one with `shardmq node add`";
@@ -454,10 +497,9 @@ fn choose_nodes(known: &[NodeId], wanted: Option<&[NodeId]>) -> Result<Vec<NodeI
     }
     let wanted = wanted.unwrap_or(known);
     match wanted.iter().find(|node| !known.contains(node)) {
-        Some(node) => Err(Error::new(
-            ErrorKind::NotFound,
-            format!("node {node} is not registered"),
-        )),
+        Some(node) => {
+            Err(Error::new(ErrorKind::NotFound, format!("node {node} is not registered")))
+        }
         None => Ok(wanted.to_vec()),
     }
 }
@@ -465,11 +507,7 @@ fn choose_nodes(known: &[NodeId], wanted: Option<&[NodeId]>) -> Result<Vec<NodeI
 /// What a node said of a partition, or that it did not.
 fn described(partition: PartitionId, known: Option<&[PartitionInfo]>) -> PartitionInfo {
     let found = known.and_then(|known| known.iter().find(|info| info.partition == partition));
-    let state = if known.is_some() {
-        "missing"
-    } else {
-        "unreachable"
-    };
+    let state = if known.is_some() { "missing" } else { "unreachable" };
     found.cloned().unwrap_or_else(|| PartitionInfo {
         partition,
         node: partition.node(),
@@ -484,17 +522,9 @@ fn read_partition(row: &Row, node: NodeId) -> Result<PartitionInfo> {
     let day: i32 = row.get(3);
     let last_id = MessageId::try_from(row.get::<_, i64>(4)).ok();
     let closed = u64::try_from(row.get::<_, i64>(5)).unwrap_or(0);
-    let today = last_id
-        .filter(|id| id.day().as_i32() == day)
-        .map_or(0, MessageId::sequence);
+    let today = last_id.filter(|id| id.day().as_i32() == day).map_or(0, MessageId::sequence);
     let messages = closed + u64::from(today);
-    Ok(PartitionInfo {
-        partition,
-        node,
-        state: row.get(2),
-        last_id,
-        messages,
-    })
+    Ok(PartitionInfo { partition, node, state: row.get(2), last_id, messages })
 }
 
 fn read_lag(row: &Row) -> Result<PartitionLag> {
@@ -519,18 +549,13 @@ fn read_message(row: &Row) -> Result<StoredMessage> {
         other => other.to_string(),
     };
     let object = headers.as_ref().and_then(serde_json::Value::as_object);
-    let headers = object
-        .into_iter()
-        .flatten()
-        .map(|(name, value)| (name.clone(), text(value)));
+    let headers = object.into_iter().flatten().map(|(name, value)| (name.clone(), text(value)));
     Ok(StoredMessage {
         id: MessageId::try_from(row.get::<_, i64>(0))?,
         uid: row.get(1),
         topic: TopicName::new(row.get(2))?,
         key: row.get(4),
-        headers: headers
-            .filter(|(name, _)| !name.starts_with(RESERVED_HEADER_PREFIX))
-            .collect(),
+        headers: headers.filter(|(name, _)| !name.starts_with(RESERVED_HEADER_PREFIX)).collect(),
         payload: row.get(6),
         appended_at: row.get(7),
     })

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -19,6 +20,7 @@ use crate::store::connect::refused;
 use crate::store::control;
 use crate::store::node::Node;
 use crate::topology::Topology;
+use crate::upkeep;
 
 /// A cluster: makes producers and consumers, and looks after topics. Cheap to clone; all clones share
 /// their connections, at most three for each node: two for data, and one that listens where something
@@ -35,6 +37,8 @@ pub(crate) struct Inner {
     pub(crate) notifier: Arc<dyn Notifier>,
     pub(crate) shutdown: CancellationToken,
     pub(crate) tasks: TaskTracker,
+    /// Whether this process takes its turn in looking after the nodes already, or never will.
+    keeping_up: AtomicBool,
 }
 
 /// Settings of a [`Cluster`].
@@ -44,6 +48,7 @@ pub struct ClusterBuilder {
     url: String,
     connections: usize,
     notifier: Option<Arc<dyn Notifier>>,
+    upkeep: bool,
 }
 
 impl ClusterBuilder {
@@ -51,6 +56,13 @@ impl ClusterBuilder {
     /// 2 by default, 1 to 64.
     pub fn connections_per_node(mut self, connections: usize) -> Self {
         self.connections = connections.clamp(1, 64);
+        self
+    }
+
+    /// Whether this process takes its turn in looking after the nodes, where it produces or consumes:
+    /// day tables ahead, retention. It does by default; some process must.
+    pub fn upkeep(mut self, upkeep: bool) -> Self {
+        self.upkeep = upkeep;
         self
     }
 
@@ -66,12 +78,8 @@ impl ClusterBuilder {
         let control = Arc::new(Node::control(&self.url, 2)?);
         let what = "read the topology";
         let connection = control.get().await?;
-        let (id, _) = control::cluster(&connection)
-            .await
-            .map_err(|e| refused(e, what))?;
-        let known = control::nodes(&connection)
-            .await
-            .map_err(|e| refused(e, what))?;
+        let (id, _) = control::cluster(&connection).await.map_err(|e| refused(e, what))?;
+        let known = control::nodes(&connection).await.map_err(|e| refused(e, what))?;
         drop(connection);
         let nodes = Arc::new(Nodes {
             cluster: id,
@@ -83,13 +91,10 @@ impl ClusterBuilder {
         let (shutdown, tasks) = (CancellationToken::new(), TaskTracker::new());
         let notifier = self.notifier.unwrap_or_else(|| {
             let nodes = Arc::clone(&nodes);
-            Arc::new(PostgresNotifier::new(
-                nodes,
-                shutdown.child_token(),
-                tasks.clone(),
-            ))
+            Arc::new(PostgresNotifier::new(nodes, shutdown.child_token(), tasks.clone()))
         });
         let inner = Inner {
+            keeping_up: AtomicBool::new(!self.upkeep),
             control,
             id,
             nodes,
@@ -97,9 +102,7 @@ impl ClusterBuilder {
             shutdown,
             tasks,
         };
-        Ok(Cluster {
-            inner: Arc::new(inner),
-        })
+        Ok(Cluster { inner: Arc::new(inner) })
     }
 }
 
@@ -111,11 +114,7 @@ impl Cluster {
 
     /// Settings first: the URL of the control database, then [`ClusterBuilder::connect`].
     pub fn builder(url: &str) -> ClusterBuilder {
-        ClusterBuilder {
-            url: url.to_owned(),
-            connections: 2,
-            notifier: None,
-        }
+        ClusterBuilder { url: url.to_owned(), connections: 2, notifier: None, upkeep: true }
     }
 
     /// The cluster's id, drawn when its control schema was made.
@@ -143,17 +142,27 @@ impl Cluster {
         self.inner.control.close();
     }
 
+    /// Takes a turn in looking after the nodes, from now on: whoever uses a cluster does.
+    pub(crate) fn keep_up(&self) {
+        if !self.inner.keeping_up.swap(true, Ordering::AcqRel) {
+            let nodes = Arc::clone(&self.inner.nodes);
+            self.inner.tasks.spawn(upkeep::run(nodes, self.inner.shutdown.child_token()));
+        }
+    }
+
+    /// What carries hints here: for tests.
+    #[doc(hidden)]
+    pub fn notifier(&self) -> Arc<dyn Notifier> {
+        Arc::clone(&self.inner.notifier)
+    }
+
     /// What producers and consumers need to know of a topic.
     pub(crate) async fn topology(&self, topic: &TopicName) -> Result<Topology> {
         let what = format!("look up topic {topic}");
         let connection = self.inner.control.get().await?;
-        let found = control::topic(&connection, topic)
-            .await
-            .map_err(|e| refused(e, &what))?;
+        let found = control::topic(&connection, topic).await.map_err(|e| refused(e, &what))?;
         let Some(found) = found else {
-            let names = control::topics(&connection)
-                .await
-                .map_err(|e| refused(e, &what))?;
+            let names = control::topics(&connection).await.map_err(|e| refused(e, &what))?;
             let names = names.into_iter().map(|row| row.topic).collect();
             return Err(unknown_topic(topic, names));
         };
@@ -168,9 +177,7 @@ impl Cluster {
 
 impl fmt::Debug for Cluster {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Cluster")
-            .field("id", &self.inner.id)
-            .finish_non_exhaustive()
+        f.debug_struct("Cluster").field("id", &self.inner.id).finish_non_exhaustive()
     }
 }
 
@@ -188,10 +195,7 @@ fn unknown_topic(topic: &TopicName, mut names: Vec<String>) -> Error {
         [] => "there is none yet".to_owned(),
         names => format!("the nearest are {}", names.join(", ")),
     };
-    Error::new(
-        ErrorKind::NotFound,
-        format!("topic {topic} does not exist; {hint}"),
-    )
+    Error::new(ErrorKind::NotFound, format!("topic {topic} does not exist; {hint}"))
 }
 
 /// How many letters must change to make one name of another (Levenshtein).
@@ -244,12 +248,16 @@ impl Nodes {
             .ok_or_else(|| Error::new(ErrorKind::NotFound, format!("node {id} is not registered")))
     }
 
+    /// The nodes that this process has heard of.
+    pub(crate) fn known(&self) -> Vec<NodeId> {
+        self.lock().keys().copied().collect()
+    }
+
     /// All nodes, as the control database has them now.
     pub(crate) async fn refresh(&self) -> Result<Vec<(NodeId, String)>> {
         let connection = self.control.get().await?;
-        let nodes = control::nodes(&connection)
-            .await
-            .map_err(|error| refused(error, "read the nodes"))?;
+        let nodes =
+            control::nodes(&connection).await.map_err(|error| refused(error, "read the nodes"))?;
         self.learn(nodes.clone())?;
         Ok(nodes)
     }
@@ -279,9 +287,7 @@ impl Nodes {
 
 impl fmt::Debug for Nodes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Nodes")
-            .field("cluster", &self.cluster)
-            .finish_non_exhaustive()
+        f.debug_struct("Nodes").field("cluster", &self.cluster).finish_non_exhaustive()
     }
 }
 
@@ -292,15 +298,9 @@ mod tests {
     #[test]
     fn an_unknown_topic_names_the_nearest() {
         let topic = TopicName::new("order").unwrap();
-        let names = ["payments", "orders", "border", "x"]
-            .map(String::from)
-            .to_vec();
+        let names = ["payments", "orders", "border", "x"].map(String::from).to_vec();
         let text = unknown_topic(&topic, names).to_string();
         assert!(text.contains("the nearest are orders, border"), "{text}");
-        assert!(
-            unknown_topic(&topic, Vec::new())
-                .to_string()
-                .contains("there is none yet")
-        );
+        assert!(unknown_topic(&topic, Vec::new()).to_string().contains("there is none yet"));
     }
 }

@@ -35,6 +35,8 @@ use budget::{Budget, Room};
 use holding::Holding;
 use member::Command;
 pub use messages::{Delivery, Messages};
+pub(crate) use roster::jitter;
+use seat::Seats;
 use start::GroupStart;
 
 /// Where a group starts that has not consumed the topic before. Later it goes on from its cursor.
@@ -89,12 +91,7 @@ impl ConsumerBuilder {
             only: None,
             failpoint: None,
         };
-        Self {
-            cluster,
-            topic: topic.to_owned(),
-            group: group.to_owned(),
-            options,
-        }
+        Self { cluster, topic: topic.to_owned(), group: group.to_owned(), options }
     }
 
     /// Where the group starts if it is new: at the earliest message by default.
@@ -175,7 +172,7 @@ impl ConsumerBuilder {
             // Time-ordered, so that members rank by when they joined.
             member: Uuid::now_v7(),
             share: AtomicUsize::new(topology.partitions.len()),
-            held: Arc::default(),
+            seats: Arc::default(),
             events: Mutex::new(Some(events)),
             stopped: AtomicBool::new(false),
             stopping: self.cluster.inner.shutdown.child_token(),
@@ -187,6 +184,7 @@ impl ConsumerBuilder {
             start,
             options: self.options,
         });
+        shared.cluster.keep_up();
         shared.launch().await;
         Ok(Messages::new(receiver, topic, ConsumerHandle { shared }))
     }
@@ -205,15 +203,9 @@ fn check_partitions(topology: &Topology, only: Option<&[PartitionId]>) -> Result
     if only.is_some_and(<[_]>::is_empty) {
         return Err(Error::invalid("the list of partitions to take is empty"));
     }
-    let stranger = only
-        .unwrap_or_default()
-        .iter()
-        .find(|p| !topology.partitions.contains(p));
+    let stranger = only.unwrap_or_default().iter().find(|p| !topology.partitions.contains(p));
     stranger.map_or(Ok(()), |partition| {
-        let what = format!(
-            "partition {partition} is not one of topic {}",
-            topology.topic
-        );
+        let what = format!("partition {partition} is not one of topic {}", topology.topic);
         Err(Error::new(ErrorKind::NotFound, what))
     })
 }
@@ -278,7 +270,7 @@ impl ConsumerHandle {
 
     /// The partitions that this consumer owns now.
     pub fn held_partitions(&self) -> usize {
-        self.shared.held.load(Ordering::Acquire)
+        self.shared.seats.occupied()
     }
 
     /// Bytes that are fetched, or about to be, and not yet handed out: for tests.
@@ -287,8 +279,8 @@ impl ConsumerHandle {
         self.shared.budget.taken()
     }
 
-    /// A shutdown has begun: nothing is handed out any more.
-    fn is_stopped(&self) -> bool {
+    /// Whether a shutdown has begun, also by dropping the stream: nothing is handed out any more.
+    pub fn is_shutting_down(&self) -> bool {
         self.shared.stopped.load(Ordering::Acquire)
     }
 
@@ -304,7 +296,7 @@ impl fmt::Debug for ConsumerHandle {
         f.debug_struct("ConsumerHandle")
             .field("member", &shared.member)
             .field("group", &shared.group)
-            .field("held", &shared.held)
+            .field("held", &shared.seats.occupied())
             .finish_non_exhaustive()
     }
 }
@@ -313,13 +305,7 @@ impl fmt::Debug for ConsumerHandle {
 pub(crate) enum Event {
     /// Messages of one row, from an id on, with the room that they take. Patchy: some of them were
     /// acknowledged in an earlier holding.
-    Batch {
-        holding: Arc<Holding>,
-        row: Arc<Batch>,
-        from: i64,
-        patchy: bool,
-        room: Room,
-    },
+    Batch { holding: Arc<Holding>, row: Arc<Batch>, from: i64, patchy: bool, room: Room },
     /// News for whoever consumes.
     Error(Error),
 }
@@ -337,14 +323,14 @@ pub(crate) struct Shared {
     budget: Arc<Budget>,
     /// How many partitions are this member's even share.
     share: AtomicUsize,
-    held: Arc<AtomicUsize>,
+    seats: Arc<Seats>,
     /// A shutdown was asked for.
     stopped: AtomicBool,
     /// Ends the heartbeat.
     stopping: CancellationToken,
     /// All is given back, and the stream has ended.
     left: CancellationToken,
-    commands: Mutex<Vec<mpsc::UnboundedSender<Command>>>,
+    commands: Mutex<Vec<(NodeId, mpsc::UnboundedSender<Command>)>>,
 }
 
 impl Shared {
@@ -361,10 +347,7 @@ impl Shared {
                 continue;
             }
             let (sender, commands) = mpsc::unbounded_channel();
-            self.commands
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .push(sender);
+            self.commands.lock().unwrap_or_else(PoisonError::into_inner).push((node, sender));
             members.push(tasks.spawn(member::run(Arc::clone(self), node, partitions, commands)));
         }
         // However they end, by a shutdown of the consumer or of the whole cluster.
@@ -391,7 +374,7 @@ impl Shared {
         make: impl Fn(oneshot::Sender<Result<()>>) -> Command,
     ) -> Vec<oneshot::Receiver<Result<()>>> {
         let commands = self.commands.lock().unwrap_or_else(PoisonError::into_inner);
-        let tell = |sender: &mpsc::UnboundedSender<Command>| {
+        let tell = |(_, sender): &(NodeId, mpsc::UnboundedSender<Command>)| {
             let (reply, answer) = oneshot::channel();
             // A member that has ended drops the reply, which the receiver sees.
             let _ = sender.send(make(reply));
@@ -400,15 +383,18 @@ impl Shared {
         commands.iter().map(tell).collect()
     }
 
+    /// Tells one node's member.
+    fn tell(&self, node: NodeId, command: Command) {
+        let commands = self.commands.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, sender)) = commands.iter().find(|(known, _)| *known == node) {
+            let _ = sender.send(command);
+        }
+    }
+
     /// The members of all nodes have ended: the stream ends too. Idempotent.
     async fn leave(&self) {
         roster::leave(self).await;
-        drop(
-            self.events
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .take(),
-        );
+        drop(self.events.lock().unwrap_or_else(PoisonError::into_inner).take());
         self.left.cancel();
     }
 

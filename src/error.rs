@@ -34,6 +34,9 @@ pub enum ErrorKind {
     /// The group's position was moved by a seek. The caller should drop its work on messages
     /// received before.
     Reset,
+    /// Messages were dropped by retention before this group had read them; the message says how many.
+    /// Consuming goes on behind them. The caller should take note.
+    Missed,
     /// Library and schema do not fit each other. The caller should run `shardmq migrate`, or a newer
     /// library; the message says which.
     Incompatible,
@@ -66,11 +69,7 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 impl Error {
     /// An error of this kind. The message is lower case and says what was being done.
     pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
-        Self(Arc::new(Inner {
-            kind,
-            message: message.into(),
-            source: None,
-        }))
+        Self(Arc::new(Inner { kind, message: message.into(), source: None }))
     }
 
     /// An error with a cause.
@@ -79,11 +78,7 @@ impl Error {
         message: impl Into<String>,
         source: impl Into<Box<dyn StdError + Send + Sync>>,
     ) -> Self {
-        Self(Arc::new(Inner {
-            kind,
-            message: message.into(),
-            source: Some(source.into()),
-        }))
+        Self(Arc::new(Inner { kind, message: message.into(), source: Some(source.into()) }))
     }
 
     pub(crate) fn invalid(message: impl Into<String>) -> Self {
@@ -143,10 +138,7 @@ impl fmt::Debug for Error {
 
 impl StdError for Error {
     fn source(&self) -> Option<&(dyn StdError + 'static)> {
-        self.0
-            .source
-            .as_deref()
-            .map(|source| source as &(dyn StdError + 'static))
+        self.0.source.as_deref().map(|source| source as &(dyn StdError + 'static))
     }
 }
 
@@ -160,10 +152,7 @@ mod tests {
         let error = Error::with_source(ErrorKind::Unavailable, "connect to node 01", cause);
         assert_eq!(error.to_string(), "connect to node 01");
         assert_eq!(error.chain(), "connect to node 01: connection refused");
-        assert_eq!(
-            format!("{error:?}"),
-            "Unavailable: connect to node 01: connection refused"
-        );
+        assert_eq!(format!("{error:?}"), "Unavailable: connect to node 01: connection refused");
         assert!(error.is_transient());
     }
 }

@@ -38,9 +38,7 @@ impl NodeId {
         if (1..=MAX_NUMBER).contains(&number) {
             Ok(Self(number))
         } else {
-            Err(Error::invalid(format!(
-                "node number {number} is not between 1 and {MAX_NUMBER}"
-            )))
+            Err(Error::invalid(format!("node number {number} is not between 1 and {MAX_NUMBER}")))
         }
     }
 
@@ -75,9 +73,7 @@ impl FromStr for NodeId {
 
     fn from_str(text: &str) -> Result<Self> {
         let number = text.parse().map_err(|_| {
-            Error::invalid(format!(
-                "node {text:?} is not a number from 1 to {MAX_NUMBER}"
-            ))
+            Error::invalid(format!("node {text:?} is not a number from 1 to {MAX_NUMBER}"))
         })?;
         Self::new(number)
     }
@@ -151,9 +147,7 @@ impl FromStr for PartitionId {
 
     fn from_str(text: &str) -> Result<Self> {
         let number: u32 = text.parse().map_err(|_| {
-            Error::invalid(format!(
-                "partition {text:?} is not a number of the form 1NNTT"
-            ))
+            Error::invalid(format!("partition {text:?} is not a number of the form 1NNTT"))
         })?;
         Self::try_from(number)
     }
@@ -170,19 +164,13 @@ impl Day {
         if year < 100 && (1..=12).contains(&month) && day >= 1 && day <= days_in(year, month) {
             Ok(Self(number))
         } else {
-            Err(Error::invalid(format!(
-                "{number:06} is not a day of the form YYMMDD"
-            )))
+            Err(Error::invalid(format!("{number:06} is not a day of the form YYMMDD")))
         }
     }
 
     /// The UTC day of a point in time; refused outside of the years 2000 to 2099.
     pub fn of(time: SystemTime) -> Result<Self> {
-        let days = time
-            .duration_since(UNIX_EPOCH)
-            .unwrap_or_default()
-            .as_secs()
-            / 86_400;
+        let days = time.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs() / 86_400;
         days.checked_sub(DAYS_TO_2000)
             .and_then(|days| u32::try_from(days).ok())
             .and_then(Self::from_days_since_2000)
@@ -349,19 +337,13 @@ impl FromStr for MessageId {
 
     fn from_str(text: &str) -> Result<Self> {
         let digits = text.len() == 19 && text.bytes().all(|byte| byte.is_ascii_digit());
-        let number = if digits {
-            text.parse::<i64>().ok()
-        } else {
-            None
-        };
-        number
-            .and_then(|number| Self::try_from(number).ok())
-            .ok_or_else(|| {
-                let shown: String = text.chars().take(40).collect();
-                Error::invalid(format!(
-                    "message id {shown:?} is not of the form 1NNTTYYMMDDSSSSSSSS (19 digits)"
-                ))
-            })
+        let number = if digits { text.parse::<i64>().ok() } else { None };
+        number.and_then(|number| Self::try_from(number).ok()).ok_or_else(|| {
+            let shown: String = text.chars().take(40).collect();
+            Error::invalid(format!(
+                "message id {shown:?} is not of the form 1NNTTYYMMDDSSSSSSSS (19 digits)"
+            ))
+        })
     }
 }
 
@@ -373,9 +355,7 @@ impl Serialize for MessageId {
 
 impl<'de> Deserialize<'de> for MessageId {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        String::deserialize(deserializer)?
-            .parse()
-            .map_err(D::Error::custom)
+        String::deserialize(deserializer)?.parse().map_err(D::Error::custom)
     }
 }
 
@@ -406,21 +386,11 @@ impl FromStr for Uid {
     fn from_str(text: &str) -> Result<Self> {
         let mut parts = text.splitn(3, ':');
         let mut part = || parts.next().unwrap_or_default();
-        let parsed = (
-            part().parse().ok(),
-            part().parse().ok(),
-            part().parse().ok(),
-        );
+        let parsed = (part().parse().ok(), part().parse().ok(), part().parse().ok());
         let (Some(producer), Some(sequence), Some(index)) = parsed else {
-            return Err(Error::invalid(
-                "a uid is not of the form uuid:sequence:index",
-            ));
+            return Err(Error::invalid("a uid is not of the form uuid:sequence:index"));
         };
-        Ok(Self {
-            producer,
-            sequence,
-            index,
-        })
+        Ok(Self { producer, sequence, index })
     }
 }
 
@@ -432,9 +402,7 @@ impl Serialize for Uid {
 
 impl<'de> Deserialize<'de> for Uid {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        String::deserialize(deserializer)?
-            .parse()
-            .map_err(D::Error::custom)
+        String::deserialize(deserializer)?.parse().map_err(D::Error::custom)
     }
 }
 
@@ -480,7 +448,7 @@ mod tests {
             prop_assert_eq!(Day::from_yymmdd(day.yymmdd()).unwrap(), day);
             if let Some(next) = day.next() {
                 prop_assert!(next > day);
-                prop_assert_eq!(next.start(), day.start() + Duration::from_secs(86_400));
+                prop_assert_eq!(next.start(), day.start() + Duration::from_hours(24));
             }
         }
 
@@ -511,12 +479,7 @@ mod tests {
 
     #[test]
     fn numbers_out_of_bounds_are_refused_with_the_bound() {
-        assert!(
-            NodeId::new(0)
-                .unwrap_err()
-                .to_string()
-                .contains("between 1 and 99")
-        );
+        assert!(NodeId::new(0).unwrap_err().to_string().contains("between 1 and 99"));
         assert!(NodeId::new(100).is_err());
         assert!(PartitionId::try_from(10_100).is_err());
         assert!(PartitionId::try_from(20_101).is_err());

@@ -1,4 +1,4 @@
-//! A business message queue that lives in the Postgres you already run.
+#![doc = include_str!("../README.md")]
 
 mod admin;
 #[cfg(feature = "bench")]
@@ -18,10 +18,13 @@ pub mod notifier;
 mod producer;
 mod store;
 mod topology;
+mod upkeep;
+#[cfg(feature = "verify")]
+pub mod verify;
 
 pub use admin::{
-    MAX_PARTITIONS, NodeInfo, PartitionInfo, PartitionLag, StoredMessage, TopicInfo, TopicOptions,
-    TopicSummary,
+    MAX_PARTITIONS, NodeInfo, PartitionInfo, PartitionLag, Retention, StoredMessage, TopicInfo,
+    TopicOptions, TopicSummary,
 };
 pub use cluster::{Cluster, ClusterBuilder};
 pub use codec::{Codec, Json};

@@ -43,11 +43,7 @@ pub struct Message {
 impl Message {
     /// A message with these bytes, sent and received unchanged. By default up to 4 MiB.
     pub fn new(payload: impl Into<Bytes>) -> Self {
-        Self {
-            payload: payload.into(),
-            key: None,
-            headers: Headers::new(),
-        }
+        Self { payload: payload.into(), key: None, headers: Headers::new() }
     }
 
     /// A message with this value as JSON.
@@ -85,10 +81,7 @@ impl Message {
     }
 
     fn headers_len(&self) -> usize {
-        self.headers
-            .iter()
-            .map(|(name, value)| name.len() + value.len())
-            .sum()
+        self.headers.iter().map(|(name, value)| name.len() + value.len()).sum()
     }
 
     /// Checks the limits, before anything is sent.
@@ -102,11 +95,7 @@ impl Message {
         if let Some(key) = &self.key {
             check_key(key)?;
         }
-        if self.headers.is_empty() {
-            Ok(())
-        } else {
-            self.check_headers()
-        }
+        if self.headers.is_empty() { Ok(()) } else { self.check_headers() }
     }
 
     fn check_headers(&self) -> Result<()> {
@@ -141,9 +130,7 @@ fn check_key(key: &str) -> Result<()> {
         )));
     }
     if key.contains('\0') {
-        return Err(Error::invalid(
-            "key has a NUL character, which Postgres can't store in text",
-        ));
+        return Err(Error::invalid("key has a NUL character, which Postgres can't store in text"));
     }
     Ok(())
 }
@@ -153,20 +140,13 @@ mod tests {
     use super::*;
 
     fn refusal(message: &Message) -> String {
-        message
-            .check(DEFAULT_MAX_PAYLOAD_LEN)
-            .unwrap_err()
-            .to_string()
+        message.check(DEFAULT_MAX_PAYLOAD_LEN).unwrap_err().to_string()
     }
 
     #[test]
     fn limits_are_inclusive_and_errors_name_them() {
         let fits = Message::new(vec![0; DEFAULT_MAX_PAYLOAD_LEN]).key("k".repeat(MAX_KEY_LEN));
-        assert!(
-            fits.header("h", "v".repeat(MAX_HEADERS_LEN - 1))
-                .check(4 << 20)
-                .is_ok()
-        );
+        assert!(fits.header("h", "v".repeat(MAX_HEADERS_LEN - 1)).check(4 << 20).is_ok());
         assert!(refusal(&Message::new(vec![0; 4_194_305])).contains("4194304"));
         assert!(refusal(&Message::new("").key("k".repeat(1025))).contains("1024"));
         let long = Message::new("").header("h", "v".repeat(MAX_HEADERS_LEN));

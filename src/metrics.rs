@@ -24,6 +24,14 @@ pub const LEASE_LOST: &str = "shardmq_lost_partitions_total";
 pub const NOTIFY_FAILED: &str = "shardmq_notify_failed_total";
 /// Listening connections lost.
 pub const LISTENER_LOST: &str = "shardmq_listener_lost_total";
+/// Days dropped by retention.
+pub const DAYS_DROPPED: &str = "shardmq_dropped_days_total";
+/// Looks at a day that is kept beyond its time, since a group has not finished it.
+pub const DAYS_KEPT: &str = "shardmq_kept_days_total";
+/// Attempts to drop a day whose table was in use.
+pub const DROPS_CONTENDED: &str = "shardmq_contended_drops_total";
+/// Messages that retention dropped before a group had read them.
+pub const MISSED: &str = "shardmq_missed_messages_total";
 
 /// Describes all of them to the installed recorder.
 pub fn describe() {
@@ -41,6 +49,10 @@ pub fn describe() {
         (LEASE_LOST, "partitions lost to another owner"),
         (NOTIFY_FAILED, "hints that could not be sent"),
         (LISTENER_LOST, "listening connections lost"),
+        (DAYS_DROPPED, "days dropped by retention"),
+        (DAYS_KEPT, "looks at a day that is kept beyond its time"),
+        (DROPS_CONTENDED, "attempts to drop a day whose table was in use"),
+        (MISSED, "messages dropped before a group had read them"),
     ];
     for (name, text) in counters {
         describe_counter!(name, Unit::Count, text);

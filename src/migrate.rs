@@ -78,12 +78,7 @@ impl Schema {
     /// The number of the newest migration that this library knows.
     fn version(self) -> i64 {
         let migrations = self.runner();
-        migrations
-            .get_migrations()
-            .iter()
-            .map(|m| i64::from(m.version()))
-            .max()
-            .unwrap_or(0)
+        migrations.get_migrations().iter().map(|m| i64::from(m.version())).max().unwrap_or(0)
     }
 }
 
@@ -99,24 +94,13 @@ pub async fn migrate(url: &str, schema: Schema) -> Result<Vec<String>> {
     client.batch_execute(SESSION).await.map_err(refused)?;
     let lock = "select pg_advisory_lock(1397247313, -1)";
     client.batch_execute(lock).await.map_err(refused)?;
-    let utf8 = client
-        .query_one("show server_encoding", &[])
-        .await
-        .map_err(refused)?;
+    let utf8 = client.query_one("show server_encoding", &[]).await.map_err(refused)?;
     if utf8.get::<_, &str>(0) != "UTF8" {
         let found = utf8.get::<_, &str>(0);
-        return Err(Error::invalid(format!(
-            "the database's encoding is {found}, it must be UTF8"
-        )));
+        return Err(Error::invalid(format!("the database's encoding is {found}, it must be UTF8")));
     }
-    client
-        .batch_execute(schema.prepare_sql())
-        .await
-        .map_err(refused)?;
-    if table_exists(&client, schema, "compatibility")
-        .await
-        .map_err(refused)?
-    {
+    client.batch_execute(schema.prepare_sql()).await.map_err(refused)?;
+    if table_exists(&client, schema, "compatibility").await.map_err(refused)? {
         check_library(&client, schema).await?;
     }
     let report = schema
@@ -124,11 +108,7 @@ pub async fn migrate(url: &str, schema: Schema) -> Result<Vec<String>> {
         .run_async(&mut client)
         .await
         .map_err(|error| Error::with_source(ErrorKind::Database, what.clone(), error))?;
-    Ok(report
-        .applied_migrations()
-        .iter()
-        .map(ToString::to_string)
-        .collect())
+    Ok(report.applied_migrations().iter().map(ToString::to_string).collect())
 }
 
 /// Settings of a role or database that migrations must not depend on.
@@ -139,23 +119,14 @@ const SESSION: &str = "set default_transaction_read_only = off; \
 /// Checks that a schema is there, is not older than this library needs, and admits it.
 pub(crate) async fn check(client: &Client, schema: Schema) -> Result<()> {
     let refused = |error| connect::refused(error, "look for the schema");
-    if !table_exists(client, schema, "compatibility")
-        .await
-        .map_err(refused)?
-    {
+    if !table_exists(client, schema, "compatibility").await.map_err(refused)? {
         return Err(Error::new(
             ErrorKind::Incompatible,
-            format!(
-                "the database has no schema {}: run `shardmq migrate`",
-                schema.name()
-            ),
+            format!("the database has no schema {}: run `shardmq migrate`", schema.name()),
         ));
     }
     check_library(client, schema).await?;
-    let sql = format!(
-        "select max(version)::bigint from {}.migration",
-        schema.name()
-    );
+    let sql = format!("select max(version)::bigint from {}.migration", schema.name());
     let row = client.query_one(&sql, &[]).await.map_err(refused)?;
     let (found, needed) = (row.get::<_, Option<i64>>(0).unwrap_or(0), schema.version());
     if found < needed {
@@ -178,9 +149,7 @@ async fn table_exists(
     table: &str,
 ) -> Result<bool, tokio_postgres::Error> {
     let name = format!("{}.{table}", schema.name());
-    let row = client
-        .query_one("select to_regclass($1) is not null", &[&name])
-        .await?;
+    let row = client.query_one("select to_regclass($1) is not null", &[&name]).await?;
     Ok(row.get(0))
 }
 
@@ -228,17 +197,10 @@ mod tests {
     #[test]
     fn every_schema_has_migrations_numbered_without_a_gap() {
         for schema in [Schema::Node, Schema::Control, Schema::Log] {
-            let mut versions: Vec<_> = schema
-                .runner()
-                .get_migrations()
-                .iter()
-                .map(refinery::Migration::version)
-                .collect();
+            let mut versions: Vec<_> =
+                schema.runner().get_migrations().iter().map(refinery::Migration::version).collect();
             versions.sort_unstable();
-            assert_eq!(
-                versions,
-                (1..=schema.version().try_into().unwrap()).collect::<Vec<_>>()
-            );
+            assert_eq!(versions, (1..=schema.version().try_into().unwrap()).collect::<Vec<_>>());
         }
     }
 }

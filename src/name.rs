@@ -17,10 +17,7 @@ fn check(what: &str, name: &str) -> Result<()> {
     let allowed = |byte: u8| {
         byte.is_ascii_lowercase() || byte.is_ascii_digit() || matches!(byte, b'.' | b'_' | b'-')
     };
-    let starts_well = name
-        .bytes()
-        .next()
-        .is_some_and(|byte| byte.is_ascii_alphanumeric());
+    let starts_well = name.bytes().next().is_some_and(|byte| byte.is_ascii_alphanumeric());
     if starts_well && name.len() <= MAX_NAME_LEN && name.bytes().all(allowed) {
         return Ok(());
     }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, SystemTime};
 
-use tokio::sync::{Notify, Semaphore};
+use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
 use crate::cluster::Cluster;
@@ -76,11 +76,7 @@ impl ProducerBuilder {
             append_timeout: Duration::from_secs(2),
             clock: Clock(Arc::new(SystemTime::now)),
         };
-        Self {
-            cluster,
-            topic: topic.to_owned(),
-            options,
-        }
+        Self { cluster, topic: topic.to_owned(), options }
     }
 
     /// The most bytes of a payload: 4 MiB by default, up to 64 MiB.
@@ -133,14 +129,12 @@ impl ProducerBuilder {
             ));
         }
         let shared = Arc::new(Shared::new(self.cluster, topology, self.options));
+        shared.cluster.keep_up();
         let tasks = &shared.cluster.inner.tasks;
         for writer in shared.writers.values() {
             tasks.spawn(writer::run(Arc::clone(&shared), Arc::clone(writer)));
         }
-        tasks.spawn(writer::make_tables_ahead(Arc::clone(&shared)));
-        Ok(Producer {
-            handle: Arc::new(Handle { shared }),
-        })
+        Ok(Producer { handle: Arc::new(Handle { shared }) })
     }
 }
 
@@ -176,7 +170,7 @@ impl Producer {
         let receipt = {
             let shared = &self.handle.shared;
             shared.admit(&message).await?;
-            shared.push(&message)?
+            shared.push(&message)
         };
         // Its batch has a copy: nothing is kept twice while it is under way.
         drop(message);
@@ -190,7 +184,7 @@ impl Producer {
     pub async fn enqueue(&self, message: Message) -> Result<Receipt> {
         let shared = &self.handle.shared;
         shared.admit(&message).await?;
-        shared.push(&message)
+        Ok(shared.push(&message))
     }
 
     /// Sends messages and waits for all. One result for each, in the order given; messages of one key
@@ -217,7 +211,9 @@ impl Producer {
     /// returned. Cancel safe.
     pub async fn flush(&self) -> Result<()> {
         let lanes = &self.handle.shared.lanes;
-        let completions: Vec<_> = lanes.iter().flat_map(|lane| lane.completions()).collect();
+        // Twice, since a batch may go to another partition meanwhile, to one that was looked at before.
+        let looks = lanes.iter().chain(lanes);
+        let completions: Vec<_> = looks.flat_map(|lane| lane.completions()).collect();
         let mut outcome = Ok(());
         for completion in completions {
             outcome = outcome.and(completion.all().await);
@@ -247,9 +243,7 @@ impl Producer {
 
 impl fmt::Debug for Producer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Producer")
-            .field("topic", self.topic())
-            .finish_non_exhaustive()
+        f.debug_struct("Producer").field("topic", self.topic()).finish_non_exhaustive()
     }
 }
 
@@ -276,9 +270,6 @@ pub(crate) struct Shared {
     closed: AtomicBool,
     /// No message is left and none will come: the tasks end.
     pub(crate) ended: CancellationToken,
-    appended: AtomicBool,
-    /// Something was stored for the first time.
-    pub(crate) first_append: Notify,
 }
 
 impl Shared {
@@ -291,19 +282,9 @@ impl Shared {
             .collect();
         let lane = |(index, partition): (usize, &crate::id::PartitionId)| {
             let writer = Arc::clone(writers.get(&partition.node())?);
-            Some(Arc::new(Lane::new(
-                *partition,
-                topology.generation,
-                index,
-                writer,
-            )))
+            Some(Arc::new(Lane::new(*partition, topology.generation, index, writer)))
         };
-        let lanes: Vec<_> = topology
-            .partitions
-            .iter()
-            .enumerate()
-            .filter_map(lane)
-            .collect();
+        let lanes: Vec<_> = topology.partitions.iter().enumerate().filter_map(lane).collect();
         // A random start, so that producers don't all begin with the same partition.
         let start = uuid::Uuid::new_v4().as_u128() as usize % lanes.len().max(1);
         Self {
@@ -312,8 +293,6 @@ impl Shared {
             budget: Semaphore::new(options.buffer_bytes),
             closed: AtomicBool::new(false),
             ended: cluster.inner.shutdown.child_token(),
-            appended: AtomicBool::new(false),
-            first_append: Notify::new(),
             cluster,
             topology,
             options,
@@ -350,24 +329,17 @@ impl Shared {
             return Err(Error::closed("the producer"));
         }
         if self.options.when_full == WhenFull::Fail {
-            let why = format!(
-                "the producer's buffer of {} bytes is full",
-                self.options.buffer_bytes
-            );
+            let why =
+                format!("the producer's buffer of {} bytes is full", self.options.buffer_bytes);
             return Err(Error::new(ErrorKind::Full, why));
         }
         let permit = self.budget.acquire_many(cost).await;
-        permit
-            .map(tokio::sync::SemaphorePermit::forget)
-            .map_err(|_| Error::closed("the producer"))
+        permit.map(tokio::sync::SemaphorePermit::forget).map_err(|_| Error::closed("the producer"))
     }
 
-    fn push(&self, message: &Message) -> Result<Receipt> {
+    fn push(&self, message: &Message) -> Receipt {
         let lane = match &message.key {
-            Some(key) => self
-                .slots
-                .get(usize::from(key_slot(key)))
-                .map_or(0, |i| usize::from(*i)),
+            Some(key) => self.slots.get(usize::from(key_slot(key))).map_or(0, |i| usize::from(*i)),
             None => self.current.load(Ordering::Relaxed),
         };
         let mut lane = &self.lanes[lane];
@@ -386,7 +358,7 @@ impl Shared {
         if pushed.filled && message.key.is_none() {
             self.passed(lane);
         }
-        Ok(pushed.receipt)
+        pushed.receipt
     }
 
     /// A lane's batch has gone, or is full: messages without a key fill the next idle open lane, where
@@ -395,9 +367,7 @@ impl Shared {
         if self.current.load(Ordering::Relaxed) != lane.index {
             return;
         }
-        let idle = self
-            .lanes_after(lane.index)
-            .find(|lane| lane.is_idle() && self.is_open(lane));
+        let idle = self.lanes_after(lane.index).find(|lane| lane.is_idle() && self.is_open(lane));
         let next = idle.or_else(|| self.open_lane_after(lane.index));
         if let Some(next) = next {
             self.current.store(next.index, Ordering::Relaxed);
@@ -426,15 +396,11 @@ impl Shared {
             Ok(_) => {
                 ::metrics::counter!(names::SENT).increment(count);
                 ::metrics::counter!(names::APPENDED).increment(1);
-                if !self.appended.swap(true, Ordering::Relaxed) {
-                    self.first_append.notify_one();
-                }
             }
             Err(_) => ::metrics::counter!(names::SEND_FAILED).increment(count),
         }
         batch.tickets.complete(result);
-        self.budget
-            .add_permits(batch.cost.min(self.options.buffer_bytes));
+        self.budget.add_permits(batch.cost.min(self.options.buffer_bytes));
     }
 
     /// Nothing is sent any more: answers what waits in a lane.

@@ -10,3 +10,4 @@ pub(crate) mod group;
 pub(crate) mod node;
 pub(crate) mod packed;
 pub(crate) mod sql;
+pub(crate) mod upkeep;

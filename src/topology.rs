@@ -104,11 +104,7 @@ pub(crate) fn spread(
 pub(crate) fn interleave(by_node: &BTreeMap<NodeId, Vec<PartitionId>>) -> Vec<PartitionId> {
     let longest = by_node.values().map(Vec::len).max().unwrap_or(0);
     (0..longest)
-        .flat_map(|turn| {
-            by_node
-                .values()
-                .filter_map(move |list| list.get(turn).copied())
-        })
+        .flat_map(|turn| by_node.values().filter_map(move |list| list.get(turn).copied()))
         .collect()
 }
 
@@ -124,9 +120,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn partitions(count: u32) -> Vec<PartitionId> {
-        (0..count)
-            .map(|n| PartitionId::try_from(10_101 + n / 99 * 100 + n % 99).unwrap())
-            .collect()
+        (0..count).map(|n| PartitionId::try_from(10_101 + n / 99 * 100 + n % 99).unwrap()).collect()
     }
 
     #[test]

@@ -77,9 +77,10 @@ declare
     ahead int;
 begin
     perform shardmq.lock_partition(p_partition);
-    -- Not while the partition stands on a later day than the clock's: the clock is wrong then.
+    -- Only near the day that takes appends now: far from it the clock is wrong, or nobody appends.
     if not exists (select from shardmq.partition p
-                    where p.partition = p_partition and p.state = 'open' and p.day <= today) then
+                    where p.partition = p_partition and p.state = 'open' and p.day <= today
+                      and shardmq.day_start(today) <= shardmq.day_start(p.day) + interval '96 hours') then
         return;
     end if;
     for ahead in 0 .. least(p_days, 7) loop
@@ -123,14 +124,16 @@ begin
     if to_regclass('shardmq.' || shardmq.table_name(p_partition, p.day)) is not null then
         -- The last row by its table's own column: the name alone would be the first row's output column.
         execute format($sql$
-            select $1, $2, (select f.base_id from shardmq.%1$I f order by f.base_id limit 1),
-                   l.base_id + l.count - 1, 0
+            select (select f.base_id from shardmq.%1$I f order by f.base_id limit 1),
+                   l.base_id + l.count - 1
               from shardmq.%1$I l order by l.base_id desc limit 1
             $sql$, shardmq.table_name(p_partition, p.day))
-           into finished using p_partition, p.day;
+           into finished.first_id, finished.last_id;
         if finished.last_id is not null then
             finished.count := finished.last_id - finished.first_id + 1;
-            insert into shardmq.day select finished.* on conflict do nothing;
+            insert into shardmq.day (partition, day, first_id, last_id, count)
+            values (p_partition, p.day, finished.first_id, finished.last_id, finished.count)
+            on conflict do nothing;
         end if;
     end if;
     -- A late original names the day that is closed now, and is turned away by that.

@@ -68,5 +68,9 @@ begin
     delete from shardmq.day d where d.partition = p_partition;
     delete from shardmq.refused r where r.partition = p_partition;
     delete from shardmq.cursor c where c.partition = p_partition;
+    -- A topic of that name that is made later is another one: its groups begin anew.
+    delete from shardmq.group_start g
+     where g.topic = p_topic
+       and not exists (select from shardmq.partition p where p.topic = p_topic and p.state <> 'deleted');
     return true;
 end $$;

@@ -35,21 +35,13 @@ pub(crate) struct Pending {
 impl Tracker {
     /// From what is committed.
     pub(crate) fn new(acked_id: i64, ahead: impl IntoIterator<Item = (i64, i64)>) -> Self {
-        Self {
-            acked_id,
-            ahead: ahead.into_iter().collect(),
-            ..Self::default()
-        }
+        Self { acked_id, ahead: ahead.into_iter().collect(), ..Self::default() }
     }
 
     /// A run of ids was read, later than all before. Says whether parts of it are acknowledged
     /// already, since an earlier holding: asked later, the watermark may have passed them.
     pub(crate) fn read(&mut self, first: i64, last: i64) -> bool {
-        let patchy = self
-            .ahead
-            .range(..=last)
-            .next_back()
-            .is_some_and(|(_, end)| *end >= first);
+        let patchy = self.ahead.range(..=last).next_back().is_some_and(|(_, end)| *end >= first);
         match self.read.back_mut() {
             Some(run) if run.1 + 1 == first => run.1 = last,
             _ => self.read.push_back((first, last)),
@@ -75,11 +67,7 @@ impl Tracker {
     /// Whether an id is acknowledged.
     pub(crate) fn is_acked(&self, id: i64) -> bool {
         id <= self.acked_id
-            || self
-                .ahead
-                .range(..=id)
-                .next_back()
-                .is_some_and(|(_, last)| *last >= id)
+            || self.ahead.range(..=id).next_back().is_some_and(|(_, last)| *last >= id)
     }
 
     /// Everything up to here is acknowledged.
@@ -105,9 +93,7 @@ impl Tracker {
 
     /// The first id that was read and is not acknowledged.
     fn next(&self) -> Option<i64> {
-        self.read
-            .front()
-            .map(|(first, _)| (*first).max(self.acked_id + 1))
+        self.read.front().map(|(first, _)| (*first).max(self.acked_id + 1))
     }
 
     fn step_to(&mut self, id: i64) {
@@ -118,14 +104,8 @@ impl Tracker {
     }
 
     fn insert(&mut self, id: i64) {
-        let before = self
-            .ahead
-            .range(..id)
-            .next_back()
-            .map(|(first, last)| (*first, *last));
-        let first = before
-            .filter(|(_, last)| last + 1 == id)
-            .map_or(id, |(first, _)| first);
+        let before = self.ahead.range(..id).next_back().map(|(first, last)| (*first, *last));
+        let first = before.filter(|(_, last)| last + 1 == id).map_or(id, |(first, _)| first);
         let last = self.ahead.remove(&(id + 1)).unwrap_or(id);
         self.ahead.insert(first, last);
     }
@@ -133,11 +113,7 @@ impl Tracker {
     /// Moves the watermark over runs that have joined it.
     fn advance(&mut self) {
         while let Some(next) = self.next() {
-            let run = self
-                .ahead
-                .range(..=next)
-                .next_back()
-                .map(|(first, last)| (*first, *last));
+            let run = self.ahead.range(..=next).next_back().map(|(first, last)| (*first, *last));
             let Some((first, last)) = run.filter(|(_, last)| *last >= next) else {
                 break;
             };
@@ -169,10 +145,7 @@ mod tests {
         assert_eq!(tracker.acked_id(), 101);
         tracker.ack(102);
         assert_eq!(tracker.acked_id(), 1001);
-        assert_eq!(
-            tracker.pending().map(|p| (p.acked_id, p.acked_ahead)),
-            Some((1001, vec![]))
-        );
+        assert_eq!(tracker.pending().map(|p| (p.acked_id, p.acked_ahead)), Some((1001, vec![])));
     }
 
     #[test]

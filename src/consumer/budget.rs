@@ -18,11 +18,7 @@ pub(crate) struct Budget {
 
 impl Budget {
     pub(crate) fn new(size: usize) -> Arc<Self> {
-        Arc::new(Self {
-            size,
-            free: Semaphore::new(size),
-            owed: AtomicUsize::new(0),
-        })
+        Arc::new(Self { size, free: Semaphore::new(size), owed: AtomicUsize::new(0) })
     }
 
     /// Waits for the room of one fetch: a quarter of the budget, 1 MiB at most. Who came first goes
@@ -34,10 +30,7 @@ impl Budget {
             Ok(permit) => permit.forget(),
             Err(_) => unreachable!("it is never closed"),
         }
-        Room {
-            budget: Arc::clone(self),
-            size,
-        }
+        Room { budget: Arc::clone(self), size }
     }
 
     /// Bytes that are fetched, or reserved, and not yet handed out.
@@ -53,10 +46,8 @@ impl Budget {
 
     fn give(&self, size: usize) {
         let pay = |owed: usize| Some(owed.saturating_sub(size));
-        let owed = self
-            .owed
-            .fetch_update(Ordering::AcqRel, Ordering::Acquire, pay)
-            .unwrap_or_default();
+        let owed =
+            self.owed.fetch_update(Ordering::AcqRel, Ordering::Acquire, pay).unwrap_or_default();
         self.free.add_permits(size.saturating_sub(owed));
     }
 }
@@ -78,10 +69,7 @@ impl Room {
         let own = size.min(self.size);
         self.size -= own;
         self.budget.borrow(size - own);
-        Self {
-            budget: Arc::clone(&self.budget),
-            size,
-        }
+        Self { budget: Arc::clone(&self.budget), size }
     }
 }
 

@@ -35,8 +35,10 @@ impl Member {
     }
 
     /// Commits cursors: all that have changed, or that of one partition. False: some rows were passed
-    /// over, since a transaction has locked them.
+    /// over, since a transaction has locked them, or since another server answered than the one that
+    /// their messages were seen on.
     pub(super) async fn flush(&mut self, only: Option<PartitionId>) -> Result<bool> {
+        self.lose_void().await;
         let (moves, versions) = self.moves(only);
         if moves.is_empty() {
             return Ok(true);
@@ -62,6 +64,11 @@ impl Member {
                     result = result.and(Ok(false));
                     continue;
                 }
+                Moved::OtherServer => {
+                    holding.wake.notify_one();
+                    result = result.and(Ok(false));
+                    continue;
+                }
                 Moved::LeaseLost => ErrorKind::LeaseLost,
                 Moved::Reset => ErrorKind::Reset,
             };
@@ -69,6 +76,15 @@ impl Member {
             self.lose(&holding, refusal).await;
         }
         result
+    }
+
+    /// Ends what a reader has found void, before its cursor is named in a flush.
+    async fn lose_void(&mut self) {
+        let void = self.holdings.values().filter(|holding| holding.is_void());
+        let void: Vec<_> = void.map(|h| (h.partition, h.fence.owner)).collect();
+        for (partition, owner) in void {
+            self.lose_tail(partition, owner).await;
+        }
     }
 
     fn moves(&self, only: Option<PartitionId>) -> (Vec<Move>, HashMap<PartitionId, u64>) {
@@ -82,6 +98,7 @@ impl Member {
             moves.push(Move {
                 partition: holding.partition,
                 fence: holding.fence,
+                incarnation: holding.incarnation(),
                 acked_id: pending.acked_id,
                 acked_ahead: pending.acked_ahead,
             });

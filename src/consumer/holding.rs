@@ -1,7 +1,8 @@
 //! A partition that this consumer owns, from its acquisition to its end.
 
-use std::sync::atomic::{AtomicI64, AtomicU8, AtomicU32, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU8, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::SystemTime;
 
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
@@ -21,6 +22,7 @@ pub(crate) struct Holding {
     /// Its place in the consumer's share, for as long as it is held.
     seat: Mutex<Option<Seat>>,
     state: AtomicU8,
+    void: AtomicBool,
     /// Deliveries handed out and not answered.
     outstanding: AtomicUsize,
     /// Woken when `outstanding` falls to none.
@@ -31,6 +33,8 @@ pub(crate) struct Holding {
     pub(crate) ended: CancellationToken,
     position: AtomicI64,
     day: AtomicU32,
+    /// The server on which the last row read was last seen: when that was started.
+    incarnation: Mutex<SystemTime>,
 }
 
 const HELD: u8 = 0;
@@ -39,14 +43,17 @@ const LOST: u8 = 2;
 const RESET: u8 = 3;
 
 impl Holding {
-    pub(crate) fn new(acquired: Acquired, seat: Seat, ended: CancellationToken) -> Self {
+    pub(crate) fn new(acquired: Acquired, mut seat: Seat, ended: CancellationToken) -> Self {
+        seat.occupy();
         Self {
             seat: Mutex::new(Some(seat)),
             partition: acquired.partition,
             fence: acquired.fence,
+            incarnation: Mutex::new(acquired.incarnation),
             position: AtomicI64::new(acquired.acked_id),
             tracker: Mutex::new(Tracker::new(acquired.acked_id, acquired.acked_ahead)),
             state: AtomicU8::new(HELD),
+            void: AtomicBool::new(false),
             outstanding: AtomicUsize::new(0),
             answered: Notify::new(),
             wake: Notify::new(),
@@ -66,9 +73,7 @@ impl Holding {
 
     /// Nothing more is read or handed out; what is in hand may still be acknowledged.
     pub(crate) fn drain(&self) {
-        let _ = self
-            .state
-            .compare_exchange(HELD, DRAINING, Ordering::SeqCst, Ordering::SeqCst);
+        let _ = self.state.compare_exchange(HELD, DRAINING, Ordering::SeqCst, Ordering::SeqCst);
         self.ended.cancel();
         self.leave_seat();
     }
@@ -96,13 +101,18 @@ impl Holding {
         self.answered.notify_waiters();
     }
 
+    /// The server lacks what was read under it: what is acknowledged and not committed is void.
+    pub(crate) fn void(&self) {
+        self.void.store(true, Ordering::Release);
+        self.end(ErrorKind::LeaseLost);
+    }
+
+    pub(crate) fn is_void(&self) -> bool {
+        self.void.load(Ordering::Acquire)
+    }
+
     fn leave_seat(&self) {
-        drop(
-            self.seat
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .take(),
-        );
+        drop(self.seat.lock().unwrap_or_else(PoisonError::into_inner).take());
     }
 
     /// Records an acknowledgement.
@@ -160,6 +170,16 @@ impl Holding {
         }
     }
 
+    /// The server that everything read so far was last seen on.
+    pub(crate) fn incarnation(&self) -> SystemTime {
+        *self.incarnation.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The last row read was seen on this server.
+    pub(crate) fn seen_on(&self, incarnation: SystemTime) {
+        *self.incarnation.lock().unwrap_or_else(PoisonError::into_inner) = incarnation;
+    }
+
     /// How far it was read, for looks.
     pub(crate) fn position(&self) -> (Option<Day>, i64) {
         let day = Day::from_yymmdd(self.day.load(Ordering::Relaxed)).ok();
@@ -167,8 +187,7 @@ impl Holding {
     }
 
     pub(crate) fn set_position(&self, day: Option<Day>, position: i64) {
-        self.day
-            .store(day.map_or(0, Day::yymmdd), Ordering::Relaxed);
+        self.day.store(day.map_or(0, Day::yymmdd), Ordering::Relaxed);
         self.position.store(position, Ordering::Relaxed);
     }
 }

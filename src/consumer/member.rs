@@ -10,13 +10,14 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use futures_util::StreamExt;
 use futures_util::future::join_all;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until, timeout};
+use uuid::Uuid;
 
 use crate::consumer::Shared;
 use crate::consumer::holding::Holding;
@@ -33,11 +34,10 @@ pub(crate) enum Command {
     Flush(oneshot::Sender<Result<()>>),
     /// The share has changed.
     Rebalance(oneshot::Sender<Result<()>>),
+    /// A reader found that the server lacks what it has read.
+    TailLost { partition: PartitionId, owner: Uuid },
     /// Give everything back: when all is answered, or at the deadline.
-    Stop {
-        until: Instant,
-        reply: oneshot::Sender<Result<()>>,
-    },
+    Stop { until: Instant, reply: oneshot::Sender<Result<()>> },
 }
 
 /// How long a statement of a member may take.
@@ -46,6 +46,8 @@ pub(super) const STATEMENT: Duration = Duration::from_secs(5);
 const ACQUIRE_INTERVAL: Duration = Duration::from_secs(1);
 /// How soon a renewal that failed is tried again.
 const RENEW_AGAIN: Duration = Duration::from_millis(500);
+/// How soon a member tries again to renew, after it found another server.
+const UNSETTLED: Duration = Duration::from_millis(100);
 
 pub(super) struct Member {
     pub(super) shared: Arc<Shared>,
@@ -58,6 +60,10 @@ pub(super) struct Member {
     pub(super) renewed: Option<Instant>,
     /// Since when it was renewed in time.
     pub(super) kept_since: Option<Instant>,
+    /// The server whose log all partitions were last seen on: when it was started.
+    pub(super) incarnation: Option<SystemTime>,
+    /// Another server has answered, and not all partitions were looked at there.
+    pub(super) other_server: bool,
     /// The node knows where the group starts.
     pub(super) started: bool,
     /// Why acknowledgements were not committed since the last flush that told.
@@ -83,6 +89,8 @@ pub(crate) async fn run(
         draining: JoinSet::new(),
         renewed: None,
         kept_since: None,
+        incarnation: None,
+        other_server: false,
         started: false,
         uncommitted: None,
         failing: false,
@@ -102,9 +110,16 @@ impl Member {
         let mut look_at = Instant::now() + jitter(poll);
         let cluster_ends = self.shared.cluster.inner.shutdown.clone();
         while !self.is_done() {
+            if self.other_server || self.renewed.is_none() {
+                renew_at = renew_at.min(Instant::now() + UNSETTLED);
+            }
             tokio::select! {
                 () = sleep_until(renew_at) => {
-                    let soon = if self.attempt(Work::Renew).await { lease } else { RENEW_AGAIN };
+                    let soon = match self.attempt(Work::Renew).await {
+                        true if self.other_server => UNSETTLED,
+                        true => lease,
+                        false => RENEW_AGAIN,
+                    };
                     renew_at = Instant::now() + soon.min(lease * 3 / 10);
                 }
                 _ = acquire.tick(), if self.stop.is_none() => {
@@ -136,9 +151,9 @@ impl Member {
         let outcome = match work {
             Work::Renew => timeout(STATEMENT, self.renew()).await,
             Work::Balance => timeout(STATEMENT, self.balance()).await,
-            Work::Flush => timeout(STATEMENT, self.flush(None))
-                .await
-                .map(|flushed| flushed.map(drop)),
+            Work::Flush => {
+                timeout(STATEMENT, self.flush(None)).await.map(|flushed| flushed.map(drop))
+            }
             Work::Look => {
                 let looked = timeout(STATEMENT, self.look()).await;
                 if !matches!(looked, Ok(Ok(()))) {
@@ -204,31 +219,26 @@ impl Member {
     }
 
     fn wake(&self, partitions: &[PartitionId]) {
-        for holding in partitions
-            .iter()
-            .filter_map(|partition| self.holdings.get(partition))
-        {
+        for holding in partitions.iter().filter_map(|partition| self.holdings.get(partition)) {
             holding.wake.notify_one();
         }
     }
 
-    fn wake_all(&self) {
-        self.holdings
-            .values()
-            .for_each(|holding| holding.wake.notify_one());
+    pub(super) fn wake_all(&self) {
+        self.holdings.values().for_each(|holding| holding.wake.notify_one());
     }
 
     async fn obey(&mut self, command: Command) {
         match command {
             Command::Flush(reply) => {
                 let done = timeout(STATEMENT, self.flush_through()).await;
-                let late = || {
-                    Err(Error::new(
-                        ErrorKind::Timeout,
-                        "commit cursors: no answer in time",
-                    ))
-                };
+                let late =
+                    || Err(Error::new(ErrorKind::Timeout, "commit cursors: no answer in time"));
                 let _ = reply.send(done.unwrap_or_else(|_| late()));
+            }
+            Command::TailLost { partition, owner } => {
+                self.lose_tail(partition, owner).await;
+                self.attempt(Work::Balance).await;
             }
             Command::Rebalance(reply) => {
                 self.attempt(Work::Balance).await;
@@ -253,9 +263,7 @@ impl Member {
             let _ = group::sweep_members(self.shared.connection(self.node).await?).await;
             let connection = self.shared.connection(self.node).await?;
             let left = group::leave(connection, self.shared.member).await;
-            flushed
-                .and(released)
-                .and(left.map_err(|error| refused(error, "end the lease")))
+            flushed.and(released).and(left.map_err(|error| refused(error, "end the lease")))
         });
         let outcome = done.await.unwrap_or_else(|_| {
             let what = format!("commit acknowledgements on node {}: no answer", self.node);

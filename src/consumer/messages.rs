@@ -61,12 +61,7 @@ impl Messages {
         topic: TopicName,
         handle: ConsumerHandle,
     ) -> Self {
-        Self {
-            events,
-            current: None,
-            topic,
-            handle,
-        }
+        Self { events, current: None, topic, handle }
     }
 
     /// A handle to flush and to shut down with, from anywhere.
@@ -99,7 +94,7 @@ impl Messages {
                 current.next += 1;
                 continue;
             }
-            if self.handle.is_stopped() || !holding.hand_out() {
+            if self.handle.is_shutting_down() || !holding.hand_out() {
                 break;
             }
             current.next += 1;
@@ -125,18 +120,8 @@ impl Stream for Messages {
                 return Poll::Ready(Some(Ok(delivery)));
             }
             match std::task::ready!(self.events.poll_recv(context)) {
-                Some(Event::Batch {
-                    holding,
-                    row,
-                    from,
-                    patchy,
-                    room,
-                }) => {
-                    let origin = Origin {
-                        holding,
-                        row,
-                        topic: self.topic.clone(),
-                    };
+                Some(Event::Batch { holding, row, from, patchy, room }) => {
+                    let origin = Origin { holding, row, topic: self.topic.clone() };
                     self.current = Some(Current {
                         origin: Arc::new(origin),
                         next: from,
@@ -145,7 +130,7 @@ impl Stream for Messages {
                         _room: room,
                     });
                 }
-                Some(Event::Error(error)) if !self.handle.is_stopped() => {
+                Some(Event::Error(error)) if !self.handle.is_shutting_down() => {
                     return Poll::Ready(Some(Err(error)));
                 }
                 // The shutdown returns it.
@@ -164,9 +149,7 @@ impl Drop for Messages {
 
 impl fmt::Debug for Messages {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Messages")
-            .field("topic", &self.topic)
-            .finish_non_exhaustive()
+        f.debug_struct("Messages").field("topic", &self.topic).finish_non_exhaustive()
     }
 }
 
@@ -216,9 +199,7 @@ impl Delivery {
     /// The headers it was sent with; a value that is not a string as its JSON text.
     pub fn headers(&self) -> Headers {
         let all = self.all_headers();
-        all.into_iter()
-            .filter(|(name, _)| !name.starts_with(RESERVED_HEADER_PREFIX))
-            .collect()
+        all.into_iter().filter(|(name, _)| !name.starts_with(RESERVED_HEADER_PREFIX)).collect()
     }
 
     /// The value of one header.
@@ -272,12 +253,7 @@ impl Delivery {
     }
 
     fn all_headers(&self) -> Headers {
-        let json = self
-            .origin
-            .row
-            .headers
-            .as_ref()
-            .and_then(|all| all.element(self.index));
+        let json = self.origin.row.headers.as_ref().and_then(|all| all.element(self.index));
         let text = json.and_then(|json| json.get(1..)).unwrap_or(b"{}");
         let values: serde_json::Map<String, serde_json::Value> =
             serde_json::from_slice(text).unwrap_or_default();
@@ -285,16 +261,12 @@ impl Delivery {
             serde_json::Value::String(text) => text,
             other => other.to_string(),
         };
-        values
-            .into_iter()
-            .map(|(name, value)| (name, text(value)))
-            .collect()
+        values.into_iter().map(|(name, value)| (name, text(value))).collect()
     }
 
     fn reserved_header(&self, name: &str) -> Option<String> {
         self.origin.row.headers.as_ref()?;
-        self.all_headers()
-            .remove(&format!("{RESERVED_HEADER_PREFIX}{name}"))
+        self.all_headers().remove(&format!("{RESERVED_HEADER_PREFIX}{name}"))
     }
 }
 

@@ -10,20 +10,35 @@
 //!
 //! To leave a day the reader first sees that it is closed and *then*, in a later snapshot, reads it
 //! until a read comes back empty: in the other order a batch appended in between would stay behind.
+//!
+//! Every fetch starts with the row that was read last and compares it. If it is gone or another, a
+//! server was put in the place of the one that was read, and lacks the end of its log: what was read
+//! and not committed is void. A look "after reconnecting" would not do: behind a pooler the connection
+//! survives.
 
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::time::timeout;
+
 use crate::consumer::budget::Room;
 use crate::consumer::holding::Holding;
+use crate::consumer::member::Command;
 use crate::consumer::{Event, Shared};
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::Day;
+use crate::metrics as names;
 use crate::store::connect::refused;
-use crate::store::fetch::{self, Batch};
+use crate::store::fetch::{self, Batch, Identity, Overlap};
+use crate::store::node::{Connection, Unfinished};
+use crate::store::upkeep;
 
 /// The most rows of one fetch.
 const MAX_ROWS: i32 = 512;
+/// How long room is held for a connection.
+const BUSY: Duration = Duration::from_millis(50);
+/// How long one fetch may take: the largest message over a slow line.
+const FETCH: Duration = Duration::from_mins(1);
 /// Between attempts after an error.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
 
@@ -35,6 +50,22 @@ struct Reader {
     day: Option<Day>,
     /// The day was seen to be closed, and this one comes next.
     next: Option<Day>,
+    /// The day that took appends when the partition was looked at last.
+    open: Option<Day>,
+    /// The row read last, and the day that it is of.
+    last: Option<(Day, Identity)>,
+}
+
+/// What a fetch brought.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Fetched {
+    Nothing,
+    /// All there was.
+    Rows,
+    /// As much as one fetch may bring.
+    Full,
+    /// The reader is on another day now.
+    Moved,
 }
 
 /// Reads until the holding has ended, through every passing fault.
@@ -42,13 +73,7 @@ pub(crate) async fn read(shared: Arc<Shared>, holding: Arc<Holding>) {
     let ended = holding.ended.clone();
     let (_, position) = holding.position();
     let day = fetch::day_of(position);
-    let reader = Reader {
-        shared,
-        holding,
-        position,
-        day,
-        next: None,
-    };
+    let reader = Reader { shared, holding, position, day, next: None, open: None, last: None };
     tokio::select! {
         () = ended.cancelled() => {}
         () = reader.run() => {}
@@ -64,49 +89,50 @@ impl Reader {
                     backoff = BACKOFF.0;
                     self.holding.wake.notified().await;
                 }
-                Err(error) => {
+                Err(Stop::Lost) => {
+                    let (partition, owner) = (self.holding.partition, self.holding.fence.owner);
+                    self.holding.void();
+                    let told = Command::TailLost { partition, owner };
+                    self.shared.tell(partition.node(), told);
+                    std::future::pending::<()>().await;
+                }
+                Err(Stop::Error(error)) => {
                     let partition = self.holding.partition;
                     if backoff == BACKOFF.0 {
                         tracing::warn!(%partition, error = %error.chain(), "reading failed, going on");
                     }
                     tokio::time::sleep(backoff).await;
                     backoff = (backoff * 2).min(BACKOFF.1);
-                    self.reachable(&mut backoff).await;
                 }
             }
         }
     }
 
-    /// Waits until the node takes connections. Without this every reader of a dead node would sit on
-    /// room that those of the others need.
-    async fn reachable(&self, backoff: &mut Duration) {
-        let node = self.holding.partition.node();
-        while self.shared.connection(node).await.is_err() {
-            tokio::time::sleep(*backoff).await;
-            *backoff = (*backoff * 2).min(BACKOFF.1);
-        }
-    }
-
-    /// Reads until there is nothing more for now.
-    async fn drain(&mut self) -> Result<()> {
+    /// Reads until there is nothing more for now. What is appended to the open day after a fetch that
+    /// brought all there was comes with a hint, or a look, which wakes this reader again.
+    async fn drain(&mut self) -> Result<(), Stop> {
         loop {
             let Some(day) = self.day else {
-                if self.find_day().await? {
-                    continue;
+                self.day = self.look().await?;
+                self.holding.set_position(self.day, self.position);
+                if self.day.is_none() {
+                    return Ok(());
                 }
-                return Ok(());
-            };
-            if self.fetch(day).await? {
                 continue;
+            };
+            match self.fetch(day).await? {
+                Fetched::Nothing => {}
+                Fetched::Rows if self.open == self.day => return Ok(()),
+                Fetched::Full | Fetched::Moved | Fetched::Rows => continue,
             }
-            // Empty. Was the day seen to be closed before this read?
+            // Was the day seen to be closed before this read?
             if let Some(next) = self.next.take() {
                 self.day = Some(next);
                 self.holding.set_position(self.day, self.position);
                 continue;
             }
             self.shared.failpoint("empty").await;
-            self.next = self.day_after(Some(day)).await?;
+            self.next = self.look().await?;
             if self.next.is_none() {
                 return Ok(());
             }
@@ -114,46 +140,174 @@ impl Reader {
         }
     }
 
-    /// The first day that has messages, or may have.
-    async fn find_day(&mut self) -> Result<bool> {
-        self.day = self.day_after(None).await?;
-        self.holding.set_position(self.day, self.position);
-        Ok(self.day.is_some())
-    }
-
-    async fn day_after(&self, day: Option<Day>) -> Result<Option<Day>> {
+    /// Where the partition stands: the day to be read after this one, if there is one. A position that
+    /// retention has passed moves on to the low watermark.
+    async fn look(&mut self) -> Result<Option<Day>, Stop> {
         let partition = self.holding.partition;
         let connection = self.shared.connection(partition.node()).await?;
-        let state = fetch::partition_state(&connection, partition, day)
+        let what = || format!("look at partition {partition}");
+        let state = fetch::partition_state(&connection, partition, self.day)
             .await
-            .map_err(|error| refused(error, &format!("look at partition {partition}")))?;
+            .map_err(|error| refused(error, &what()))?;
         let Some(state) = state else {
             let what = format!("read partition {partition}: the node does not know it");
-            return Err(Error::new(ErrorKind::NotFound, what));
+            return Err(Error::new(ErrorKind::NotFound, what).into());
         };
-        Ok(state.day_after(day))
+        if self.last.is_none() {
+            // Nothing was read that another server could lack.
+            self.holding.seen_on(state.incarnation);
+        }
+        if state.low_watermark > self.position + 1 {
+            let missed = upkeep::missed(&connection, partition, self.position)
+                .await
+                .map_err(|error| refused(error, &what()))?;
+            self.pass(state.low_watermark, missed);
+        }
+        self.open = Some(state.day);
+        Ok(state.day_after(self.day))
     }
 
-    /// Reads on in a day. False: there was nothing.
-    async fn fetch(&mut self, day: Day) -> Result<bool> {
+    /// Goes on behind the days that retention has dropped, and says what was missed.
+    fn pass(&mut self, low_watermark: i64, missed: u64) {
+        self.position = low_watermark - 1;
+        self.last = None;
+        if missed > 0 {
+            ::metrics::counter!(names::MISSED).increment(missed);
+            let what = format!(
+                "partition {}: retention dropped {missed} messages before group {} had read them",
+                self.holding.partition, self.shared.group
+            );
+            tracing::error!(alert = "retention", "{what}");
+            self.shared.send(Event::Error(Error::new(ErrorKind::Missed, what)));
+        }
+    }
+
+    /// Reads on in a day.
+    async fn fetch(&mut self, day: Day) -> Result<Fetched, Stop> {
         let partition = self.holding.partition;
-        let shared = Arc::clone(&self.shared);
-        let reserved = shared.budget.reserve().await;
-        let bounds = (i64::try_from(reserved.size()).unwrap_or(i64::MAX), MAX_ROWS);
-        let connection = shared.connection(partition.node()).await?;
-        let rows = fetch::fetch(&connection, partition, day, self.position, bounds)
+        let (reserved, connection) = self.room_and_connection().await?;
+        let bound = reserved.size();
+        // Closed where it falls silent: the next one would hang in it too.
+        let connection = Unfinished::new(connection);
+        let read = timeout(FETCH, self.compared(connection.connection(), day, bound)).await;
+        let read = read.map_err(|_| {
+            Error::new(ErrorKind::Unavailable, format!("read partition {partition}: no answer"))
+        })?;
+        connection.finished();
+        let Some(rows) = read? else { return self.table_gone(day).await };
+        // A position beyond the end of the log has nothing yet to be compared with.
+        if let Some(row) = rows.last().filter(|row| row.last_id() >= self.position) {
+            self.last = Some((day, row.identity()));
+        }
+        let full = rows.len() >= usize::try_from(MAX_ROWS).unwrap_or(usize::MAX);
+        let new: Vec<Batch> =
+            rows.into_iter().filter(|row| row.last_id() > self.position).collect();
+        let bytes: usize = new.iter().map(|row| row.bytes).sum();
+        let (any, full) = (!new.is_empty(), full || bytes >= bound);
+        self.deliver(new, reserved);
+        Ok(match (any, full) {
+            (false, _) => Fetched::Nothing,
+            (true, false) => Fetched::Rows,
+            (true, true) => Fetched::Full,
+        })
+    }
+
+    /// The rows from the last one on, which was compared; none where the table does not exist.
+    async fn compared(
+        &self,
+        connection: &Connection,
+        day: Day,
+        bound: usize,
+    ) -> Result<Option<Vec<Batch>>, Stop> {
+        let partition = self.holding.partition;
+        let bounds = (i64::try_from(bound).unwrap_or(i64::MAX), MAX_ROWS);
+        let rows = fetch::fetch(connection, partition, day, self.position, bounds)
             .await
             .map_err(|error| refused(error, &format!("read partition {partition}")))?;
-        drop(connection);
-        // A table that is gone has nothing more to say.
-        let rows = rows.unwrap_or_default();
-        let new: Vec<Batch> = rows
-            .into_iter()
-            .filter(|row| row.last_id() > self.position)
-            .collect();
-        let any = !new.is_empty();
-        self.deliver(new, reserved);
-        Ok(any)
+        if let Some(rows) = &rows {
+            self.compare(connection, day, rows.first()).await?;
+        }
+        Ok(rows)
+    }
+
+    /// Compares the row that was read last with what is there now.
+    async fn compare(
+        &self,
+        connection: &Connection,
+        day: Day,
+        first: Option<&Batch>,
+    ) -> Result<(), Stop> {
+        let partition = self.holding.partition;
+        let read_on = first.map(|row| row.incarnation);
+        let seen_on = match &self.last {
+            Some((of, last)) if *of == day => {
+                let same = first.filter(|row| row.identity() == *last);
+                same.ok_or(Stop::Lost)?.incarnation
+            }
+            // No row of this day was read yet: the last one of the day before is compared.
+            Some((of, last)) => {
+                let found = fetch::overlap(connection, partition, *of, last)
+                    .await
+                    .map_err(|error| refused(error, &format!("read partition {partition}")))?;
+                match found {
+                    Overlap::Same(incarnation) => incarnation,
+                    Overlap::NoTable if self.was_dropped(connection, *of).await? => {
+                        read_on.unwrap_or(self.holding.incarnation())
+                    }
+                    Overlap::Changed | Overlap::NoTable => return Err(Stop::Lost),
+                }
+            }
+            // Nothing was read that another server could lack: the position is of the cursor itself,
+            // which is in the same log, and the fence says whether it still is this holding's.
+            None => read_on.unwrap_or(self.holding.incarnation()),
+        };
+        if read_on.is_some_and(|read_on| read_on != seen_on) {
+            let what = format!("read partition {partition}: another server answered meanwhile");
+            return Err(Error::new(ErrorKind::Unavailable, what).into());
+        }
+        self.holding.seen_on(seen_on);
+        Ok(())
+    }
+
+    /// Whether retention has passed a day.
+    async fn was_dropped(&self, connection: &Connection, day: Day) -> Result<bool, Stop> {
+        let partition = self.holding.partition;
+        let state = fetch::partition_state(connection, partition, Some(day))
+            .await
+            .map_err(|error| refused(error, &format!("look at partition {partition}")))?;
+        Ok(state.is_some_and(|state| state.low_watermark > fetch::end_of(partition, day)))
+    }
+
+    /// The table of the day is gone: dropped by retention, or never there on this server.
+    async fn table_gone(&mut self, day: Day) -> Result<Fetched, Stop> {
+        let partition = self.holding.partition;
+        let before = self.position;
+        let next = self.look().await?;
+        if self.position > before || self.position >= fetch::end_of(partition, day) {
+            self.day = next;
+            self.next = None;
+            self.holding.set_position(self.day, self.position);
+            return Ok(Fetched::Moved);
+        }
+        if next.is_none() && self.last.is_some() {
+            return Err(Stop::Lost);
+        }
+        let what = format!("read partition {partition}: it has no table of day {day}");
+        Err(Error::new(ErrorKind::Database, what).into())
+    }
+
+    /// Room for a fetch, and a connection to fetch with. Where that takes its time the room goes back
+    /// meanwhile: readers of a node that hangs would sit on what those of others need.
+    async fn room_and_connection(&self) -> Result<(Room, Connection)> {
+        let node = self.holding.partition.node();
+        loop {
+            let room = self.shared.budget.reserve().await;
+            if let Ok(connection) = timeout(BUSY, self.shared.connection(node)).await {
+                return Ok((room, connection?));
+            }
+            drop(room);
+            drop(self.shared.connection(node).await?);
+        }
     }
 
     /// Hands rows to the stream, each with its part of the room that was reserved; the rest goes back.
@@ -164,14 +318,22 @@ impl Reader {
             let patchy = self.holding.tracker().read(from, self.position);
             let room = reserved.split(self.shared.weight(&row));
             let holding = Arc::clone(&self.holding);
-            self.shared.send(Event::Batch {
-                holding,
-                row: Arc::new(row),
-                from,
-                patchy,
-                room,
-            });
+            self.shared.send(Event::Batch { holding, row: Arc::new(row), from, patchy, room });
         }
         self.holding.set_position(self.day, self.position);
+    }
+}
+
+/// Why a reader stops for now.
+enum Stop {
+    /// The server lacks what was read: the holding is void.
+    Lost,
+    /// To be tried again.
+    Error(Error),
+}
+
+impl From<Error> for Stop {
+    fn from(error: Error) -> Self {
+        Self::Error(error)
     }
 }

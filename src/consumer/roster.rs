@@ -29,12 +29,7 @@ pub(crate) async fn run(shared: Arc<Shared>) {
 
 /// One heartbeat; a new share is told to the members of all nodes.
 pub(crate) async fn beat(shared: &Shared) {
-    let late = || {
-        Err(Error::new(
-            ErrorKind::Timeout,
-            "send a heartbeat: no answer",
-        ))
-    };
+    let late = || Err(Error::new(ErrorKind::Timeout, "send a heartbeat: no answer"));
     let beaten = timeout(STATEMENT, try_beat(shared)).await;
     match beaten.unwrap_or_else(|_| late()) {
         Ok(share) => {
@@ -56,10 +51,7 @@ async fn try_beat(shared: &Shared) -> Result<usize> {
     if let Some(only) = &shared.options.only {
         return Ok(only.len());
     }
-    let rank = members
-        .iter()
-        .position(|member| *member == shared.member)
-        .unwrap_or(0);
+    let rank = members.iter().position(|member| *member == shared.member).unwrap_or(0);
     Ok(share(shared.topology.partitions.len(), members.len(), rank))
 }
 
@@ -80,9 +72,7 @@ pub(crate) async fn leave(shared: &Shared) {
 /// This machine's name.
 fn host() -> String {
     let read = |path: &str| std::fs::read_to_string(path).ok();
-    let name = std::env::var("HOSTNAME")
-        .ok()
-        .or_else(|| read("/proc/sys/kernel/hostname"));
+    let name = std::env::var("HOSTNAME").ok().or_else(|| read("/proc/sys/kernel/hostname"));
     name.map_or_else(|| "unknown".to_owned(), |name| name.trim().to_owned())
 }
 

@@ -35,9 +35,7 @@ pub(crate) async fn resolve(
     // Nodes first: whoever finds the group in control finds it on them too.
     let start = of(cluster, wanted).await?;
     let nodes: Vec<NodeId> = topology.by_node().into_keys().collect();
-    let told = nodes
-        .into_iter()
-        .map(|node| tell(cluster, topology, name, node, start));
+    let told = nodes.into_iter().map(|node| tell(cluster, topology, name, node, start));
     for error in join_all(told).await.into_iter().filter_map(Result::err) {
         tracing::warn!(group = %name, error = %error.chain(), "a node hears of the group later");
     }
@@ -69,50 +67,24 @@ async fn recorded(
 /// What a node is told later.
 fn later(start: StartAt, by_clock: bool) -> StartAt {
     let earlier = |at: SystemTime| at.checked_sub(LATEST_MARGIN).unwrap_or(UNIX_EPOCH);
-    if by_clock {
-        StartAt {
-            at: start.at.map(earlier),
-            ..start
-        }
-    } else {
-        start
-    }
+    if by_clock { StartAt { at: start.at.map(earlier), ..start } } else { start }
 }
 
 async fn of(cluster: &Cluster, start: Start) -> Result<StartAt> {
     Ok(match start {
-        Start::Earliest => StartAt {
-            at: Some(UNIX_EPOCH),
-            id: None,
-        },
+        Start::Earliest => StartAt { at: Some(UNIX_EPOCH), id: None },
         Start::Latest => StartAt { at: None, id: None },
-        Start::At(time) => StartAt {
-            at: Some(time),
-            id: None,
-        },
-        Start::Id(id) => StartAt {
-            at: appended_at(cluster, id).await?,
-            id: Some(id.number()),
-        },
+        Start::At(time) => StartAt { at: Some(time), id: None },
+        Start::Id(id) => StartAt { at: appended_at(cluster, id).await?, id: Some(id.number()) },
     })
 }
 
 /// When the first message at or after an id was appended; none where there is none yet.
 async fn appended_at(cluster: &Cluster, id: MessageId) -> Result<Option<SystemTime>> {
     let partition = id.partition();
-    let connection = cluster
-        .inner
-        .nodes
-        .node(partition.node())
-        .await?
-        .get()
-        .await?;
-    let rows = node::query(
-        &connection,
-        sql::APPENDED_AT,
-        &[&partition.as_i32(), &id.number()],
-    )
-    .await;
+    let connection = cluster.inner.nodes.node(partition.node()).await?.get().await?;
+    let rows =
+        node::query(&connection, sql::APPENDED_AT, &[&partition.as_i32(), &id.number()]).await;
     let rows = rows.map_err(|error| refused(error, &format!("look up message {id}")))?;
     Ok(rows.first().and_then(|row| row.get(0)))
 }
@@ -128,15 +100,10 @@ async fn tell(
     let refused = |error| refused(error, &format!("start group {name} on node {id}"));
     let node = cluster.inner.nodes.node(id).await?;
     let connection = node.get().await?;
-    if group::knows_start(&connection, &topology.topic, name)
-        .await
-        .map_err(refused)?
-    {
+    if group::knows_start(&connection, &topology.topic, name).await.map_err(refused)? {
         return Ok(());
     }
-    group::write_start(connection, &topology.topic, name, start)
-        .await
-        .map_err(refused)
+    group::write_start(connection, &topology.topic, name, start).await.map_err(refused)
 }
 
 impl GroupStart {

@@ -33,10 +33,7 @@ impl Account {
         }
         for name in ["postgres", "nobody"] {
             if let (Ok(uid), Ok(gid)) = (id(&["-u", name]).await, id(&["-g", name]).await) {
-                return Ok(Self {
-                    uid,
-                    group: Some(gid),
-                });
+                return Ok(Self { uid, group: Some(gid) });
             }
         }
         let text = "found no user to run Postgres as: it refuses to run as root, and there is \
@@ -48,10 +45,7 @@ impl Account {
     /// standard streams lead nowhere.
     pub(super) fn command(self, program: impl AsRef<Path>) -> Command {
         let mut command = Command::new(program.as_ref());
-        command
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null());
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
         // Our own folder may be one that the user of the child may not enter.
         command.current_dir("/").process_group(0);
         let variables = std::env::vars_os().map(|(name, _)| name);
@@ -77,10 +71,7 @@ impl Account {
 /// Runs a child to its end and returns what it said on standard output. An error has what it said on
 /// standard error as its cause. If dropped, the child is killed.
 pub(super) async fn run(mut command: Command, input: &str, doing: &str) -> Result<String> {
-    command
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped());
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let output = async {
         let mut child = spawn(command, true)?;
         if let Some(mut stdin) = child.stdin.take() {
@@ -93,10 +84,7 @@ pub(super) async fn run(mut command: Command, input: &str, doing: &str) -> Resul
         return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
     }
     let words = String::from_utf8_lossy(&output.stderr).trim().to_owned();
-    Err(failed(doing)(io::Error::other(format!(
-        "{}: {words}",
-        output.status
-    ))))
+    Err(failed(doing)(io::Error::other(format!("{}: {words}", output.status))))
 }
 
 /// One at a time. Where a pipe can't be made close-on-exec at once (macOS), a child that is started
@@ -105,9 +93,7 @@ pub(super) async fn run(mut command: Command, input: &str, doing: &str) -> Resul
 pub(super) fn spawn(command: Command, kill_on_drop: bool) -> io::Result<Child> {
     static TURN: Mutex<()> = Mutex::new(());
     let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
-    tokio::process::Command::from(command)
-        .kill_on_drop(kill_on_drop)
-        .spawn()
+    tokio::process::Command::from(command).kill_on_drop(kill_on_drop).spawn()
 }
 
 /// The end of a child, which a task waits for, so that it does not stay a zombie.
@@ -131,11 +117,7 @@ impl Exit {
 
     /// `None` when nobody can tell, since the runtime that waited for the child was shut down.
     pub(super) async fn wait(mut self) -> Option<ExitStatus> {
-        self.0
-            .wait_for(Option::is_some)
-            .await
-            .ok()
-            .and_then(|status| *status)
+        self.0.wait_for(Option::is_some).await.ok().and_then(|status| *status)
     }
 }
 
@@ -144,7 +126,5 @@ async fn id(arguments: &[&str]) -> Result<u32> {
     let mut command = Command::new("id");
     command.args(arguments);
     let text = run(command, "", doing).await?;
-    text.trim()
-        .parse()
-        .map_err(|cause| Error::with_source(ErrorKind::Unavailable, doing, cause))
+    text.trim().parse().map_err(|cause| Error::with_source(ErrorKind::Unavailable, doing, cause))
 }

@@ -54,27 +54,18 @@ impl Binaries {
         // The children work in another folder than we do.
         let dir = std::path::absolute(path)
             .map_err(failed(format!("look for Postgres in {}", path.display())))?;
-        let missing: Vec<_> = PROGRAMS
-            .into_iter()
-            .filter(|name| !is_executable(&dir.join(name)))
-            .collect();
+        let missing: Vec<_> =
+            PROGRAMS.into_iter().filter(|name| !is_executable(&dir.join(name))).collect();
         if !missing.is_empty() {
             let text = format!("{} has no {}", dir.display(), missing.join(", no "));
             return Err(Error::new(ErrorKind::NotFound, text));
         }
         let version = version_of(&dir.join("postgres"))?;
         let major = major_of(&version).ok_or_else(|| {
-            let text = format!(
-                "{} is not a Postgres of a known kind: {version}",
-                dir.display()
-            );
+            let text = format!("{} is not a Postgres of a known kind: {version}", dir.display());
             Error::new(ErrorKind::Incompatible, text)
         })?;
-        Ok(Self {
-            dir,
-            version,
-            major,
-        })
+        Ok(Self { dir, version, major })
     }
 
     /// The major version, such as 17.
@@ -105,9 +96,7 @@ impl Binaries {
 
     /// A folder whose programs don't run (made for another machine, say) is no reason to give up.
     fn first_of(candidates: impl IntoIterator<Item = PathBuf>) -> Result<Self> {
-        let found = candidates
-            .into_iter()
-            .find_map(|dir| Self::in_dir(dir).ok());
+        let found = candidates.into_iter().find_map(|dir| Self::in_dir(dir).ok());
         found.ok_or_else(|| Error::new(ErrorKind::NotFound, HOW_TO_INSTALL))
     }
 }
@@ -141,10 +130,7 @@ fn newest_first(parent: &str, prefix: &str) -> Vec<PathBuf> {
         .filter_map(|entry| {
             let name = entry.file_name().into_string().ok()?;
             let version = name.strip_prefix(prefix)?.trim_start_matches('@');
-            Some((
-                leading_number(version).unwrap_or(0),
-                entry.path().join("bin"),
-            ))
+            Some((leading_number(version).unwrap_or(0), entry.path().join("bin")))
         })
         .collect();
     found.sort_by_key(|(version, _)| Reverse(*version));
@@ -152,8 +138,7 @@ fn newest_first(parent: &str, prefix: &str) -> Vec<PathBuf> {
 }
 
 fn is_executable(path: &Path) -> bool {
-    path.metadata()
-        .is_ok_and(|meta| meta.is_file() && meta.permissions().mode() & 0o111 != 0)
+    path.metadata().is_ok_and(|meta| meta.is_file() && meta.permissions().mode() & 0o111 != 0)
 }
 
 fn version_of(postgres: &Path) -> Result<String> {
@@ -171,9 +156,7 @@ fn major_of(version: &str) -> Option<u32> {
 }
 
 fn leading_number(text: &str) -> Option<u32> {
-    let end = text
-        .find(|c: char| !c.is_ascii_digit())
-        .unwrap_or(text.len());
+    let end = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
     text[..end].parse().ok()
 }
 
@@ -196,11 +179,7 @@ mod tests {
     fn no_binaries_anywhere_is_an_error_that_says_how_to_install_them() {
         let error = Binaries::first_of([PathBuf::from("/no/such/folder")]).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::NotFound);
-        for words in [
-            "apt-get install postgresql",
-            "brew install postgresql",
-            VARIABLE,
-        ] {
+        for words in ["apt-get install postgresql", "brew install postgresql", VARIABLE] {
             assert!(error.to_string().contains(words), "{error}");
         }
     }
@@ -230,22 +209,11 @@ mod tests {
     #[test]
     fn the_newest_version_is_first_by_number_and_not_by_letter() {
         let dir = tempfile::tempdir().unwrap();
-        for name in [
-            "postgresql@9",
-            "postgresql@17",
-            "postgresql",
-            "postgresql@16",
-            "redis",
-        ] {
+        for name in ["postgresql@9", "postgresql@17", "postgresql", "postgresql@16", "redis"] {
             std::fs::create_dir(dir.path().join(name)).unwrap();
         }
         let found = newest_first(dir.path().to_str().unwrap(), "postgresql");
-        let names = [
-            "postgresql@17",
-            "postgresql@16",
-            "postgresql@9",
-            "postgresql",
-        ];
+        let names = ["postgresql@17", "postgresql@16", "postgresql@9", "postgresql"];
         assert_eq!(found, names.map(|name| dir.path().join(name).join("bin")));
     }
 }

@@ -12,13 +12,8 @@ use super::server::Server;
 use crate::{Error, Result};
 
 /// Where the server is, and where its log goes, is what the rest of this module relies on.
-const RESERVED: [&str; 5] = [
-    "port",
-    "listen_addresses",
-    "unix_socket_directories",
-    "data_directory",
-    "logging_collector",
-];
+const RESERVED: [&str; 5] =
+    ["port", "listen_addresses", "unix_socket_directories", "data_directory", "logging_collector"];
 
 /// The options of a [`Server`]. Made by [`Server::builder`].
 #[derive(Debug, Clone, Default)]
@@ -104,25 +99,16 @@ impl ServerBuilder {
 
 fn of_folder(run: &Path) -> Result<String> {
     let quoted = line("unix_socket_directories", &format!("\"{}\"", run.display()))?;
-    Ok(format!(
-        "\n# The following lines are those of the embedded server.\n{quoted}"
-    ))
+    Ok(format!("\n# The following lines are those of the embedded server.\n{quoted}"))
 }
 
 fn check(name: &str) -> Result<()> {
     let good = |c: char| c.is_ascii_alphanumeric() || c == '_' || c == '.';
     if !name.starts_with(|c: char| c.is_ascii_alphabetic() || c == '_') || !name.chars().all(good) {
-        return Err(Error::invalid(format!(
-            "{name:?} is not the name of a setting of Postgres"
-        )));
+        return Err(Error::invalid(format!("{name:?} is not the name of a setting of Postgres")));
     }
-    if RESERVED
-        .iter()
-        .any(|reserved| name.eq_ignore_ascii_case(reserved))
-    {
-        return Err(Error::invalid(format!(
-            "the embedded server sets {name} itself"
-        )));
+    if RESERVED.iter().any(|reserved| name.eq_ignore_ascii_case(reserved)) {
+        return Err(Error::invalid(format!("the embedded server sets {name} itself")));
     }
     Ok(())
 }
@@ -131,9 +117,7 @@ fn check(name: &str) -> Result<()> {
 /// line.
 fn line(name: &str, value: &str) -> Result<String> {
     if value.contains('\0') {
-        return Err(Error::invalid(format!(
-            "the value of the setting {name} has a NUL"
-        )));
+        return Err(Error::invalid(format!("the value of the setting {name} has a NUL")));
     }
     let mut line = format!("{name} = '");
     for c in value.chars() {
@@ -162,16 +146,7 @@ mod tests {
 
     #[test]
     fn settings_that_we_rely_on_and_names_that_are_none_are_refused() {
-        for name in [
-            "Port",
-            "listen_addresses",
-            "",
-            "a b",
-            "1a",
-            "a\nb",
-            "a=b",
-            "ä",
-        ] {
+        for name in ["Port", "listen_addresses", "", "a b", "1a", "a\nb", "a=b", "ä"] {
             let refused = Server::builder().setting(name, "1").settings();
             assert_eq!(refused.unwrap_err().kind(), ErrorKind::Invalid, "{name:?}");
         }

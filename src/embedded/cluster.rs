@@ -27,9 +27,7 @@ pub(super) async fn create(folder: &Folder, binaries: &Binaries, account: Accoun
     let template = template(folder, binaries, account).await?;
     let paths = [&*template.join("data"), &*folder.data(), &*folder.run()];
     let copy = account.shell(COPY, &paths);
-    account::run(copy, "", "copy the initialised cluster")
-        .await
-        .map(drop)
+    account::run(copy, "", "copy the initialised cluster").await.map(drop)
 }
 
 /// The folder to copy from. It holds the cluster in `data`, and its weight in `weight`.
@@ -85,10 +83,7 @@ async fn initialise(folder: &Folder, binaries: &Binaries, account: Account) -> R
     let fresh = folder.path().join("fresh");
     let data = fresh.join("data");
     let mut initdb = account.command(binaries.program("initdb"));
-    initdb
-        .arg("-D")
-        .arg(&data)
-        .args(["--no-sync", "--encoding=UTF8", "--locale=C"]);
+    initdb.arg("-D").arg(&data).args(["--no-sync", "--encoding=UTF8", "--locale=C"]);
     initdb.args(["--username=shardmq", "--auth=trust"]);
     account::run(initdb, "", "initialise a cluster with initdb").await?;
     let weight = blocking(move || weigh(&data).map_err(failed("weigh the new cluster"))).await?;
@@ -171,10 +166,7 @@ mod tests {
         assert_eq!(read(at("cached")), "first");
 
         fs::write(at("cached/data/global/pg_control"), "").unwrap();
-        assert_eq!(
-            publish(at("second"), at("cached"), &at("broken")),
-            at("cached")
-        );
+        assert_eq!(publish(at("second"), at("cached"), &at("broken")), at("cached"));
         assert_eq!(read(at("cached")), "second");
     }
 }

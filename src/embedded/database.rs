@@ -11,17 +11,12 @@ use crate::{Error, ErrorKind, Result};
 const LONGEST_NAME: usize = 63;
 
 pub(super) fn url(port: u16, database: &str) -> String {
-    format!(
-        "postgresql://shardmq@127.0.0.1:{port}/{}",
-        escaped(database)
-    )
+    format!("postgresql://shardmq@127.0.0.1:{port}/{}", escaped(database))
 }
 
 pub(super) async fn create(port: u16, name: &str) -> Result<()> {
     if name.is_empty() || name.len() > LONGEST_NAME || name.contains('\0') {
-        return Err(Error::invalid(
-            "the name of a database has 1 to 63 bytes and no NUL",
-        ));
+        return Err(Error::invalid("the name of a database has 1 to 63 bytes and no NUL"));
     }
     let error =
         |kind, cause| Error::with_source(kind, format!("create the database {name}"), cause);
@@ -61,10 +56,7 @@ mod tests {
 
     #[test]
     fn names_of_databases_are_escaped_in_a_url() {
-        assert_eq!(
-            url(5, "orders-1"),
-            "postgresql://shardmq@127.0.0.1:5/orders-1"
-        );
+        assert_eq!(url(5, "orders-1"), "postgresql://shardmq@127.0.0.1:5/orders-1");
         let config: tokio_postgres::Config = url(5, "a b/ü?x").parse().unwrap();
         assert_eq!(config.get_dbname(), Some("a b/ü?x"));
     }

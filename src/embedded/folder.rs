@@ -35,12 +35,7 @@ impl Folder {
                 .tempdir_in(&base)
                 .map_err(failed(format!("make a folder in {}", base.display())))?;
             let log = Log::create(dir.path(), account)?;
-            Ok(Self {
-                base,
-                log,
-                dir,
-                account,
-            })
+            Ok(Self { base, log, dir, account })
         })
         .await
     }
@@ -70,9 +65,7 @@ impl Folder {
 
     pub(super) async fn append(&self, path: &Path, text: &str) -> Result<()> {
         let command = self.account.shell("cat >>\"$1\"", &[path]);
-        account::run(command, text, "write into the embedded server's folder")
-            .await
-            .map(drop)
+        account::run(command, text, "write into the embedded server's folder").await.map(drop)
     }
 }
 
@@ -85,27 +78,19 @@ impl Log {
     fn create(folder: &Path, account: Account) -> Result<Self> {
         let create = || {
             let mut options = File::options();
-            let file = options
-                .read(true)
-                .append(true)
-                .create_new(true)
-                .open(folder.join("server.log"))?;
+            let file =
+                options.read(true).append(true).create_new(true).open(folder.join("server.log"))?;
             if let Some(gid) = account.group {
                 fchown(&file, Some(account.uid), Some(gid))?;
                 chown(folder, Some(account.uid), Some(gid))?;
             }
             Ok(file)
         };
-        create()
-            .map(Self)
-            .map_err(failed("make the log of the embedded server"))
+        create().map(Self).map_err(failed("make the log of the embedded server"))
     }
 
     pub(super) fn stdio(&self) -> Result<Stdio> {
-        self.0
-            .try_clone()
-            .map(Stdio::from)
-            .map_err(failed("open the log of the embedded server"))
+        self.0.try_clone().map(Stdio::from).map_err(failed("open the log of the embedded server"))
     }
 
     pub(super) fn len(&self) -> u64 {
@@ -132,9 +117,7 @@ fn base(account: Account) -> PathBuf {
         path.to_str().is_some_and(|text| text.len() <= LONGEST_BASE) && may_work_in(account, path)
     };
     let preferred = std::path::absolute(std::env::temp_dir()).ok();
-    preferred
-        .filter(fits)
-        .unwrap_or_else(|| PathBuf::from("/tmp"))
+    preferred.filter(fits).unwrap_or_else(|| PathBuf::from("/tmp"))
 }
 
 /// An account other than our own has only the rights of everybody.
@@ -157,27 +140,9 @@ mod tests {
         let inner = dir.path().join("inner");
         std::fs::create_dir(&inner).unwrap();
         std::fs::set_permissions(&inner, Permissions::from_mode(0o777)).unwrap();
-        assert!(may_work_in(
-            Account {
-                uid: 1,
-                group: None
-            },
-            &inner
-        ));
-        assert!(!may_work_in(
-            Account {
-                uid: 1,
-                group: Some(1)
-            },
-            &inner
-        ));
-        assert!(may_work_in(
-            Account {
-                uid: 1,
-                group: Some(1)
-            },
-            Path::new("/tmp")
-        ));
+        assert!(may_work_in(Account { uid: 1, group: None }, &inner));
+        assert!(!may_work_in(Account { uid: 1, group: Some(1) }, &inner));
+        assert!(may_work_in(Account { uid: 1, group: Some(1) }, Path::new("/tmp")));
     }
 
     #[test]

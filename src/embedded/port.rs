@@ -19,9 +19,7 @@ pub(super) fn free() -> io::Result<u16> {
             return Ok(port);
         }
     }
-    TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?
-        .local_addr()
-        .map(|address| address.port())
+    TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr().map(|address| address.port())
 }
 
 fn random_of(range: Range<u16>) -> u16 {

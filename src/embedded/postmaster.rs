@@ -39,18 +39,10 @@ impl Postmaster {
         let mut command = account.command(binaries.program("postgres"));
         command.arg("-D").arg(folder.data());
         command.envs(variables.iter().map(|(name, value)| (name, value)));
-        command
-            .stdout(folder.log.stdio()?)
-            .stderr(folder.log.stdio()?);
+        command.stdout(folder.log.stdio()?).stderr(folder.log.stdio()?);
         let started = account::spawn(command, false).and_then(|child| {
-            let pid = child
-                .id()
-                .ok_or_else(|| io::Error::other("the process has no id"))?;
-            Ok(Self {
-                pid,
-                exit: Exit::of(child),
-                log_start,
-            })
+            let pid = child.id().ok_or_else(|| io::Error::other("the process has no id"))?;
+            Ok(Self { pid, exit: Exit::of(child), log_start })
         });
         started.map_err(failed("start the embedded server"))
     }
@@ -77,13 +69,9 @@ impl Postmaster {
     async fn looked_ready(&self, data: &Path, port: u16) {
         loop {
             // The file may still be that of a server before this one.
-            let lock = LockFile::read(data)
-                .await
-                .filter(|lock| lock.pid == self.pid);
+            let lock = LockFile::read(data).await.filter(|lock| lock.pid == self.pid);
             if lock.is_some_and(|lock| lock.ready)
-                && TcpStream::connect((Ipv4Addr::LOCALHOST, port))
-                    .await
-                    .is_ok()
+                && TcpStream::connect((Ipv4Addr::LOCALHOST, port)).await.is_ok()
             {
                 return;
             }
@@ -121,10 +109,7 @@ impl Failure {
 
 impl From<Error> for Failure {
     fn from(error: Error) -> Self {
-        Self {
-            error,
-            log: String::new(),
-        }
+        Self { error, log: String::new() }
     }
 }
 
@@ -163,10 +148,7 @@ impl LockFile {
     /// The first line is the pid, the eighth the status.
     fn parse(text: &str) -> Option<Self> {
         let pid = text.lines().next()?.trim().parse().ok()?;
-        let ready = text
-            .lines()
-            .nth(7)
-            .is_some_and(|status| status.starts_with("ready"));
+        let ready = text.lines().nth(7).is_some_and(|status| status.starts_with("ready"));
         Some(Self { pid, ready })
     }
 }
@@ -179,45 +161,19 @@ mod tests {
     fn a_lock_file_is_ready_when_its_eighth_line_says_so() {
         let text = "4711\n/data\n1700000000\n24321\n/run\n127.0.0.1\n  123 4\n";
         let of = |status: &str| LockFile::parse(&format!("{text}{status}\n"));
-        assert_eq!(
-            of("ready   "),
-            Some(LockFile {
-                pid: 4711,
-                ready: true
-            })
-        );
-        assert_eq!(
-            of("starting"),
-            Some(LockFile {
-                pid: 4711,
-                ready: false
-            })
-        );
-        assert_eq!(
-            LockFile::parse("4711\n"),
-            Some(LockFile {
-                pid: 4711,
-                ready: false
-            })
-        );
+        assert_eq!(of("ready   "), Some(LockFile { pid: 4711, ready: true }));
+        assert_eq!(of("starting"), Some(LockFile { pid: 4711, ready: false }));
+        assert_eq!(LockFile::parse("4711\n"), Some(LockFile { pid: 4711, ready: false }));
         assert_eq!(LockFile::parse(""), None);
     }
 
     #[test]
     fn a_failure_has_the_last_lines_of_the_log() {
-        let log = (1..=30)
-            .map(|n| format!("line {n}"))
-            .collect::<Vec<_>>()
-            .join("\n");
+        let log = (1..=30).map(|n| format!("line {n}")).collect::<Vec<_>>().join("\n");
         let what = "it ended with exit status: 1";
-        let chain = Failure::new(ErrorKind::Unavailable, what, log)
-            .error
-            .chain();
+        let chain = Failure::new(ErrorKind::Unavailable, what, log).error.chain();
         assert!(chain.starts_with("start the embedded server: it ended with exit status: 1; "));
-        assert!(
-            chain.contains("\nline 11\n") && chain.ends_with("\nline 30"),
-            "{chain}"
-        );
+        assert!(chain.contains("\nline 11\n") && chain.ends_with("\nline 30"), "{chain}");
         assert!(!chain.contains("\nline 10\n"), "{chain}");
     }
 }

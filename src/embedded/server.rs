@@ -91,9 +91,7 @@ impl Server {
     pub fn pid(&self) -> Option<u32> {
         let data = self.folder.data();
         let lock = LockFile::read_now(&data)?;
-        let ended = self
-            .current()
-            .is_some_and(|own| own.pid == lock.pid && own.exit.is_over());
+        let ended = self.current().is_some_and(|own| own.pid == lock.pid && own.exit.is_over());
         (!ended && lock.is_of_a_server_in(&data)).then_some(lock.pid)
     }
 
@@ -157,10 +155,7 @@ impl Server {
     pub async fn stop(self) -> Result<()> {
         let exit = self.current().map(|own| own.exit);
         self.watchdog.release().await;
-        if tokio::fs::try_exists(self.folder.path())
-            .await
-            .unwrap_or(true)
-        {
+        if tokio::fs::try_exists(self.folder.path()).await.unwrap_or(true) {
             let text = format!("{} could not be removed", self.folder.path().display());
             return Err(Error::new(ErrorKind::Unavailable, text));
         }
@@ -184,16 +179,8 @@ impl Server {
         folder.configure(settings).await?;
         let (postmaster, turn) = (SyncMutex::new(None), Mutex::new(()));
         let port = 0;
-        let mut server = Self {
-            binaries,
-            account,
-            folder,
-            port,
-            variables,
-            watchdog,
-            postmaster,
-            turn,
-        };
+        let mut server =
+            Self { binaries, account, folder, port, variables, watchdog, postmaster, turn };
         server.launch_on_a_free_port().await?;
         Ok(server)
     }
@@ -203,9 +190,7 @@ impl Server {
         loop {
             tries += 1;
             self.port = port::free().map_err(failed("find a free port"))?;
-            self.folder
-                .configure(&format!("port = {}\n", self.port))
-                .await?;
+            self.folder.configure(&format!("port = {}\n", self.port)).await?;
             match self.launch().await {
                 Err(failure) if failure.port_is_taken() && tries < PORTS_TO_TRY => {}
                 other => return other.map_err(|failure| failure.error),
@@ -239,10 +224,7 @@ impl Server {
         self.watchdog.starting()?;
         let postmaster =
             Postmaster::spawn(&self.folder, &self.binaries, self.account, &self.variables)?;
-        *self
-            .postmaster
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner) = Some(postmaster.clone());
+        *self.postmaster.lock().unwrap_or_else(PoisonError::into_inner) = Some(postmaster.clone());
         let ready = postmaster.ready(&self.folder, self.port).await;
         self.watchdog.settled()?;
         ready
@@ -257,10 +239,7 @@ impl Server {
             StopMode::Immediate => "immediate",
         };
         let mut command = self.account.command(self.binaries.program("pg_ctl"));
-        command
-            .arg("-D")
-            .arg(self.folder.data())
-            .args(["stop", "-m", mode, "-t"]);
+        command.arg("-D").arg(self.folder.data()).args(["stop", "-m", mode, "-t"]);
         command.arg(STOP_WITHIN.as_secs().to_string());
         let stopped = account::run(command, "", "stop the embedded server").await;
         // It may have ended by itself meanwhile.
@@ -290,9 +269,6 @@ impl Server {
     }
 
     fn current(&self) -> Option<Postmaster> {
-        self.postmaster
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
+        self.postmaster.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }

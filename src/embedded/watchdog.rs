@@ -68,18 +68,11 @@ impl Watchdog {
         let mut command = account.shell(SCRIPT, &[folder.path(), &binaries.program("pg_ctl")]);
         command.stdin(Stdio::piped());
         let mut child = account::spawn(command, false).map_err(failed(doing))?;
-        let pipe = child
-            .stdin
-            .take()
-            .ok_or_else(|| std::io::Error::other("there is no pipe"));
-        let pipe = pipe
-            .and_then(tokio::process::ChildStdin::into_owned_fd)
-            .map_err(failed(doing))?;
+        let pipe = child.stdin.take().ok_or_else(|| std::io::Error::other("there is no pipe"));
+        let pipe =
+            pipe.and_then(tokio::process::ChildStdin::into_owned_fd).map_err(failed(doing))?;
         folder.leave();
-        Ok(Self {
-            pipe: pipe.into(),
-            exit: Exit::of(child),
-        })
+        Ok(Self { pipe: pipe.into(), exit: Exit::of(child) })
     }
 
     /// Says that a server may be about to write its lock file.
@@ -100,8 +93,7 @@ impl Watchdog {
 
     /// Does not block, since the watchdog reads each line at once, and a pipe holds thousands.
     fn tell(&self, line: &str) -> Result<()> {
-        writeln!(&self.pipe, "{line}").map_err(failed(
-            "tell the watchdog of the embedded server, which is gone",
-        ))
+        writeln!(&self.pipe, "{line}")
+            .map_err(failed("tell the watchdog of the embedded server, which is gone"))
     }
 }

@@ -21,9 +21,7 @@ pub struct LocalNotifier {
 impl LocalNotifier {
     /// A notifier that nobody has subscribed to yet.
     pub fn new() -> Self {
-        Self {
-            hints: broadcast::channel(CAPACITY).0,
-        }
+        Self { hints: broadcast::channel(CAPACITY).0 }
     }
 }
 

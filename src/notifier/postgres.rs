@@ -10,11 +10,9 @@
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
 
 use futures_util::{StreamExt, stream};
 use tokio::sync::{Notify, broadcast, broadcast::error::RecvError};
-use tokio_postgres::{AsyncMessage, NoTls};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -24,13 +22,15 @@ use crate::id::{NodeId, PartitionId};
 use crate::notifier::{Hint, Hints, Notifier};
 use crate::store::{connect, node, sql};
 
+mod listener;
+
+use listener::listen;
+
 const CHANNEL: &str = "shardmq";
 /// Hints that a slow subscriber may be behind.
 const CAPACITY: usize = 1024;
 /// Partitions in one payload, which Postgres limits to 8,000 bytes.
 const MAX_PARTITIONS: usize = 1_000;
-/// Between attempts to listen again.
-const BACKOFF: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(5));
 
 /// The default notifier.
 #[derive(Debug)]
@@ -58,12 +58,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl PostgresNotifier {
     pub(crate) fn new(nodes: Arc<Nodes>, shutdown: CancellationToken, tasks: TaskTracker) -> Self {
-        Self {
-            nodes,
-            shutdown,
-            tasks,
-            channels: Mutex::default(),
-        }
+        Self { nodes, shutdown, tasks, channels: Mutex::default() }
     }
 
     fn channel(&self, node: NodeId) -> Arc<Channel> {
@@ -104,15 +99,11 @@ impl Notifier for PostgresNotifier {
 
     fn subscribe(&self, partitions: &[PartitionId]) -> Hints {
         let wanted: Arc<HashSet<PartitionId>> = Arc::new(partitions.iter().copied().collect());
-        let nodes: BTreeSet<NodeId> = partitions
-            .iter()
-            .map(|partition| partition.node())
-            .collect();
-        let streams: Vec<Hints> = nodes
-            .into_iter()
-            .map(|node| self.subscribe_node(node, Arc::clone(&wanted)))
-            .collect();
-        Box::pin(stream::select_all(streams))
+        let nodes: BTreeSet<NodeId> = partitions.iter().map(|partition| partition.node()).collect();
+        let streams: Vec<Hints> =
+            nodes.into_iter().map(|node| self.subscribe_node(node, Arc::clone(&wanted))).collect();
+        // Without partitions there is nothing to hear, and it does not end either.
+        Box::pin(stream::select_all(streams).chain(stream::pending()))
     }
 }
 
@@ -153,9 +144,7 @@ async fn send(nodes: Arc<Nodes>, channel: Arc<Channel>) {
             let partitions: Vec<PartitionId> = {
                 let mut pending = lock(&channel.pending);
                 let rest = pending.iter().nth(MAX_PARTITIONS).copied();
-                let rest = rest
-                    .map(|from| pending.split_off(&from))
-                    .unwrap_or_default();
+                let rest = rest.map(|from| pending.split_off(&from)).unwrap_or_default();
                 std::mem::replace(&mut *pending, rest).into_iter().collect()
             };
             if partitions.is_empty() {
@@ -174,81 +163,8 @@ async fn notify(nodes: &Nodes, id: NodeId, partitions: &[PartitionId]) -> Result
     let names: Vec<String> = partitions.iter().map(ToString::to_string).collect();
     let payload = names.join(",");
     let connection = nodes.node(id).await?.get().await?;
-    node::write(
-        connection,
-        node::Durability::Relaxed,
-        sql::NOTIFY,
-        &[&payload],
-    )
-    .await
-    .map_err(|error| connect::refused(error, "notify"))?;
+    node::write(connection, node::Durability::Relaxed, sql::NOTIFY, &[&payload])
+        .await
+        .map_err(|error| connect::refused(error, "notify"))?;
     Ok(())
-}
-
-/// Listens to a node for as long as the cluster is in use, and again after every failure.
-async fn listen(nodes: Arc<Nodes>, channel: Arc<Channel>) {
-    let mut backoff = BACKOFF.0;
-    loop {
-        match listen_once(&nodes, &channel, &mut backoff).await {
-            Ok(()) => tracing::info!(node = %channel.node, "the listening connection ended"),
-            Err(error) => {
-                tracing::warn!(node = %channel.node, error = %error.chain(), "listening failed");
-            }
-        }
-        metrics::counter!("shardmq_listener_lost_total").increment(1);
-        tokio::time::sleep(backoff).await;
-        backoff = (backoff * 2).min(BACKOFF.1);
-    }
-}
-
-async fn listen_once(nodes: &Nodes, channel: &Channel, backoff: &mut Duration) -> Result<()> {
-    let url = nodes.url(channel.node).await?;
-    let mut config = connect::parse(&url)?;
-    config.application_name("shardmq listen");
-    let refused = |error| connect::refused(error, "listen for hints");
-    let (client, mut connection) = config.connect(NoTls).await.map_err(refused)?;
-    let mut messages = stream::poll_fn(move |context| connection.poll_message(context));
-    // The connection is driven while LISTEN is answered; what is heard meanwhile goes out too.
-    let subscribed = client.batch_execute("listen shardmq");
-    tokio::pin!(subscribed);
-    let mut listening = false;
-    loop {
-        tokio::select! {
-            answer = &mut subscribed, if !listening => {
-                answer.map_err(refused)?;
-                listening = true;
-                *backoff = BACKOFF.0;
-                // Listen first, look second: nothing can fall in between.
-                let _ = channel.hints.send(Hint::Look);
-            }
-            message = messages.next() => match message {
-                Some(Ok(AsyncMessage::Notification(note))) if note.channel() == CHANNEL => {
-                    let _ = channel.hints.send(Hint::Partitions(parse(note.payload())));
-                }
-                Some(Ok(_)) => {}
-                Some(Err(error)) => return Err(refused(error)),
-                None => return Ok(()),
-            }
-        }
-    }
-}
-
-/// The partitions of a payload. Anybody who may log in may notify: what is no partition is ignored.
-fn parse(payload: &str) -> Vec<PartitionId> {
-    payload
-        .split(',')
-        .filter_map(|name| name.parse().ok())
-        .collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn payloads_are_parsed_strictly() {
-        let partitions = parse("10101,20101,x,,10199,-10101");
-        assert_eq!(partitions.len(), 2);
-        assert_eq!(partitions[1], PartitionId::new(1, 99).unwrap());
-    }
 }

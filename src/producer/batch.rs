@@ -103,24 +103,20 @@ impl Batch {
         let arrays = &mut self.arrays;
         let before = arrays.count.unsigned_abs();
         match (key, &mut arrays.keys) {
-            (Some(key), keys) => keys
-                .get_or_insert_with(|| Packed::of_nulls(before))
-                .push(key),
+            (Some(key), keys) => keys.get_or_insert_with(|| Packed::of_nulls(before)).push(key),
             (None, Some(keys)) => keys.push_null(),
             (None, None) => {}
         }
         match (headers, &mut arrays.headers) {
-            (Some(text), all) => all
-                .get_or_insert_with(|| Packed::of_nulls(before))
-                .push_json(text),
+            (Some(text), all) => {
+                all.get_or_insert_with(|| Packed::of_nulls(before)).push_json(text);
+            }
             (None, Some(all)) => all.push_null(),
             (None, None) => {}
         }
         arrays.payloads.push(payload);
         arrays.count += 1;
-        arrays.bytes = arrays
-            .bytes
-            .saturating_add(i32::try_from(size).unwrap_or(i32::MAX));
+        arrays.bytes = arrays.bytes.saturating_add(i32::try_from(size).unwrap_or(i32::MAX));
     }
 
     /// Two batches of the same messages, in the same order: those for which the question about index
@@ -131,9 +127,7 @@ impl Batch {
         let payloads = self.arrays.payloads.unpack();
         let mut halves = [Vec::new(), Vec::new()];
         for index in 0..self.len() {
-            let keyed = keys
-                .as_ref()
-                .is_some_and(|keys| keys.element(index as usize).is_some());
+            let keyed = keys.as_ref().is_some_and(|keys| keys.element(index as usize).is_some());
             halves[usize::from(!first(index, keyed))].push(index);
         }
         let [ours, mut others] =
@@ -162,9 +156,7 @@ impl Batch {
             let index = index as usize;
             let key = keys.and_then(|keys| keys.element(index));
             // The version byte of jsonb is put before it again.
-            let text = headers
-                .and_then(|all| all.element(index))
-                .and_then(|json| json.get(1..));
+            let text = headers.and_then(|all| all.element(index)).and_then(|json| json.get(1..));
             let payload = payloads.element(index).unwrap_or_default();
             let size = payload.len() + key.map_or(0, <[u8]>::len) + text.map_or(0, <[u8]>::len);
             batch.push_parts(key, text, payload, size);
@@ -212,10 +204,7 @@ impl Tickets {
         if let Indices::Run(run) = &mut self.indices {
             run.end = index + 1;
         }
-        Receipt {
-            completion: Arc::clone(&self.completion),
-            index,
-        }
+        Receipt { completion: Arc::clone(&self.completion), index }
     }
 
     fn subset(&self, places: &[u32]) -> Self {
@@ -224,10 +213,7 @@ impl Tickets {
             Indices::Some(indices) => indices.get(*place as usize).copied().unwrap_or(0),
         };
         let indices = Indices::Some(places.iter().map(index).collect());
-        Self {
-            completion: Arc::clone(&self.completion),
-            indices,
-        }
+        Self { completion: Arc::clone(&self.completion), indices }
     }
 
     /// Answers the receipts: the first message has this id, the others follow; or all failed.
@@ -236,14 +222,10 @@ impl Tickets {
         state.answered += self.indices.len();
         state.outcomes.push((self.indices.clone(), result));
         let woken: Vec<Waker> = match &self.indices {
-            Indices::Run(run) => run
-                .clone()
-                .filter_map(|index| state.take_waker(index))
-                .collect(),
-            Indices::Some(list) => list
-                .iter()
-                .filter_map(|index| state.take_waker(*index))
-                .collect(),
+            Indices::Run(run) => run.clone().filter_map(|index| state.take_waker(index)).collect(),
+            Indices::Some(list) => {
+                list.iter().filter_map(|index| state.take_waker(*index)).collect()
+            }
         };
         drop(state);
         woken.into_iter().for_each(Waker::wake);
@@ -377,11 +359,7 @@ mod tests {
         let receipts: Vec<_> = (0..4)
             .map(|n| {
                 let message = Message::new("x");
-                batch.push(&if n % 2 == 0 {
-                    message.key("k")
-                } else {
-                    message
-                })
+                batch.push(&if n % 2 == 0 { message.key("k") } else { message })
             })
             .collect();
         let (keyed, keyless) = batch.divide(|_, keyed| keyed);
@@ -446,7 +424,7 @@ mod tests {
             for (text, key, header) in &messages {
                 let mut message = Message::new(text.clone());
                 message.key.clone_from(key);
-                let _ = batch.push(&if *header { message.header("h", text) } else { message });
+                drop(batch.push(&if *header { message.header("h", text) } else { message }));
             }
             let cost = batch.cost;
             let (a, b) = batch.divide(|index, _| index < cut);

@@ -10,6 +10,7 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use tokio::time::Instant;
 use uuid::Uuid;
 
 use crate::id::{Day, PartitionId};
@@ -68,41 +69,27 @@ impl Lane {
         index: usize,
         writer: Arc<Writer>,
     ) -> Self {
-        let state = Mutex::new(State {
-            next_sequence: 1,
-            ..State::default()
-        });
-        Self {
-            partition,
-            generation,
-            index,
-            producer: Uuid::new_v4(),
-            writer,
-            state,
-        }
+        let state = Mutex::new(State { next_sequence: 1, ..State::default() });
+        Self { partition, generation, index, producer: Uuid::new_v4(), writer, state }
     }
 
     /// Adds a message to the batch that is filling.
     pub(crate) fn push(&self, message: &Message, timeout: Duration) -> Pushed {
         let size = message.size();
         let mut state = self.lock();
+        // One that has waited for long is left as it is: each message is tried for most of its time.
+        let latest = Instant::now() + timeout * 3 / 4;
         let joins = state
             .queue
             .back()
-            .is_some_and(|b| b.sequence.is_none() && b.has_room(size));
+            .is_some_and(|b| b.sequence.is_none() && b.has_room(size) && b.deadline >= latest);
         if !joins {
             state.queue.push_back(Batch::new(timeout));
         }
-        let Some(batch) = state.queue.back_mut() else {
-            unreachable!("a batch was just added")
-        };
+        let Some(batch) = state.queue.back_mut() else { unreachable!("a batch was just added") };
         let receipt = batch.push(message);
         let filled = !batch.has_room(size);
-        Pushed {
-            receipt,
-            schedule: state.schedule(),
-            filled,
-        }
+        Pushed { receipt, schedule: state.schedule(), filled }
     }
 
     /// Adds a batch that another lane could not take. True: hand the lane to its writer.
@@ -183,16 +170,8 @@ impl Lane {
     /// What all messages in this lane wait for.
     pub(crate) fn completions(&self) -> Vec<Arc<Completion>> {
         let state = self.lock();
-        let waiting = state
-            .queue
-            .iter()
-            .map(|batch| Arc::clone(&batch.tickets.completion));
-        state
-            .in_flight
-            .iter()
-            .map(Arc::clone)
-            .chain(waiting)
-            .collect()
+        let waiting = state.queue.iter().map(|batch| Arc::clone(&batch.tickets.completion));
+        state.in_flight.iter().map(Arc::clone).chain(waiting).collect()
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -210,5 +189,25 @@ impl State {
     fn draw(&mut self) -> i64 {
         self.next_sequence += 1;
         self.next_sequence - 1
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::id::NodeId;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_message_joins_a_batch_that_is_tried_for_most_of_its_time_only() {
+        let timeout = Duration::from_secs(30);
+        let writer = Arc::new(Writer::new(NodeId::new(1).unwrap(), 1));
+        let lane = Lane::new(PartitionId::new(1, 1).unwrap(), 1, 0, writer);
+        let mut receipts = Vec::new();
+        for _ in 0..4 {
+            receipts.push(lane.push(&Message::new("x"), timeout).receipt);
+            tokio::time::advance(Duration::from_secs(5)).await;
+        }
+        let sizes: Vec<u32> = lane.abandon().iter().map(Batch::len).collect();
+        assert_eq!(sizes, [2, 2]);
     }
 }

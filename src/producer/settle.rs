@@ -112,10 +112,7 @@ async fn turn(lane: &Lane, deadline: Instant) -> Option<SemaphorePermit<'_>> {
 
 /// Errors that time does not cure.
 fn is_permanent(error: &Error) -> bool {
-    matches!(
-        error.kind(),
-        ErrorKind::Database | ErrorKind::Incompatible | ErrorKind::Conflict
-    )
+    matches!(error.kind(), ErrorKind::Database | ErrorKind::Incompatible | ErrorKind::Conflict)
 }
 
 enum Trouble {
@@ -126,16 +123,8 @@ enum Trouble {
 
 async fn again(shared: &Shared, lane: &Lane, batch: &mut Batch) -> Result<Again, Trouble> {
     let what = format!("append to partition {}", lane.partition);
-    let connection = async {
-        shared
-            .cluster
-            .inner
-            .nodes
-            .node(lane.partition.node())
-            .await?
-            .get()
-            .await
-    };
+    let connection =
+        async { shared.cluster.inner.nodes.node(lane.partition.node()).await?.get().await };
     let connection = connection.await.map_err(Trouble::Refused)?;
     let day = match lane.day() {
         Some(day) => day,
@@ -143,13 +132,13 @@ async fn again(shared: &Shared, lane: &Lane, batch: &mut Batch) -> Result<Again,
     };
     batch.attempted_on(day);
     let append = lane.append(shared, batch, day);
-    append::append_again(connection, &append, shared.options.append_timeout)
-        .await
-        .map_err(|failure| match failure {
+    append::append_again(connection, &append, shared.options.append_timeout).await.map_err(
+        |failure| match failure {
             Failure::Data(_) => Trouble::Data(failure.into_error(&what)),
             Failure::Unknown(_) => Trouble::Unknown(failure.into_error(&what)),
             _ => Trouble::Refused(failure.into_error(&what)),
-        })
+        },
+    )
 }
 
 enum Step {
@@ -179,17 +168,11 @@ async fn step(shared: &Shared, lane: &Lane, answer: Again, what: &str) -> Result
         }
         Again::Sealed | Again::WrongGeneration => {
             lane.close(Closed::Sealed);
-            Settled::Elsewhere(refuse(
-                ErrorKind::Unavailable,
-                "it takes no messages any more",
-            ))
+            Settled::Elsewhere(refuse(ErrorKind::Unavailable, "it takes no messages any more"))
         }
         Again::WrongTopic => {
             lane.close(Closed::Sealed);
-            Settled::Failed(refuse(
-                ErrorKind::NotFound,
-                "it is not this topic's any more",
-            ))
+            Settled::Failed(refuse(ErrorKind::NotFound, "it is not this topic's any more"))
         }
         Again::Refused => Settled::Failed(refuse(ErrorKind::Timeout, "the batch was given up")),
     };
@@ -206,10 +189,7 @@ async fn roll_lane(shared: &Shared, lane: &Lane, what: &str) -> Result<(), Step>
             let why = "the server's clock is more than an hour ahead of this machine's, and would \
                        move the partition to another day: set the clocks right";
             tracing::error!(partition = %lane.partition, alert = "clock", "{why}");
-            Err(Step::Wait(Error::new(
-                ErrorKind::Unavailable,
-                format!("{what}: {why}"),
-            )))
+            Err(Step::Wait(Error::new(ErrorKind::Unavailable, format!("{what}: {why}"))))
         }
         Ok(Rolled::Unknown) => {
             let error = Error::new(ErrorKind::NotFound, format!("{what}: it does not exist"));

@@ -2,7 +2,6 @@
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
 
 use tokio::sync::{Notify, Semaphore, SemaphorePermit};
 
@@ -14,11 +13,6 @@ use crate::producer::batch::Batch;
 use crate::producer::lane::Lane;
 use crate::producer::settle::settle;
 use crate::store::append::{self, Append, Failure, Inserted, MAX_PARTITIONS, Rolled};
-
-/// How many days ahead tables are made.
-const DAYS_AHEAD: i32 = 3;
-/// How often.
-const AHEAD_INTERVAL: Duration = Duration::from_secs(3600);
 
 /// What waits to be written to a node.
 #[derive(Debug)]
@@ -110,10 +104,7 @@ pub(crate) async fn run(shared: Arc<Shared>, writer: Arc<Writer>) {
 
 /// After the end: whoever still waits is told.
 fn abandon_all(shared: &Shared, writer: &Arc<Writer>) {
-    let ours = shared
-        .lanes
-        .iter()
-        .filter(|lane| Arc::ptr_eq(&lane.writer, writer));
+    let ours = shared.lanes.iter().filter(|lane| Arc::ptr_eq(&lane.writer, writer));
     ours.for_each(|lane| shared.abandon(lane));
 }
 
@@ -178,10 +169,8 @@ async fn append_all(
     };
     let nodes = &shared.cluster.inner.nodes;
     let connection = nodes.node(first.lane.writer.node).await?.get().await?;
-    let batches: Vec<Append<'_>> = departures
-        .iter()
-        .map(|d| d.lane.append(shared, &d.batch, d.day))
-        .collect();
+    let batches: Vec<Append<'_>> =
+        departures.iter().map(|d| d.lane.append(shared, &d.batch, d.day)).collect();
     Ok(append::append(connection, &batches, shared.options.append_timeout).await)
 }
 
@@ -224,37 +213,5 @@ fn arrive(shared: &Arc<Shared>, departures: Vec<Departure>, outcomes: Vec<Insert
 
 fn begin_to_settle(shared: &Arc<Shared>, lane: &Arc<Lane>, batch: Batch) {
     let (shared, lane) = (Arc::clone(shared), Arc::clone(lane));
-    shared
-        .cluster
-        .inner
-        .tasks
-        .clone()
-        .spawn(async move { settle(&shared, &lane, batch).await });
-}
-
-/// Makes the tables of the coming days for the partitions that are written to, so that midnight finds
-/// them there. Where this fails, they are made on demand.
-pub(crate) async fn make_tables_ahead(shared: Arc<Shared>) {
-    let mut interval = tokio::time::interval(AHEAD_INTERVAL);
-    loop {
-        tokio::select! {
-            _ = interval.tick() => {}
-            () = shared.first_append.notified() => {}
-            () = shared.ended.cancelled() => return,
-        }
-        for lane in shared.lanes.iter().filter(|lane| lane.day().is_some()) {
-            let made = async {
-                let node = shared
-                    .cluster
-                    .inner
-                    .nodes
-                    .node(lane.partition.node())
-                    .await?;
-                append::make_days_ahead(node.get().await?, lane.partition, DAYS_AHEAD).await
-            };
-            if let Err(error) = made.await {
-                tracing::warn!(partition = %lane.partition, error = %error.chain(), "no tables ahead");
-            }
-        }
-    }
+    shared.cluster.inner.tasks.clone().spawn(async move { settle(&shared, &lane, batch).await });
 }

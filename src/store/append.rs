@@ -119,10 +119,9 @@ impl Failure {
             Self::Unknown(None) => {
                 Error::new(ErrorKind::Unknown, format!("{what}: no answer in time"))
             }
-            Self::Silent => Error::new(
-                ErrorKind::Unavailable,
-                format!("{what}: the server is silent"),
-            ),
+            Self::Silent => {
+                Error::new(ErrorKind::Unavailable, format!("{what}: the server is silent"))
+            }
             Self::NoTable => Error::new(ErrorKind::Unavailable, format!("{what}: no day table")),
         }
     }
@@ -198,10 +197,8 @@ async fn pipeline(
     let number = |batch: &Append<'_>| batch.partition.as_i32();
     let partitions: Vec<i32> = batches.iter().map(number).collect();
     let wait = lock_timeout(deadline.min(FIRST_WAIT));
-    let inserts = batches
-        .iter()
-        .zip(inserts)
-        .map(|(batch, statement)| insert(connection, statement, batch));
+    let inserts =
+        batches.iter().zip(inserts).map(|(batch, statement)| insert(connection, statement, batch));
     // Each sends as it is polled for the first time, in this order.
     let (begun, locked, inserted, committed) = join4(
         connection.batch_execute(sql::APPEND_BEGIN),
@@ -212,10 +209,8 @@ async fn pipeline(
     .await;
     begun.map_err(Failure::of)?;
     let held: Option<String> = locked.map_err(Failure::of)?.get(3);
-    let rows: Vec<Option<Row>> = inserted
-        .into_iter()
-        .collect::<Result<_, _>>()
-        .map_err(Failure::of)?;
+    let rows: Vec<Option<Row>> =
+        inserted.into_iter().collect::<Result<_, _>>().map_err(Failure::of)?;
     committed.map_err(Failure::of_commit)?;
     Ok(rows
         .into_iter()
@@ -254,11 +249,7 @@ fn outcome(row: Option<Row>, batch: &Append<'_>, held: Option<&str>) -> Inserted
         return MessageId::try_from(row.get::<_, i64>(0)).map_or(Inserted::No, Inserted::At);
     }
     let name = format!(",{},", batch.partition);
-    if held.is_some_and(|held| held.contains(&name)) {
-        Inserted::No
-    } else {
-        Inserted::NotHeld
-    }
+    if held.is_some_and(|held| held.contains(&name)) { Inserted::No } else { Inserted::NotHeld }
 }
 
 /// Shorter than the deadline, so that a lock held by another is a definite answer.
@@ -305,11 +296,8 @@ pub(crate) async fn append_again(
     let connection = guard.connection();
     let (partitions, lock_timeout) = (vec![batch.partition.as_i32()], lock_timeout(deadline));
     let (topic, arrays) = (batch.topic.as_str(), batch.arrays);
-    let (partition, day, first_day) = (
-        batch.partition.as_i32(),
-        batch.day.as_i32(),
-        batch.first_day.as_i32(),
-    );
+    let (partition, day, first_day) =
+        (batch.partition.as_i32(), batch.day.as_i32(), batch.first_day.as_i32());
     let pipeline = async {
         join4(
             connection.batch_execute(sql::APPEND_BEGIN),
@@ -372,10 +360,8 @@ pub(crate) async fn fence(
     let params: [&(dyn ToSql + Sync); 4] =
         [&partition, &batch.producer, &batch.sequence, &first_day];
     let asked = write(connection, Durability::Durable, sql::FENCE, &params);
-    let rows = timeout(deadline, asked)
-        .await
-        .map_err(|_| Failure::Unknown(None))?
-        .map_err(Failure::of)?;
+    let rows =
+        timeout(deadline, asked).await.map_err(|_| Failure::Unknown(None))?.map_err(Failure::of)?;
     let found: Option<i64> = rows.first().and_then(|row| row.get(0));
     Ok(found.and_then(|id| MessageId::try_from(id).ok()))
 }
@@ -400,14 +386,12 @@ pub(crate) async fn roll(
     let what = format!("roll partition {partition}");
     let number = partition.as_i32();
     let rows = short(connection, sql::ROLL, &[&number, &client_clock], &what).await?;
-    Ok(rows
-        .first()
-        .map_or(Rolled::Unknown, |row| match row.get(0) {
-            "rolled" | "current" => Day::from_i32(row.get::<_, Option<i32>>(1).unwrap_or(0))
-                .map_or(Rolled::Unknown, Rolled::To),
-            "clock" => Rolled::Clock,
-            _ => Rolled::Unknown,
-        }))
+    Ok(rows.first().map_or(Rolled::Unknown, |row| match row.get(0) {
+        "rolled" | "current" => Day::from_i32(row.get::<_, Option<i32>>(1).unwrap_or(0))
+            .map_or(Rolled::Unknown, Rolled::To),
+        "clock" => Rolled::Clock,
+        _ => Rolled::Unknown,
+    }))
 }
 
 /// Makes the tables of today and the days ahead.
@@ -418,9 +402,7 @@ pub(crate) async fn make_days_ahead(
 ) -> Result<(), Error> {
     let what = format!("make day tables ahead for partition {partition}");
     let params: [&(dyn ToSql + Sync); 2] = [&partition.as_i32(), &days];
-    short(connection, sql::MAKE_DAYS_AHEAD, &params, &what)
-        .await
-        .map(drop)
+    short(connection, sql::MAKE_DAYS_AHEAD, &params, &what).await.map(drop)
 }
 
 /// One statement that may be repeated, in a transaction of its own; a server that does not answer is
@@ -434,9 +416,6 @@ async fn short(
     let asked = write(connection, Durability::Durable, statement, params);
     match timeout(SHORT, asked).await {
         Ok(answer) => answer.map_err(|error| refused(error, what)),
-        Err(_) => Err(Error::new(
-            ErrorKind::Unavailable,
-            format!("{what}: the server is silent"),
-        )),
+        Err(_) => Err(Error::new(ErrorKind::Unavailable, format!("{what}: the server is silent"))),
     }
 }

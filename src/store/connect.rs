@@ -39,10 +39,7 @@ pub(crate) fn parse(url: &str) -> Result<Config> {
     if config.get_connect_timeout().is_none() {
         config.connect_timeout(CONNECT_TIMEOUT);
     }
-    config
-        .keepalives(true)
-        .keepalives_idle(KEEPALIVE)
-        .tcp_user_timeout(KEEPALIVE);
+    config.keepalives(true).keepalives_idle(KEEPALIVE).tcp_user_timeout(KEEPALIVE);
     Ok(config)
 }
 
@@ -54,22 +51,18 @@ pub(crate) fn describe(config: &Config) -> String {
     });
     let ports = config.get_ports();
     let port_of = |index: usize| ports.get(index).or(ports.first()).copied().unwrap_or(5432);
-    let addresses: Vec<String> = hosts
-        .enumerate()
-        .map(|(index, host)| format!("{host}:{}", port_of(index)))
-        .collect();
-    format!(
-        "{}/{}",
-        addresses.join(","),
-        config.get_dbname().unwrap_or_default()
-    )
+    let addresses: Vec<String> =
+        hosts.enumerate().map(|(index, host)| format!("{host}:{}", port_of(index))).collect();
+    format!("{}/{}", addresses.join(","), config.get_dbname().unwrap_or_default())
 }
 
 /// A libpq URL without its password, for the control database.
 pub(crate) fn without_password(url: &str) -> Result<String> {
     parse(url)?;
     let Some((scheme, rest)) = url.split_once("://") else {
-        return Err(Error::invalid("a node's address must be a URL: postgresql://user@host/database"));
+        return Err(Error::invalid(
+            "a node's address must be a URL: postgresql://user@host/database",
+        ));
     };
     let authority_end = rest.find(['/', '?']).unwrap_or(rest.len());
     let (authority, path) = rest.split_at(authority_end);
@@ -101,10 +94,8 @@ pub(crate) async fn connect_once(url: &str, application: &str) -> Result<Client>
     let mut config = parse(url)?;
     config.application_name(application);
     let what = format!("connect to {}", describe(&config));
-    let (client, connection) = config
-        .connect(NoTls)
-        .await
-        .map_err(|error| refused(error, &what))?;
+    let (client, connection) =
+        config.connect(NoTls).await.map_err(|error| refused(error, &what))?;
     tokio::spawn(async move {
         if let Err(error) = connection.await {
             tracing::debug!(error = %crate::error::chain(&error), "connection ended");
@@ -117,18 +108,14 @@ pub(crate) async fn connect_once(url: &str, application: &str) -> Result<Client>
 /// is certainly rolled back. An error that ends the connection does not count: a pooler can make one
 /// of its own, with more of the pipeline already on its way to the server.
 pub(crate) fn is_definite(error: &tokio_postgres::Error) -> bool {
-    error
-        .as_db_error()
-        .is_some_and(|db| db.parsed_severity() == Some(Severity::Error))
+    error.as_db_error().is_some_and(|db| db.parsed_severity() == Some(Severity::Error))
 }
 
 /// Whether the server refused the data itself: class 22, 23 or 54, but not a clash of ids.
 pub(crate) fn is_data_error(error: &tokio_postgres::Error) -> bool {
     error.code().is_some_and(|state| {
         *state != SqlState::UNIQUE_VIOLATION
-            && ["22", "23", "54"]
-                .iter()
-                .any(|class| state.code().starts_with(class))
+            && ["22", "23", "54"].iter().any(|class| state.code().starts_with(class))
     })
 }
 
@@ -138,8 +125,8 @@ pub(crate) fn kind_of(error: &tokio_postgres::Error) -> ErrorKind {
         return ErrorKind::Unavailable;
     };
     match (state.code().get(..2), state.code()) {
-        (_, "57014" | "55P03" | "25006" | "40001" | "40P01") => ErrorKind::Unavailable,
-        (Some("08" | "53" | "57" | "58"), _) => ErrorKind::Unavailable,
+        (_, "57014" | "55P03" | "25006" | "40001" | "40P01")
+        | (Some("08" | "53" | "57" | "58"), _) => ErrorKind::Unavailable,
         (Some("22" | "23" | "54"), _) => ErrorKind::Invalid,
         (_, "3F000" | "42P01" | "42883") => ErrorKind::Incompatible,
         _ => ErrorKind::Database,
@@ -176,10 +163,7 @@ mod tests {
 
     #[test]
     fn an_address_whose_password_would_stay_is_refused() {
-        for url in [
-            "host=h user=u password='se cret'",
-            "postgresql://u@h/d?p%61ssword=secret",
-        ] {
+        for url in ["host=h user=u password='se cret'", "postgresql://u@h/d?p%61ssword=secret"] {
             match without_password(url) {
                 Ok(stripped) => assert!(!stripped.contains("secret"), "{stripped}"),
                 Err(error) => assert!(!error.chain().contains("cret")),

@@ -22,10 +22,7 @@ pub(crate) async fn cluster(connection: &Connection) -> Result<(Uuid, i64), Erro
 /// All nodes with their addresses.
 pub(crate) async fn nodes(connection: &Connection) -> Result<Vec<(NodeId, String)>, Error> {
     let rows = query(connection, sql::CONTROL_NODES, &[]).await?;
-    Ok(rows
-        .iter()
-        .filter_map(|row| Some((node_of(row, 0)?, row.get(1))))
-        .collect())
+    Ok(rows.iter().filter_map(|row| Some((node_of(row, 0)?, row.get(1)))).collect())
 }
 
 fn node_of(row: &Row, column: usize) -> Option<NodeId> {
@@ -35,21 +32,12 @@ fn node_of(row: &Row, column: usize) -> Option<NodeId> {
 /// Records a node's address.
 pub(crate) async fn add_node(connection: Connection, node: NodeId, dsn: &str) -> Result<(), Error> {
     let number = i32::from(node.number());
-    write(
-        connection,
-        Durability::Durable,
-        sql::CONTROL_ADD_NODE,
-        &[&number, &dsn],
-    )
-    .await
-    .map(drop)
+    write(connection, Durability::Durable, sql::CONTROL_ADD_NODE, &[&number, &dsn]).await.map(drop)
 }
 
 /// Raises the version of the topology.
 pub(crate) async fn bump(connection: Connection) -> Result<(), Error> {
-    write(connection, Durability::Durable, sql::CONTROL_BUMP, &[])
-        .await
-        .map(drop)
+    write(connection, Durability::Durable, sql::CONTROL_BUMP, &[]).await.map(drop)
 }
 
 /// A topic as the list shows it.
@@ -107,11 +95,7 @@ pub(crate) async fn topic(
         slots: slots
             .iter()
             .filter_map(|row| {
-                Some((
-                    slot(row, 0),
-                    slot(row, 1),
-                    PartitionId::from_i32(row.get(2)).ok()?,
-                ))
+                Some((slot(row, 0), slot(row, 1), PartitionId::from_i32(row.get(2)).ok()?))
             })
             .collect(),
     }))
@@ -123,10 +107,7 @@ pub(crate) async fn partition_counts(
 ) -> Result<HashMap<NodeId, usize>, Error> {
     let rows = query(connection, sql::CONTROL_PARTITION_COUNTS, &[]).await?;
     let read = |row: &Row| {
-        Some((
-            node_of(row, 0)?,
-            usize::try_from(row.get::<_, i64>(1)).unwrap_or(usize::MAX),
-        ))
+        Some((node_of(row, 0)?, usize::try_from(row.get::<_, i64>(1)).unwrap_or(usize::MAX)))
     };
     Ok(rows.iter().filter_map(read).collect())
 }
@@ -136,9 +117,7 @@ pub(crate) async fn partition_counts(
 pub(crate) async fn begin_change(connection: &Connection) -> Result<(Uuid, i64), Error> {
     connection.batch_execute(sql::BEGIN_DURABLE).await?;
     // Nodes are asked meanwhile: the silence is ours, not a lost client's.
-    connection
-        .batch_execute("set local idle_in_transaction_session_timeout = '60s'")
-        .await?;
+    connection.batch_execute("set local idle_in_transaction_session_timeout = '60s'").await?;
     let row = connection.query_one(sql::CONTROL_LOCK, &[]).await?;
     Ok((row.get(0), row.get::<_, i64>(1) + 1))
 }
@@ -159,16 +138,12 @@ pub(crate) async fn record_topic(
     let first: Vec<i32> = slots.iter().map(|slot| i32::from(slot.0)).collect();
     let last: Vec<i32> = slots.iter().map(|slot| i32::from(slot.1)).collect();
     let params: [&(dyn ToSql + Sync); 4] = [&topic.as_str(), &partitions, &first, &last];
-    query(connection, sql::CONTROL_CREATE_TOPIC, &params)
-        .await
-        .map(drop)
+    query(connection, sql::CONTROL_CREATE_TOPIC, &params).await.map(drop)
 }
 
 /// Removes a topic, inside a change.
 pub(crate) async fn forget_topic(connection: &Connection, topic: &TopicName) -> Result<(), Error> {
-    query(connection, sql::CONTROL_DELETE_TOPIC, &[&topic.as_str()])
-        .await
-        .map(drop)
+    query(connection, sql::CONTROL_DELETE_TOPIC, &[&topic.as_str()]).await.map(drop)
 }
 
 /// A group's start as it was recorded first, and whether it is this database's clock.
@@ -179,15 +154,7 @@ pub(crate) async fn group_start(
 ) -> Result<Option<(StartAt, bool)>, Error> {
     let params: [&(dyn ToSql + Sync); 2] = [&topic.as_str(), &group.as_str()];
     let rows = query(connection, sql::CONTROL_GROUP_START, &params).await?;
-    let read = |row: &Row| {
-        (
-            StartAt {
-                at: Some(row.get(0)),
-                id: row.get(1),
-            },
-            row.get(2),
-        )
-    };
+    let read = |row: &Row| (StartAt { at: Some(row.get(0)), id: row.get(1) }, row.get(2));
     Ok(rows.first().map(read))
 }
 
@@ -200,14 +167,7 @@ pub(crate) async fn make_group(
 ) -> Result<(), Error> {
     let (topic, group) = (topic.as_str(), group.as_str());
     let params: [&(dyn ToSql + Sync); 4] = [&topic, &group, &start.at, &start.id];
-    write(
-        connection,
-        Durability::Durable,
-        sql::CONTROL_MAKE_GROUP,
-        &params,
-    )
-    .await
-    .map(drop)
+    write(connection, Durability::Durable, sql::CONTROL_MAKE_GROUP, &params).await.map(drop)
 }
 
 /// A consumer's sign of life; returns all live members of its group, in order.
@@ -221,24 +181,11 @@ pub(crate) async fn heartbeat(
     let (topic, group) = (topic.as_str(), group.as_str());
     let pid = i32::try_from(std::process::id()).unwrap_or(0);
     let params: [&(dyn ToSql + Sync); 6] = [&member, &topic, &group, &host, &pid, &lease_secs];
-    let rows = write(
-        connection,
-        Durability::Relaxed,
-        sql::CONTROL_HEARTBEAT,
-        &params,
-    )
-    .await?;
+    let rows = write(connection, Durability::Relaxed, sql::CONTROL_HEARTBEAT, &params).await?;
     Ok(rows.iter().map(|row| row.get(0)).collect())
 }
 
 /// A consumer that leaves.
 pub(crate) async fn leave(connection: Connection, member: Uuid) -> Result<(), Error> {
-    write(
-        connection,
-        Durability::Relaxed,
-        sql::CONTROL_LEAVE,
-        &[&member],
-    )
-    .await
-    .map(drop)
+    write(connection, Durability::Relaxed, sql::CONTROL_LEAVE, &[&member]).await.map(drop)
 }

@@ -7,7 +7,7 @@ use tokio_postgres::error::SqlState;
 use tokio_postgres::types::{FromSql, Type};
 use uuid::Uuid;
 
-use crate::id::{Day, MessageId, PartitionId, last_of};
+use crate::id::{Day, PartitionId, last_of};
 use crate::store::node::{Connection, query};
 use crate::store::packed::Unpacked;
 use crate::store::sql;
@@ -25,12 +25,35 @@ pub(crate) struct Batch {
     pub(crate) producer: Uuid,
     pub(crate) sequence: i64,
     pub(crate) appended_at: SystemTime,
+    /// Which server it was read from: when that was started.
+    pub(crate) incarnation: SystemTime,
     pub(crate) keys: Option<Unpacked>,
     pub(crate) headers: Option<Unpacked>,
     pub(crate) payloads: Unpacked,
 }
 
+/// What tells a row from another that took its place after a failover that lost the end of the log: all
+/// of this, since a retry can bring the same batch to the same id.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Identity {
+    pub(crate) base_id: i64,
+    pub(crate) count: u32,
+    pub(crate) producer: Uuid,
+    pub(crate) sequence: i64,
+    pub(crate) appended_at: SystemTime,
+}
+
 impl Batch {
+    pub(crate) fn identity(&self) -> Identity {
+        Identity {
+            base_id: self.base_id,
+            count: self.count,
+            producer: self.producer,
+            sequence: self.sequence,
+            appended_at: self.appended_at,
+        }
+    }
+
     pub(crate) fn last_id(&self) -> i64 {
         self.base_id + i64::from(self.count) - 1
     }
@@ -46,6 +69,7 @@ impl Batch {
             keys: row.get(6),
             headers: row.get(7),
             payloads: row.get::<_, Option<Unpacked>>(8).unwrap_or_default(),
+            incarnation: row.get(9),
         }
     }
 }
@@ -55,14 +79,10 @@ struct Micros(i64);
 
 impl Micros {
     fn time(&self) -> SystemTime {
-        const TO_2000: Duration = Duration::from_secs(946_684_800);
+        const TO_2000: Duration = Duration::from_hours(262_968);
         let distance = Duration::from_micros(self.0.unsigned_abs());
         let base = UNIX_EPOCH + TO_2000;
-        if self.0 < 0 {
-            base - distance
-        } else {
-            base + distance
-        }
+        if self.0 < 0 { base - distance } else { base + distance }
     }
 }
 
@@ -93,14 +113,49 @@ pub(crate) async fn fetch(
     }
 }
 
+/// What is there now of a row that was read last.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Overlap {
+    /// The same row, on a server of this incarnation.
+    Same(SystemTime),
+    /// It is gone, or another.
+    Changed,
+    /// The whole table is gone.
+    NoTable,
+}
+
+/// Looks whether a row that was read is still the same.
+pub(crate) async fn overlap(
+    connection: &Connection,
+    partition: PartitionId,
+    day: Day,
+    last: &Identity,
+) -> Result<Overlap, tokio_postgres::Error> {
+    let text = sql::for_day(sql::OVERLAP, partition, day);
+    let rows = match query(connection, &text, &[&last.base_id]).await {
+        Err(error) if error.code() == Some(&SqlState::UNDEFINED_TABLE) => {
+            return Ok(Overlap::NoTable);
+        }
+        rows => rows?,
+    };
+    let Some(row) = rows.first() else { return Ok(Overlap::Changed) };
+    let found = Identity {
+        base_id: last.base_id,
+        count: u32::try_from(row.get::<_, i32>(0)).unwrap_or(0),
+        producer: row.get(1),
+        sequence: row.get(2),
+        appended_at: row.get::<_, Micros>(3).time(),
+    };
+    Ok(if found == *last { Overlap::Same(row.get(4)) } else { Overlap::Changed })
+}
+
 /// Where a partition stands.
 #[derive(Debug, Clone)]
 pub(crate) struct PartitionState {
     pub(crate) day: Day,
-    pub(crate) state: String,
-    pub(crate) topic: String,
-    pub(crate) generation: i32,
     pub(crate) low_watermark: i64,
+    /// The server that answered: when it was started.
+    pub(crate) incarnation: SystemTime,
     /// The next closed day with messages after the one that was asked about.
     pub(crate) next_day: Option<Day>,
 }
@@ -108,9 +163,7 @@ pub(crate) struct PartitionState {
 impl PartitionState {
     /// The day to read after the one that was asked about, if there is one.
     pub(crate) fn day_after(&self, day: Option<Day>) -> Option<Day> {
-        self.next_day
-            .or(Some(self.day))
-            .filter(|next| day.is_none_or(|day| *next > day))
+        self.next_day.or(Some(self.day)).filter(|next| day.is_none_or(|day| *next > day))
     }
 }
 
@@ -121,22 +174,13 @@ pub(crate) async fn partition_state(
     after: Option<Day>,
 ) -> Result<Option<PartitionState>, tokio_postgres::Error> {
     let after = after.map_or(0, Day::as_i32);
-    let rows = query(
-        connection,
-        sql::PARTITION_STATE,
-        &[&partition.as_i32(), &after],
-    )
-    .await?;
+    let rows = query(connection, sql::PARTITION_STATE, &[&partition.as_i32(), &after]).await?;
     Ok(rows.first().and_then(|row| {
         Some(PartitionState {
             day: Day::from_i32(row.get(0)).ok()?,
-            state: row.get(1),
-            topic: row.get(2),
-            generation: row.get(3),
-            low_watermark: row.get(4),
-            next_day: row
-                .get::<_, Option<i32>>(5)
-                .and_then(|day| Day::from_i32(day).ok()),
+            low_watermark: row.get(1),
+            incarnation: row.get(3),
+            next_day: row.get::<_, Option<i32>>(2).and_then(|day| Day::from_i32(day).ok()),
         })
     }))
 }
@@ -151,17 +195,13 @@ pub(crate) async fn look(
         .iter()
         .map(|(partition, day, _)| sql::for_day(sql::LOOK, *partition, *day))
         .collect();
-    let rows = connection
-        .prepare_cached(&parts.join("\nunion all\n"))
-        .await?;
+    let rows = connection.prepare_cached(&parts.join("\nunion all\n")).await?;
     let rows = connection.query(&rows, &[]).await?;
     let changed = |row: &Row| {
         let partition = PartitionId::from_i32(row.get(0)).ok()?;
         let (_, day, position) = partitions.iter().find(|(id, ..)| *id == partition)?;
         let moved = row.get::<_, Option<i32>>(1) != Some(day.as_i32());
-        let more = row
-            .get::<_, Option<i64>>(2)
-            .is_some_and(|last| last > *position);
+        let more = row.get::<_, Option<i64>>(2).is_some_and(|last| last > *position);
         (moved || more).then_some(partition)
     };
     Ok(rows.iter().filter_map(changed).collect())
@@ -173,7 +213,7 @@ pub(crate) fn day_of(position: i64) -> Option<Day> {
     Day::from_i32(day).ok().filter(|_| position > 0)
 }
 
-/// The position at the end of a day, from which the next is read.
-pub(crate) fn end_of(partition: PartitionId, day: Day) -> MessageId {
-    MessageId::try_from(last_of(partition, day)).unwrap_or_else(|_| unreachable!("a valid id"))
+/// The last id that a day can have.
+pub(crate) fn end_of(partition: PartitionId, day: Day) -> i64 {
+    last_of(partition, day)
 }

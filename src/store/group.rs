@@ -31,6 +31,8 @@ pub(crate) struct Fence {
 pub(crate) struct Acquired {
     pub(crate) partition: PartitionId,
     pub(crate) fence: Fence,
+    /// The server that answered: when it was started.
+    pub(crate) incarnation: SystemTime,
     pub(crate) acked_id: i64,
     /// Ids above it that are acknowledged too: first and last of each run.
     pub(crate) acked_ahead: Vec<(i64, i64)>,
@@ -44,9 +46,7 @@ pub(crate) async fn knows_start(
 ) -> Result<bool, Error> {
     let params: [&(dyn tokio_postgres::types::ToSql + Sync); 2] =
         [&topic.as_str(), &group.as_str()];
-    Ok(!query(connection, sql::GROUP_START_READ, &params)
-        .await?
-        .is_empty())
+    Ok(!query(connection, sql::GROUP_START_READ, &params).await?.is_empty())
 }
 
 /// Resolves a group's start on this node, unless somebody did.
@@ -59,14 +59,7 @@ pub(crate) async fn write_start(
     let (topic, group) = (topic.as_str(), group.as_str());
     let params: [&(dyn tokio_postgres::types::ToSql + Sync); 4] =
         [&topic, &group, &start.at, &start.id];
-    write(
-        connection,
-        Durability::Durable,
-        sql::GROUP_START_WRITE,
-        &params,
-    )
-    .await
-    .map(drop)
+    write(connection, Durability::Durable, sql::GROUP_START_WRITE, &params).await.map(drop)
 }
 
 /// Makes the cursors that a group lacks on this node.
@@ -76,44 +69,42 @@ pub(crate) async fn make_cursors(
     group: &GroupName,
 ) -> Result<(), Error> {
     let (topic, group) = (topic.as_str(), group.as_str());
-    write(
-        connection,
-        Durability::Durable,
-        sql::MAKE_CURSORS,
-        &[&topic, &group],
-    )
-    .await
-    .map(drop)
+    write(connection, Durability::Durable, sql::MAKE_CURSORS, &[&topic, &group]).await.map(drop)
 }
 
-/// Renews a member's lease; returns what it owns on this node.
+/// What a renewal found.
+#[derive(Debug)]
+pub(crate) struct Renewed {
+    /// The server that answered: when it was started.
+    pub(crate) incarnation: SystemTime,
+    /// Whether it is the one that was named, and so the lease renewed.
+    pub(crate) same_server: bool,
+    /// What the member owns on this node.
+    pub(crate) owned: Vec<(PartitionId, Fence)>,
+}
+
+/// Renews a member's lease, unless another server answers than the one that the member knows.
 pub(crate) async fn renew(
     connection: Connection,
     member: Uuid,
     group: &GroupName,
     lease_secs: f64,
-) -> Result<Vec<(PartitionId, Fence)>, Error> {
+    incarnation: Option<SystemTime>,
+) -> Result<Renewed, Error> {
     let group = group.as_str();
-    let rows = write(
-        connection,
-        Durability::Relaxed,
-        sql::RENEW,
-        &[&member, &group, &lease_secs],
-    )
-    .await?;
+    let params: [&(dyn tokio_postgres::types::ToSql + Sync); 4] =
+        [&member, &group, &lease_secs, &incarnation];
+    let rows = write(connection, Durability::Relaxed, sql::RENEW, &params).await?;
     let owned = rows.iter().filter_map(|row| {
-        let partition = PartitionId::from_i32(row.get(0)).ok()?;
-        let owner = row.get::<_, Option<Uuid>>(1)?;
-        Some((
-            partition,
-            Fence {
-                owner,
-                epoch: row.get(2),
-                reset_epoch: row.get(3),
-            },
-        ))
+        let partition = PartitionId::from_i32(row.get::<_, Option<i32>>(2)?).ok()?;
+        let owner = row.get::<_, Option<Uuid>>(3)?;
+        Some((partition, Fence { owner, epoch: row.get(4), reset_epoch: row.get(5) }))
     });
-    Ok(owned.collect())
+    Ok(Renewed {
+        incarnation: rows.first().map_or(SystemTime::UNIX_EPOCH, |row| row.get(0)),
+        same_server: rows.first().is_some_and(|row| row.get(1)),
+        owned: owned.collect(),
+    })
 }
 
 /// Takes up to `most` of these partitions that are free, or, where `ended_too`, whose member's lease
@@ -133,13 +124,10 @@ pub(crate) async fn acquire(
     let acquired = rows.iter().filter_map(|row| {
         Some(Acquired {
             partition: PartitionId::from_i32(row.get(0)).ok()?,
-            fence: Fence {
-                owner: row.get(1),
-                epoch: row.get(2),
-                reset_epoch: row.get(3),
-            },
+            fence: Fence { owner: row.get(1), epoch: row.get(2), reset_epoch: row.get(3) },
             acked_id: row.get(4),
             acked_ahead: parse_ranges(row.get(5)),
+            incarnation: row.get(6),
         })
     });
     Ok(acquired.collect())
@@ -150,6 +138,8 @@ pub(crate) async fn acquire(
 pub(crate) struct Move {
     pub(crate) partition: PartitionId,
     pub(crate) fence: Fence,
+    /// The server that the messages were last seen on.
+    pub(crate) incarnation: SystemTime,
     pub(crate) acked_id: i64,
     pub(crate) acked_ahead: Vec<(i64, i64)>,
 }
@@ -165,6 +155,8 @@ pub(crate) enum Moved {
     LeaseLost,
     /// A seek came in between.
     Reset,
+    /// Another server answered than the one that the messages were seen on: not before a look.
+    OtherServer,
 }
 
 /// Moves cursors, each only where its fence still holds.
@@ -178,26 +170,18 @@ pub(crate) async fn flush(
     let epochs: Vec<i64> = moves.iter().map(|m| m.fence.epoch).collect();
     let resets: Vec<i64> = moves.iter().map(|m| m.fence.reset_epoch).collect();
     let acked: Vec<i64> = moves.iter().map(|m| m.acked_id).collect();
-    let ahead: Vec<String> = moves
-        .iter()
-        .map(|m| format_ranges(&m.acked_ahead))
-        .collect();
+    let ahead: Vec<String> = moves.iter().map(|m| format_ranges(&m.acked_ahead)).collect();
+    let servers: Vec<SystemTime> = moves.iter().map(|m| m.incarnation).collect();
     let group = group.as_str();
-    let params: [&(dyn tokio_postgres::types::ToSql + Sync); 7] = [
-        &group,
-        &partitions,
-        &owners,
-        &epochs,
-        &resets,
-        &acked,
-        &ahead,
-    ];
+    let params: [&(dyn tokio_postgres::types::ToSql + Sync); 8] =
+        [&group, &partitions, &owners, &epochs, &resets, &acked, &ahead, &servers];
     let rows = write(connection, Durability::Durable, sql::FLUSH, &params).await?;
     let outcomes = rows.iter().filter_map(|row| {
         let outcome = match row.get(1) {
             "moved" => Moved::Yes,
             "locked" => Moved::Locked,
             "reset" => Moved::Reset,
+            "other_server" => Moved::OtherServer,
             _ => Moved::LeaseLost,
         };
         Some((PartitionId::from_i32(row.get(0)).ok()?, outcome))
@@ -211,53 +195,34 @@ pub(crate) async fn release(
     group: &GroupName,
     owned: &[(PartitionId, Uuid)],
 ) -> Result<(), Error> {
-    let partitions: Vec<i32> = owned
-        .iter()
-        .map(|(partition, _)| partition.as_i32())
-        .collect();
+    let partitions: Vec<i32> = owned.iter().map(|(partition, _)| partition.as_i32()).collect();
     let owners: Vec<Uuid> = owned.iter().map(|(_, owner)| *owner).collect();
     let group = group.as_str();
-    write(
-        connection,
-        Durability::Durable,
-        sql::RELEASE,
-        &[&group, &partitions, &owners],
-    )
-    .await
-    .map(drop)
+    write(connection, Durability::Durable, sql::RELEASE, &[&group, &partitions, &owners])
+        .await
+        .map(drop)
 }
 
 /// Ends a member's lease.
 pub(crate) async fn leave(connection: Connection, member: Uuid) -> Result<(), Error> {
-    write(connection, Durability::Relaxed, sql::LEAVE, &[&member])
-        .await
-        .map(drop)
+    write(connection, Durability::Relaxed, sql::LEAVE, &[&member]).await.map(drop)
 }
 
 /// Removes members whose lease ended long ago.
 pub(crate) async fn sweep_members(connection: Connection) -> Result<(), Error> {
-    write(connection, Durability::Relaxed, sql::SWEEP_MEMBERS, &[])
-        .await
-        .map(drop)
+    write(connection, Durability::Relaxed, sql::SWEEP_MEMBERS, &[]).await.map(drop)
 }
 
 /// A multirange as Postgres writes it, `{[1,5),[7,9)}`, as first and last of each run.
 fn parse_ranges(text: &str) -> Vec<(i64, i64)> {
-    let numbers = text
-        .split(|c: char| !c.is_ascii_digit())
-        .filter(|number| !number.is_empty());
+    let numbers = text.split(|c: char| !c.is_ascii_digit()).filter(|number| !number.is_empty());
     let bounds: Vec<i64> = numbers.filter_map(|number| number.parse().ok()).collect();
-    bounds
-        .chunks_exact(2)
-        .map(|bound| (bound[0], bound[1] - 1))
-        .collect()
+    bounds.chunks_exact(2).map(|bound| (bound[0], bound[1] - 1)).collect()
 }
 
 fn format_ranges(ranges: &[(i64, i64)]) -> String {
-    let parts: Vec<String> = ranges
-        .iter()
-        .map(|(first, last)| format!("[{first},{})", last + 1))
-        .collect();
+    let parts: Vec<String> =
+        ranges.iter().map(|(first, last)| format!("[{first},{})", last + 1)).collect();
     format!("{{{}}}", parts.join(","))
 }
 
@@ -267,10 +232,7 @@ mod tests {
 
     #[test]
     fn ranges_round_trip_through_postgres_own_form() {
-        let ranges = vec![
-            (1_010_126_112_200_000_005, 1_010_126_112_200_000_009),
-            (7, 7),
-        ];
+        let ranges = vec![(1_010_126_112_200_000_005, 1_010_126_112_200_000_009), (7, 7)];
         assert_eq!(parse_ranges(&format_ranges(&ranges)), ranges);
         assert_eq!(format_ranges(&[(7, 8)]), "{[7,9)}");
         assert!(parse_ranges("{}").is_empty());

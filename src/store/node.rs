@@ -55,9 +55,7 @@ impl Node {
         }
         let what = format!("connect to {name} at {}", connect::describe(&config));
         let refusal = Arc::new(Mutex::new(None));
-        let recycling = ManagerConfig {
-            recycling_method: RecyclingMethod::Fast,
-        };
+        let recycling = ManagerConfig { recycling_method: RecyclingMethod::Fast };
         let manager = Manager::from_config(config, NoTls, recycling);
         let kept = Arc::clone(&refusal);
         let pool = Pool::builder(manager)
@@ -71,20 +69,12 @@ impl Node {
                     let outcome = check(client).await;
                     let refused = outcome.is_err();
                     *lock(&kept) = outcome.err();
-                    if refused {
-                        Err(HookError::message("not what it should be"))
-                    } else {
-                        Ok(())
-                    }
+                    if refused { Err(HookError::message("not what it should be")) } else { Ok(()) }
                 })
             }))
             .build()
             .map_err(|error| Error::with_source(ErrorKind::Invalid, what.clone(), error))?;
-        Ok(Self {
-            what,
-            pool,
-            refusal,
-        })
+        Ok(Self { what, pool, refusal })
     }
 
     /// A connection, opened where none is idle. Cancel safe.
@@ -121,9 +111,7 @@ impl Node {
 
 impl fmt::Debug for Node {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Node")
-            .field("what", &self.what)
-            .finish_non_exhaustive()
+        f.debug_struct("Node").field("what", &self.what).finish_non_exhaustive()
     }
 }
 
@@ -137,10 +125,7 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 async fn check_node(client: &Client, cluster: Uuid, id: NodeId) -> Result<()> {
     migrate::check(client, Schema::Node).await?;
     let what = format!("ask node {id} who it is");
-    let row = client
-        .query_opt(sql::IDENTITY, &[])
-        .await
-        .map_err(|error| refused(error, &what))?;
+    let row = client.query_opt(sql::IDENTITY, &[]).await.map_err(|error| refused(error, &what))?;
     let found: Option<(Uuid, i32)> = row.map(|row| (row.get(0), row.get(1)));
     match found {
         Some((uuid, number)) if uuid == cluster && number == i32::from(id.number()) => Ok(()),
@@ -229,9 +214,7 @@ impl Unfinished {
 
     pub(crate) fn connection(&self) -> &Connection {
         // Taken only by `finished` and `drop`, which end this value.
-        self.0
-            .as_ref()
-            .unwrap_or_else(|| unreachable!("the connection is there until the end"))
+        self.0.as_ref().unwrap_or_else(|| unreachable!("the connection is there until the end"))
     }
 
     /// The pipeline is through: the connection goes back to its pool.

@@ -40,8 +40,7 @@ impl Packed {
     fn push_parts(&mut self, prefix: &[u8], element: &[u8]) {
         self.count += 1;
         self.body.reserve(4 + prefix.len() + element.len());
-        self.body
-            .put_i32(i32::try_from(prefix.len() + element.len()).unwrap_or(i32::MAX));
+        self.body.put_i32(i32::try_from(prefix.len() + element.len()).unwrap_or(i32::MAX));
         self.body.put_slice(prefix);
         self.body.put_slice(element);
     }
@@ -103,16 +102,9 @@ impl Unpacked {
             let start = u32::try_from(at).unwrap_or(u32::MAX);
             let length = u32::try_from(length).unwrap_or(u32::MAX);
             elements.push((start, length));
-            at += if length == u32::MAX {
-                0
-            } else {
-                length as usize
-            };
+            at += if length == u32::MAX { 0 } else { length as usize };
         }
-        Self {
-            body,
-            elements: elements.into(),
-        }
+        Self { body, elements: elements.into() }
     }
 
     pub(crate) fn len(&self) -> usize {
@@ -122,8 +114,7 @@ impl Unpacked {
     /// The element at an index; none for a null or beyond the end.
     pub(crate) fn element(&self, index: usize) -> Option<&[u8]> {
         let (start, length) = *self.elements.get(index)?;
-        self.body
-            .get(start as usize..start as usize + length as usize)
+        self.body.get(start as usize..start as usize + length as usize)
     }
 
     /// The same, sharing the buffer.
@@ -132,29 +123,21 @@ impl Unpacked {
         if length == u32::MAX {
             return None;
         }
-        Some(
-            self.body
-                .slice(start as usize..start as usize + length as usize),
-        )
+        Some(self.body.slice(start as usize..start as usize + length as usize))
     }
 }
 
 impl<'a> FromSql<'a> for Unpacked {
     fn from_sql(_: &Type, raw: &'a [u8]) -> Result<Self, Box<dyn StdError + Sync + Send>> {
         let word = |at: usize| -> Option<i32> {
-            raw.get(at..at + 4)
-                .map(|b| i32::from_be_bytes([b[0], b[1], b[2], b[3]]))
+            raw.get(at..at + 4).map(|b| i32::from_be_bytes([b[0], b[1], b[2], b[3]]))
         };
         match word(0).ok_or("array too short")? {
             0 => Ok(Self::default()),
             1 => {
                 let count = usize::try_from(word(12).ok_or("array too short")?)?;
                 let unpacked = Self::from_body(count, Bytes::copy_from_slice(&raw[20..]));
-                if unpacked.len() == count {
-                    Ok(unpacked)
-                } else {
-                    Err("array cut short".into())
-                }
+                if unpacked.len() == count { Ok(unpacked) } else { Err("array cut short".into()) }
             }
             dimensions => Err(format!("array of {dimensions} dimensions").into()),
         }

@@ -38,20 +38,28 @@ statements! {
     CONTROL_SLOTS = "control_slots";
     CONTROL_TOPIC = "control_topic";
     CONTROL_TOPICS = "control_topics";
+    DAY_FROZEN = "day_frozen";
     DELETE_PARTITION = "delete_partition";
+    DROP_DAY = "drop_day";
+    EXPIRE_DAY = "expire_day";
     FENCE = "fence";
     FETCH = "fetch";
     FLUSH = "flush";
+    FREEZE_DAY = "freeze_day";
     GROUP_START_READ = "group_start_read";
     GROUP_START_WRITE = "group_start_write";
     IDENTITY = "identity";
+    KEEP_UP = "keep_up";
     LAG = "lag";
     LEAVE = "leave";
     LOOK = "look";
     MAKE_CURSORS = "make_cursors";
     MAKE_DAYS_AHEAD = "make_days_ahead";
     MESSAGE = "message";
+    MISSED = "missed";
     NOTIFY = "notify";
+    NOTIFY_BEAT = "notify_beat";
+    OVERLAP = "overlap";
     PARTITIONS_OF_TOPIC = "partitions_of_topic";
     PARTITION_STATE = "partition_state";
     PEEK = "peek";
@@ -59,7 +67,10 @@ statements! {
     RELEASE = "release";
     RENEW = "renew";
     ROLL = "roll";
+    SET_RETENTION = "set_retention";
     SWEEP_MEMBERS = "sweep_members";
+    UNFROZEN_DAYS = "unfrozen_days";
+    UPKEEP_PARTITIONS = "upkeep_partitions";
 }
 
 /// A statement for one partition and day: tables are addressed by name.
@@ -92,10 +103,7 @@ mod tests {
         let partition = PartitionId::new(1, 1).unwrap();
         for (name, text) in ALL {
             let filled = for_day(text, partition, day);
-            assert!(
-                !filled.contains("{partition}") && !filled.contains("{day"),
-                "{name}"
-            );
+            assert!(!filled.contains("{partition}") && !filled.contains("{day"), "{name}");
         }
         let filled = for_day(FETCH, partition, day);
         assert!(filled.contains("shardmq.batch_10101_050102"));

@@ -8,11 +8,8 @@ use crate::support::stored::{assert_dense, stored, table, topic};
 
 /// Makes the server refuse messages that begin with "bad".
 async fn refuse_bad(sql: &Client, partition: PartitionId) {
-    let day: i32 = sql
-        .query_one("select shardmq.day_of(shardmq.clock())", &[])
-        .await
-        .unwrap()
-        .get(0);
+    let day: i32 =
+        sql.query_one("select shardmq.day_of(shardmq.clock())", &[]).await.unwrap().get(0);
     let table = table(partition, day);
     let check = format!(
         "create or replace function public.no_bad(bytea[]) returns boolean language sql immutable

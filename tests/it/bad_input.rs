@@ -18,20 +18,12 @@ async fn what_is_outside_of_a_limit_is_refused_by_name_and_nothing_is_sent() {
         (&producer, Message::new(vec![0; (4 << 20) + 1]), "4194304"),
         (&small, Message::new("12345678901"), "10"),
         (&producer, Message::new("x").key("k".repeat(1025)), "1024"),
-        (
-            &producer,
-            Message::new("x").header("h", "v".repeat(65_536)),
-            "65536",
-        ),
+        (&producer, Message::new("x").header("h", "v".repeat(65_536)), "65536"),
         (&producer, Message::new("x").key("a\0b"), "NUL"),
         (&producer, Message::new("x").header("h", "a\0b"), "NUL"),
         (&producer, Message::new("x").header("a\0b", "v"), "NUL"),
         (&producer, Message::new("x").header("", "v"), "empty"),
-        (
-            &producer,
-            Message::new("x").header("shardmq.uid", "v"),
-            "reserved",
-        ),
+        (&producer, Message::new("x").header("shardmq.uid", "v"), "reserved"),
     ];
     for (producer, message, words) in cases {
         let error = producer.send(message).await.unwrap_err();
@@ -39,14 +31,7 @@ async fn what_is_outside_of_a_limit_is_refused_by_name_and_nothing_is_sent() {
         assert!(error.to_string().contains(words), "{error}");
     }
     assert!(stored(&sql, partition).await.is_empty());
-    assert_eq!(
-        producer
-            .send(Message::new("good"))
-            .await
-            .unwrap()
-            .sequence(),
-        1
-    );
+    assert_eq!(producer.send(Message::new("good")).await.unwrap().sequence(), 1);
 }
 
 #[tokio::test]
@@ -56,25 +41,14 @@ async fn the_largest_message_goes_through_unchanged() {
     let partition = topic(&test, "orders", 1).await[0];
     let producer = test.cluster.producer("orders").max_payload(6 << 20);
     let producer = producer.build().await.unwrap();
-    let payload: Vec<u8> = (0..6_u32 << 20)
-        .map(|n| (n.wrapping_mul(2_654_435_761) >> 24) as u8)
-        .collect();
+    let payload: Vec<u8> =
+        (0..6_u32 << 20).map(|n| (n.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
     let message = Message::new(payload.clone()).key("k".repeat(1024));
-    producer
-        .send(message.header("h", "v".repeat(65_535)))
-        .await
-        .unwrap();
+    producer.send(message.header("h", "v".repeat(65_535))).await.unwrap();
     let odd = &b"\0\xff\xfe\xc3\x28 \\x00 \0"[..];
     producer.send(Message::new(odd)).await.unwrap();
     producer.send(Message::new("")).await.unwrap();
-    let keys = [
-        "",
-        " ",
-        "\u{10ffff}\u{1f980}",
-        "'; drop table x --",
-        "{\"a\",NULL}",
-        "NULL",
-    ];
+    let keys = ["", " ", "\u{10ffff}\u{1f980}", "'; drop table x --", "{\"a\",NULL}", "NULL"];
     for key in keys {
         producer.send(Message::new("x").key(key)).await.unwrap();
     }
@@ -90,29 +64,12 @@ async fn the_largest_message_goes_through_unchanged() {
 async fn bad_names_are_refused_in_few_words() {
     let test = TestCluster::new(1).await;
     let million = "x".repeat(1_000_000);
-    for name in [
-        "",
-        "Orders",
-        "-a",
-        "a b",
-        "a\0",
-        "ä",
-        "a;b",
-        million.as_str(),
-        &"a".repeat(101),
-    ] {
-        let made = test
-            .cluster
-            .create_topic(name, TopicOptions::partitions(1))
-            .await;
+    for name in ["", "Orders", "-a", "a b", "a\0", "ä", "a;b", million.as_str(), &"a".repeat(101)]
+    {
+        let made = test.cluster.create_topic(name, TopicOptions::partitions(1)).await;
         let produced = test.cluster.producer(name).build().await.map(drop);
         let consumed = test.cluster.consumer(name, "g").stream().await.map(drop);
-        let grouped = test
-            .cluster
-            .consumer("orders", name)
-            .stream()
-            .await
-            .map(drop);
+        let grouped = test.cluster.consumer("orders", name).stream().await.map(drop);
         for error in [made.map(drop), produced, consumed, grouped] {
             let error = error.unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Invalid, "{name:.20}: {error}");

@@ -15,10 +15,8 @@ const MIB: usize = 1 << 20;
 
 /// Waits until the readers have fetched what they may, and nobody has anything in hand.
 async fn settled(handle: &ConsumerHandle, at_least: usize) -> usize {
-    eventually("readers fetch ahead", 10 * SECOND, async || {
-        handle.prefetched_bytes() >= at_least
-    })
-    .await;
+    eventually("readers fetch ahead", 10 * SECOND, async || handle.prefetched_bytes() >= at_least)
+        .await;
     handle.prefetched_bytes()
 }
 
@@ -52,13 +50,8 @@ async fn tiny_and_huge_messages_come_in_order_and_memory_is_bounded() {
             sizes.extend(batch);
         }
     }
-    let mut messages = test
-        .cluster
-        .consumer("mixed", "g")
-        .prefetch_bytes(MIB)
-        .stream()
-        .await
-        .unwrap();
+    let mut messages =
+        test.cluster.consumer("mixed", "g").prefetch_bytes(MIB).stream().await.unwrap();
     settled(&messages.handle(), 4 * MIB).await;
     // Room for one fetch is reserved when the last of it is free; one row may exceed it.
     expect_sizes(&mut messages, &sizes, MIB + 5 * MIB).await;
@@ -75,13 +68,8 @@ async fn a_message_larger_than_the_whole_budget_still_comes_and_holds_the_others
             append(&sql, *partition, &[vec![1; size]]).await;
         }
     }
-    let mut messages = test
-        .cluster
-        .consumer("huge", "g")
-        .prefetch_bytes(64 * KIB)
-        .stream()
-        .await
-        .unwrap();
+    let mut messages =
+        test.cluster.consumer("huge", "g").prefetch_bytes(64 * KIB).stream().await.unwrap();
     // One row at most for each room that fits into the budget, and never a second one on top.
     let ahead = settled(&messages.handle(), 8 * MIB).await;
     assert!(ahead <= 4 * 8 * MIB, "{ahead}");
@@ -178,27 +166,16 @@ async fn fetch(
     rows: i32,
 ) -> Vec<(i64, bool)> {
     let day: i32 = sql
-        .query_one(
-            "select day from shardmq.partition where partition = $1",
-            &[&number(partition)],
-        )
+        .query_one("select day from shardmq.partition where partition = $1", &[&number(partition)])
         .await
         .unwrap()
         .get(0);
     let statement = include_str!("../../src/store/sql/fetch.sql")
         .replace("shardmq.batch_{partition}_{day}", &table(partition, day));
-    let found = sql
-        .query(&statement, &[&position, &bytes, &rows])
-        .await
-        .unwrap();
+    let found = sql.query(&statement, &[&position, &bytes, &rows]).await.unwrap();
     let index = |id: i64| (id % 100_000_000 - 1) / 2;
     found
         .iter()
-        .map(|row| {
-            (
-                index(row.get(0)),
-                row.get::<_, Option<Vec<Vec<u8>>>>(8).is_some(),
-            )
-        })
+        .map(|row| (index(row.get(0)), row.get::<_, Option<Vec<Vec<u8>>>>(8).is_some()))
         .collect()
 }

@@ -44,9 +44,7 @@ impl Finished {
     /// The JSON objects on stdout, one a line.
     fn json(&self) -> Vec<Value> {
         let lines = self.stdout.split_inclusive(|byte| *byte == b'\n');
-        lines
-            .map(|line| serde_json::from_slice(line).unwrap())
-            .collect()
+        lines.map(|line| serde_json::from_slice(line).unwrap()).collect()
     }
 }
 
@@ -71,10 +69,7 @@ async fn run(url: &str, arguments: &str) -> Finished {
 
 /// Runs the program to its end with this on its stdin.
 async fn run_with(url: &str, arguments: &str, input: &[u8]) -> Finished {
-    let mut child = command(url, arguments)
-        .stdin(Stdio::piped())
-        .spawn()
-        .unwrap();
+    let mut child = command(url, arguments).stdin(Stdio::piped()).spawn().unwrap();
     let mut stdin = child.stdin.take().unwrap();
     let input = input.to_vec();
     let writing = tokio::spawn(async move { stdin.write_all(&input).await });
@@ -85,9 +80,7 @@ async fn run_with(url: &str, arguments: &str, input: &[u8]) -> Finished {
 }
 
 async fn finish(child: Child) -> Finished {
-    let output = within(LONG, "the program's end", child.wait_with_output())
-        .await
-        .unwrap();
+    let output = within(LONG, "the program's end", child.wait_with_output()).await.unwrap();
     Finished {
         code: output.status.code(),
         stdout: output.stdout,
@@ -112,10 +105,7 @@ fn payload(line: &Value) -> Vec<u8> {
 }
 
 fn from_base64(text: &str) -> Vec<u8> {
-    let alphabet = ('A'..='Z')
-        .chain('a'..='z')
-        .chain('0'..='9')
-        .chain(['+', '/']);
+    let alphabet = ('A'..='Z').chain('a'..='z').chain('0'..='9').chain(['+', '/']);
     let alphabet: Vec<char> = alphabet.collect();
     let (mut bytes, mut bits, mut count) = (Vec::new(), 0_u32, 0);
     for letter in text.trim_end_matches('=').chars() {

@@ -6,7 +6,7 @@ use std::time::Duration;
 use shardmq::{Cluster, Message, PartitionId, SLOTS, key_slot};
 use tokio_postgres::Client;
 
-use crate::support::stored::{all_stored, assert_acknowledged, table, topic, waiting};
+use crate::support::stored::{all_stored, assert_acknowledged, stored, table, topic, waiting};
 use crate::support::{TestCluster, eventually, within};
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -15,9 +15,7 @@ const SECOND: Duration = Duration::from_secs(1);
 fn keys(partitions: usize) -> Vec<String> {
     let rest = usize::from(SLOTS) / partitions;
     let of = |p: usize| (0_u32..).find(|n| usize::from(key_slot(&n.to_string())) / rest == p);
-    (0..partitions)
-        .map(|p| of(p).unwrap().to_string())
-        .collect()
+    (0..partitions).map(|p| of(p).unwrap().to_string()).collect()
 }
 
 async fn lock(test: &TestCluster, partitions: &[PartitionId]) -> Client {
@@ -40,12 +38,7 @@ async fn what_is_ready_for_several_partitions_goes_in_one_commit() {
     let producer = cluster.producer("orders").build().await.unwrap();
     let holder = lock(&test, &partitions[..1]).await;
     let mut receipts = Vec::new();
-    receipts.push(
-        producer
-            .enqueue(Message::new("0").key(&keys[0]))
-            .await
-            .unwrap(),
-    );
+    receipts.push(producer.enqueue(Message::new("0").key(&keys[0])).await.unwrap());
     let waits = || async { waiting(&sql, partitions[0]).await == 1 };
     eventually("the first waits", 5 * SECOND, waits).await;
     for key in &keys[1..] {
@@ -63,6 +56,37 @@ async fn what_is_ready_for_several_partitions_goes_in_one_commit() {
     assert_eq!(transactions.len(), 2, "{transactions:?}");
 }
 
+/// It has a lock already: what it does not get at once goes in a later transaction.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_transaction_waits_for_one_lock_only() {
+    let test = TestCluster::new(1).await;
+    let partitions = topic(&test, "orders", 3).await;
+    let (keys, sql) = (keys(3), test.sql(0).await);
+    let builder = Cluster::builder(&test.control_url).connections_per_node(1);
+    let cluster = builder.connect().await.unwrap();
+    let producer = cluster.producer("orders").build().await.unwrap();
+    let first = lock(&test, &partitions[..1]).await;
+    let last = lock(&test, &partitions[2..]).await;
+    let mut receipts = Vec::new();
+    for (nth, key) in keys.iter().enumerate() {
+        let message = Message::new("x").key(key);
+        receipts.push(producer.enqueue(message).await.unwrap());
+        if nth == 0 {
+            let waits = || async { waiting(&sql, partitions[0]).await == 1 };
+            eventually("the first waits", 5 * SECOND, waits).await;
+        }
+    }
+    first.batch_execute("commit").await.unwrap();
+    // The second and third are in one transaction: it waits for the third only when it is another.
+    let waits = || async { waiting(&sql, partitions[2]).await == 1 };
+    eventually("the third waits", 5 * SECOND, waits).await;
+    assert_eq!(stored(&sql, partitions[1]).await.len(), 1);
+    last.batch_execute("commit").await.unwrap();
+    for receipt in receipts {
+        within(5 * SECOND, "an answer", receipt).await.unwrap();
+    }
+}
+
 /// So long as partitions are locked, the others of the node go on; then those do.
 async fn others_go_on_while_locked(partitions: usize, locked: usize, warm: bool) {
     let test = TestCluster::new(1).await;
@@ -75,34 +99,28 @@ async fn others_go_on_while_locked(partitions: usize, locked: usize, warm: bool)
         }
     }
     let holder = lock(&test, &numbers[..locked]).await;
-    let mut stuck = Vec::new();
-    for key in &keys[..locked] {
-        stuck.push(
-            producer
-                .enqueue(Message::new("stuck").key(key))
-                .await
-                .unwrap(),
-        );
+    let (mut stuck, sql) = (Vec::new(), test.sql(0).await);
+    for (nth, key) in keys[..locked].iter().enumerate() {
+        let message = Message::new("stuck").key(key);
+        stuck.push(producer.enqueue(message).await.unwrap());
+        // Until both connections wait, each for a lock of its own.
+        if nth < 2 {
+            let waits = || async { waiting(&sql, numbers[nth]).await == 1 };
+            eventually("an append waits", 5 * SECOND, waits).await;
+        }
     }
     for _ in 0..3 {
         let mut receipts = Vec::new();
         for key in &keys[locked..] {
-            receipts.push(
-                producer
-                    .enqueue(Message::new("free").key(key))
-                    .await
-                    .unwrap(),
-            );
+            receipts.push(producer.enqueue(Message::new("free").key(key)).await.unwrap());
         }
         for receipt in receipts {
-            within(SECOND, "a free partition", receipt).await.unwrap();
+            within(5 * SECOND, "a free partition", receipt).await.unwrap();
         }
     }
     holder.batch_execute("commit").await.unwrap();
     for receipt in stuck {
-        within(5 * SECOND, "a partition that was locked", receipt)
-            .await
-            .unwrap();
+        within(5 * SECOND, "a partition that was locked", receipt).await.unwrap();
     }
 }
 
@@ -147,11 +165,8 @@ async fn many_that_write_to_the_same_partitions_neither_deadlock_nor_starve() {
     for writer in writers {
         acknowledged.extend(within(20 * SECOND, "a writer", writer).await.unwrap());
     }
-    let stored = all_stored(&sql, &partitions).await;
-    assert_eq!(stored.len(), 4 * 6 * 60);
-    assert_acknowledged(&stored, &acknowledged);
-    assert_eq!(
-        sql.query_one(before, &[]).await.unwrap().get::<_, i64>(0),
-        0
-    );
+    let all = all_stored(&sql, &partitions).await;
+    assert_eq!(all.len(), 4 * 6 * 60);
+    assert_acknowledged(&all, &acknowledged);
+    assert_eq!(sql.query_one(before, &[]).await.unwrap().get::<_, i64>(0), 0);
 }

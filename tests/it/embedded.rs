@@ -27,11 +27,7 @@ async fn connect(url: &str) -> Client {
 
 async fn show(server: &Server, setting: &str) -> String {
     let client = connect(&server.url("postgres")).await;
-    client
-        .query_one(&format!("SHOW {setting}"), &[])
-        .await
-        .unwrap()
-        .get(0)
+    client.query_one(&format!("SHOW {setting}"), &[]).await.unwrap().get(0)
 }
 
 /// Asks again and again until the answer is yes.
@@ -81,16 +77,8 @@ async fn a_server_answers_and_has_the_defaults() {
     ] {
         assert_eq!(show(&server, setting).await, value, "{setting}");
     }
-    assert!(
-        server
-            .url("app")
-            .ends_with(&format!("@127.0.0.1:{}/app", server.port()))
-    );
-    assert!(
-        server
-            .log()
-            .contains("database system is ready to accept connections")
-    );
+    assert!(server.url("app").ends_with(&format!("@127.0.0.1:{}/app", server.port())));
+    assert!(server.log().contains("database system is ready to accept connections"));
     server.stop().await.unwrap();
 }
 
@@ -98,11 +86,7 @@ async fn a_server_answers_and_has_the_defaults() {
 async fn a_server_listens_on_its_socket() {
     let server = server().await;
     let mut config = tokio_postgres::Config::new();
-    config
-        .user("shardmq")
-        .dbname("postgres")
-        .port(server.port())
-        .host_path(server.socket_dir());
+    config.user("shardmq").dbname("postgres").port(server.port()).host_path(server.socket_dir());
     let (client, connection) = config.connect(NoTls).await.unwrap();
     tokio::spawn(connection);
     let answer: i32 = client.query_one("SELECT 1", &[]).await.unwrap().get(0);
@@ -112,10 +96,7 @@ async fn a_server_listens_on_its_socket() {
 #[tokio::test]
 async fn settings_and_variables_reach_the_server() {
     let builder = Server::builder().setting("cluster_name", "it's \\ a \"name\"");
-    let builder = builder
-        .setting("shared_buffers", "16MB")
-        .env("PGTZ", "ignored")
-        .env("LANG", "C");
+    let builder = builder.setting("shared_buffers", "16MB").env("PGTZ", "ignored").env("LANG", "C");
     let server = builder.start().await.unwrap();
     assert_eq!(show(&server, "cluster_name").await, "it's \\ a \"name\"");
     assert_eq!(show(&server, "shared_buffers").await, "16MB");
@@ -130,18 +111,10 @@ async fn settings_and_variables_reach_the_server() {
 
 #[tokio::test]
 async fn a_setting_that_the_server_refuses_is_an_error_with_its_log() {
-    let error = Server::builder()
-        .setting("max_connections", "many")
-        .start()
-        .await
-        .unwrap_err();
+    let error = Server::builder().setting("max_connections", "many").start().await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Unavailable);
     assert!(error.chain().contains("max_connections"), "{error:?}");
-    let error = Server::builder()
-        .setting("port", "5432")
-        .start()
-        .await
-        .unwrap_err();
+    let error = Server::builder().setting("port", "5432").start().await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Invalid);
 }
 
@@ -152,16 +125,8 @@ async fn servers_at_once_do_not_meet() {
     assert!(ports[0] != ports[1] && ports[1] != ports[2] && ports[0] != ports[2]);
     first.create_database("app").await.unwrap();
     second.create_database("app").await.unwrap();
-    connect(&first.url("app"))
-        .await
-        .batch_execute("CREATE TABLE t (x int)")
-        .await
-        .unwrap();
-    connect(&second.url("app"))
-        .await
-        .batch_execute("CREATE TABLE t (x int)")
-        .await
-        .unwrap();
+    connect(&first.url("app")).await.batch_execute("CREATE TABLE t (x int)").await.unwrap();
+    connect(&second.url("app")).await.batch_execute("CREATE TABLE t (x int)").await.unwrap();
     // The end of one does not touch the others.
     let (pid, folder) = (first.pid().unwrap(), folder_of(&first));
     drop(first);
@@ -185,11 +150,8 @@ async fn databases_are_created_once_and_under_any_name() {
     for name in ["plain", "With \"quotes\" / and ü"] {
         server.create_database(name).await.unwrap();
         let client = connect(&server.url(name)).await;
-        let found: String = client
-            .query_one("SELECT current_database()::text", &[])
-            .await
-            .unwrap()
-            .get(0);
+        let found: String =
+            client.query_one("SELECT current_database()::text", &[]).await.unwrap().get(0);
         assert_eq!(found, name);
         let again = server.create_database(name).await.unwrap_err();
         assert_eq!(again.kind(), ErrorKind::Conflict);
@@ -208,20 +170,13 @@ async fn an_immediate_restart_keeps_port_and_data() {
     let server = server().await;
     let (port, pid) = (server.port(), server.pid().unwrap());
     let client = connect(&server.url("postgres")).await;
-    client
-        .batch_execute("CREATE TABLE t AS SELECT 42 AS x")
-        .await
-        .unwrap();
+    client.batch_execute("CREATE TABLE t AS SELECT 42 AS x").await.unwrap();
     for mode in [StopMode::Immediate, StopMode::Fast] {
         server.restart(mode).await.unwrap();
         assert_eq!(server.port(), port);
         assert_ne!(server.pid().unwrap(), pid);
         let client = connect(&server.url("postgres")).await;
-        let kept: i32 = client
-            .query_one("SELECT x FROM t", &[])
-            .await
-            .unwrap()
-            .get(0);
+        let kept: i32 = client.query_one("SELECT x FROM t", &[]).await.unwrap().get(0);
         assert_eq!(kept, 42);
     }
     server.stop().await.unwrap();
@@ -231,19 +186,12 @@ async fn an_immediate_restart_keeps_port_and_data() {
 async fn a_stopped_server_stays_down_until_it_is_started() {
     let server = server().await;
     let (port, folder) = (server.port(), folder_of(&server));
-    assert_eq!(
-        server.start_server().await.unwrap_err().kind(),
-        ErrorKind::Conflict
-    );
+    assert_eq!(server.start_server().await.unwrap_err().kind(), ErrorKind::Conflict);
     server.stop_server(StopMode::Fast).await.unwrap();
     server.stop_server(StopMode::Immediate).await.unwrap();
     assert_eq!(server.pid(), None);
     assert!(server.exited().await.unwrap().success());
-    assert!(
-        tokio_postgres::connect(&server.url("postgres"), NoTls)
-            .await
-            .is_err()
-    );
+    assert!(tokio_postgres::connect(&server.url("postgres"), NoTls).await.is_err());
     server.start_server().await.unwrap();
     assert_eq!(show(&server, "port").await, port.to_string());
     server.stop_server(StopMode::Immediate).await.unwrap();
@@ -255,20 +203,13 @@ async fn a_stopped_server_stays_down_until_it_is_started() {
 async fn a_crash_is_noticed_and_the_server_can_be_started_again() {
     let server = server().await;
     let client = connect(&server.url("postgres")).await;
-    client
-        .batch_execute("CREATE TABLE t AS SELECT 42 AS x")
-        .await
-        .unwrap();
+    client.batch_execute("CREATE TABLE t AS SELECT 42 AS x").await.unwrap();
     kill(server.pid().unwrap(), "KILL");
     assert!(!server.exited().await.unwrap().success());
     assert_eq!(server.pid(), None);
     server.start_server().await.unwrap();
     let client = connect(&server.url("postgres")).await;
-    let kept: i32 = client
-        .query_one("SELECT x FROM t", &[])
-        .await
-        .unwrap()
-        .get(0);
+    let kept: i32 = client.query_one("SELECT x FROM t", &[]).await.unwrap().get(0);
     assert_eq!(kept, 42);
     let (pid, folder) = (server.pid().unwrap(), folder_of(&server));
     drop(server);

@@ -2,7 +2,7 @@
 //! why, also where rows change at the same time.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use tokio_postgres::Client;
 use uuid::Uuid;
@@ -37,18 +37,14 @@ async fn ready(partitions: usize) -> (TestCluster, Client, Vec<shardmq::Partitio
 }
 
 async fn renew(sql: &Client, member: Uuid, seconds: f64) {
-    sql.query(RENEW, &[&member, &"g", &seconds]).await.unwrap();
+    let known: Option<SystemTime> = None;
+    sql.query(RENEW, &[&member, &"g", &seconds, &known]).await.unwrap();
 }
 
 async fn acquire(sql: &Client, member: Uuid, most: i64, ended_too: bool) -> Vec<Fence> {
     let all: Vec<i32> = (10_101..=10_199).collect();
-    let rows = sql
-        .query(
-            ACQUIRE,
-            &[&"orders", &"g", &member, &most, &ended_too, &all],
-        )
-        .await
-        .unwrap();
+    let rows =
+        sql.query(ACQUIRE, &[&"orders", &"g", &member, &most, &ended_too, &all]).await.unwrap();
     rows.iter()
         .map(|row| Fence {
             partition: row.get(0),
@@ -65,11 +61,10 @@ async fn flush(sql: &Client, fences: &[Fence], acked: i64) -> Vec<(i32, String)>
     let epochs: Vec<i64> = fences.iter().map(|f| f.epoch).collect();
     let resets: Vec<i64> = fences.iter().map(|f| f.reset).collect();
     let (ids, ahead) = (vec![acked; fences.len()], vec!["{}"; fences.len()]);
+    let server = sql.query_one("select pg_postmaster_start_time()", &[]).await.unwrap();
+    let servers: Vec<SystemTime> = vec![server.get(0); fences.len()];
     let rows = sql
-        .query(
-            FLUSH,
-            &[&"g", &partitions, &owners, &epochs, &resets, &ids, &ahead],
-        )
+        .query(FLUSH, &[&"g", &partitions, &owners, &epochs, &resets, &ids, &ahead, &servers])
         .await
         .unwrap();
     let mut outcomes: Vec<(i32, String)> =
@@ -93,49 +88,12 @@ async fn owner_epoch_and_reset_epoch_must_all_be_right() {
     assert_eq!(outcome(&sql, fence, 10).await, "moved");
     let another = Uuid::new_v4();
     let cases = [
-        (
-            Fence {
-                owner: another,
-                ..fence
-            },
-            "lease_lost",
-        ),
-        (
-            Fence {
-                epoch: fence.epoch - 1,
-                ..fence
-            },
-            "lease_lost",
-        ),
-        (
-            Fence {
-                epoch: fence.epoch + 1,
-                ..fence
-            },
-            "lease_lost",
-        ),
-        (
-            Fence {
-                reset: fence.reset + 1,
-                ..fence
-            },
-            "reset",
-        ),
-        (
-            Fence {
-                owner: another,
-                reset: 7,
-                ..fence
-            },
-            "lease_lost",
-        ),
-        (
-            Fence {
-                partition: 10_150,
-                ..fence
-            },
-            "lease_lost",
-        ),
+        (Fence { owner: another, ..fence }, "lease_lost"),
+        (Fence { epoch: fence.epoch - 1, ..fence }, "lease_lost"),
+        (Fence { epoch: fence.epoch + 1, ..fence }, "lease_lost"),
+        (Fence { reset: fence.reset + 1, ..fence }, "reset"),
+        (Fence { owner: another, reset: 7, ..fence }, "lease_lost"),
+        (Fence { partition: 10_150, ..fence }, "lease_lost"),
     ];
     for (stale, expected) in cases {
         assert_eq!(outcome(&sql, stale, 99).await, expected, "{stale:?}");
@@ -145,14 +103,10 @@ async fn owner_epoch_and_reset_epoch_must_all_be_right() {
     assert_eq!(outcome(&sql, fence, 5).await, "moved");
     assert_eq!(cursor(&sql, "g", partitions[0]).await.acked_id, 10);
     // Released: what comes late is refused.
-    sql.execute(RELEASE, &[&"g", &vec![fence.partition], &vec![fence.owner]])
-        .await
-        .unwrap();
+    sql.execute(RELEASE, &[&"g", &vec![fence.partition], &vec![fence.owner]]).await.unwrap();
     assert_eq!(outcome(&sql, fence, 50).await, "lease_lost");
     // The cursor itself is gone, with its topic.
-    sql.batch_execute("delete from shardmq.cursor")
-        .await
-        .unwrap();
+    sql.batch_execute("delete from shardmq.cursor").await.unwrap();
     assert_eq!(outcome(&sql, fence, 50).await, "lease_lost");
 }
 
@@ -178,12 +132,10 @@ async fn a_row_that_a_transaction_has_locked_is_passed_over_and_the_others_move(
         .await
         .unwrap();
     renew(&sql, other, 10.0).await;
-    assert_eq!(acquire(&sql, other, 9, true).await.len(), 2);
+    let taken = within(5 * SECOND, "the others", acquire(&sql, other, 9, true)).await;
+    assert_eq!(taken.len(), 2);
     open.commit().await.unwrap();
-    assert_eq!(
-        states(flush(&sql, &fences, 9).await),
-        ["lease_lost", "moved", "lease_lost"]
-    );
+    assert_eq!(states(flush(&sql, &fences, 9).await), ["lease_lost", "moved", "lease_lost"]);
     assert_eq!(cursor(&sql, "g", partitions[1]).await.acked_id, 9);
 }
 
@@ -204,28 +156,11 @@ async fn ended_leases_are_taken_only_where_that_is_asked_for_and_live_ones_never
     .await
     .unwrap();
     renew(&sql, late, 10.0).await;
-    assert_eq!(
-        acquire(&sql, late, 9, false).await.len(),
-        1,
-        "the one without a member"
-    );
-    assert_eq!(
-        acquire(&sql, late, 9, true).await.len(),
-        2,
-        "those of the dead one"
-    );
-    assert!(
-        acquire(&sql, late, 9, true).await.is_empty(),
-        "none of the living one"
-    );
+    assert_eq!(acquire(&sql, late, 9, false).await.len(), 1, "the one without a member");
+    assert_eq!(acquire(&sql, late, 9, true).await.len(), 2, "those of the dead one");
+    assert!(acquire(&sql, late, 9, true).await.is_empty(), "none of the living one");
     let owners = cursors(&sql, "g").await;
-    assert_eq!(
-        owners
-            .iter()
-            .filter(|(_, c)| c.member == Some(well))
-            .count(),
-        1
-    );
+    assert_eq!(owners.iter().filter(|(_, c)| c.member == Some(well)).count(), 1);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -254,10 +189,7 @@ async fn of_many_that_take_at_once_each_partition_has_one() {
         }
         assert_eq!(all.len(), 20);
         let states = flush(&sql, &all, 1).await;
-        assert!(
-            states.iter().all(|(_, state)| state == "moved"),
-            "{states:?}"
-        );
+        assert!(states.iter().all(|(_, state)| state == "moved"), "{states:?}");
         let (ids, owners): (Vec<i32>, Vec<Uuid>) =
             all.iter().map(|f| (f.partition, f.owner)).unzip();
         sql.execute(RELEASE, &[&"g", &ids, &owners]).await.unwrap();
@@ -285,10 +217,7 @@ async fn no_flush_undoes_a_seek_however_they_meet() {
                     .unwrap()
                     .get(0);
                 // Everything this epoch moves to bears its number.
-                let fence = Fence {
-                    reset: read,
-                    ..fence
-                };
+                let fence = Fence { reset: read, ..fence };
                 match outcome(&client, fence, (read + 1) * 1000).await.as_str() {
                     "moved" => moved += 1,
                     "reset" => refused += 1,
@@ -306,10 +235,7 @@ async fn no_flush_undoes_a_seek_however_they_meet() {
         seek(&sql, "g", partitions[0], to).await;
         let now = cursor(&sql, "g", partitions[0]).await;
         let allowed = [to, (now.reset_epoch + 1) * 1000];
-        assert!(
-            allowed.contains(&now.acked_id),
-            "{now:?} after a seek to {to}"
-        );
+        assert!(allowed.contains(&now.acked_id), "{now:?} after a seek to {to}");
     }
     stop.store(true, std::sync::atomic::Ordering::Relaxed);
     let mut totals = (0, 0);

@@ -52,13 +52,7 @@ impl Full {
         let builder = builder.send_timeout(Duration::from_secs(10));
         let producer = clocks.on(builder).build().await.unwrap();
         let sql = test.sql(0).await;
-        Self {
-            test,
-            clocks,
-            sql,
-            partitions,
-            producer,
-        }
+        Self { test, clocks, sql, partitions, producer }
     }
 }
 
@@ -72,28 +66,18 @@ async fn the_last_place_is_used_and_the_next_message_is_refused_until_midnight()
         let error = outcome.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Full);
         assert!(error.to_string().contains("PartitionFull"), "{error}");
-        assert!(
-            error.to_string().contains(&partition.to_string()),
-            "{error}"
-        );
+        assert!(error.to_string().contains(&partition.to_string()), "{error}");
     }
     assert_eq!(stored(&full.sql, partition).await.len(), 1);
     let ids = send_batch(&full.producer, 3, Some("k")).await;
     let last = ids[2].as_ref().unwrap();
     assert_eq!(last.sequence(), 99_999_999);
     for key in [Some("k"), None] {
-        let error = send_batch(&full.producer, 1, key)
-            .await
-            .remove(0)
-            .unwrap_err();
+        let error = send_batch(&full.producer, 1, key).await.remove(0).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Full);
     }
     let by_sql = "select shardmq.append($1, array['x'::bytea])";
-    let error = full
-        .sql
-        .query_one(by_sql, &[&number(partition)])
-        .await
-        .unwrap_err();
+    let error = full.sql.query_one(by_sql, &[&number(partition)]).await.unwrap_err();
     assert!(error.as_db_error().unwrap().message().contains("full"));
 
     full.clocks.set("1 day 00:00:01").await;
@@ -119,10 +103,7 @@ async fn messages_without_a_key_go_on_in_another_partition() {
     let stored_before = stored(&full.sql, full.partitions[0]).await.len();
     for n in 0..30 {
         let key = format!("k{n}");
-        send_batch(&full.producer, 1, Some(&key))
-            .await
-            .remove(0)
-            .ok();
+        send_batch(&full.producer, 1, Some(&key)).await.remove(0).ok();
     }
     assert!(stored(&full.sql, full.partitions[0]).await.len() > stored_before);
 

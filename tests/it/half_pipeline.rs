@@ -9,7 +9,7 @@ use tokio::time::Instant;
 use tokio_postgres::Client;
 
 use crate::support::proxy::{Rule, cluster_behind_proxy};
-use crate::support::stored::{assert_dense, holding, number, stored, topic, waiting};
+use crate::support::stored::{Stored, assert_dense, holding, number, stored, topic, waiting};
 use crate::support::{TestCluster, eventually, within};
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -42,24 +42,13 @@ async fn half_of_a_pipeline_frees_the_partition_within_six_seconds() {
 
     let since = Instant::now();
     let other = test.sql(0).await;
-    let append = format!(
-        "select shardmq.append({}, array['other'::bytea])",
-        number(partition)
-    );
+    let append = format!("select shardmq.append({}, array['other'::bytea])", number(partition));
     let appended = other.batch_execute(&append);
-    within(6 * SECOND, "another's append", appended)
-        .await
-        .unwrap();
-    assert!(
-        since.elapsed() > SECOND,
-        "the lock was not held in the middle"
-    );
+    within(6 * SECOND, "another's append", appended).await.unwrap();
+    assert!(since.elapsed() > SECOND, "the lock was not held in the middle");
 
     proxy.to_server(Rule::Pass);
-    let id = within(10 * SECOND, "the repeat", send)
-        .await
-        .unwrap()
-        .unwrap();
+    let id = within(10 * SECOND, "the repeat", send).await.unwrap().unwrap();
     let all = stored(&sql, partition).await;
     assert_dense(&all);
     assert_eq!((all.len(), all[2].id), (3, id));
@@ -92,11 +81,7 @@ async fn a_client_that_is_suspended_with_the_lock_loses_it() {
 async fn drop_after<F: Future>(polls: usize, future: F, sql: &Client) {
     let mut future = Box::pin(future);
     for _ in 0..polls {
-        if future
-            .as_mut()
-            .poll(&mut Context::from_waker(Waker::noop()))
-            .is_ready()
-        {
+        if future.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_ready() {
             return;
         }
         sql.query_one("select 1", &[]).await.unwrap();
@@ -127,25 +112,39 @@ async fn a_send_that_is_dropped_anywhere_leaves_nothing_open_and_harms_no_neighb
     }
     let sent = neighbours.len();
     for neighbour in neighbours {
-        within(5 * SECOND, "a neighbour", neighbour)
-            .await
-            .unwrap()
-            .unwrap();
+        within(5 * SECOND, "a neighbour", neighbour).await.unwrap().unwrap();
     }
-    within(5 * SECOND, "the flush", producer.flush())
-        .await
-        .unwrap();
+    within(5 * SECOND, "the flush", producer.flush()).await.unwrap();
     let all = stored(&sql, partition).await;
     assert_dense(&all);
     let of = |name: &str| all.iter().filter(|m| m.text().starts_with(name)).count();
     assert_eq!(of("neighbour"), sent);
     assert!(of("dropped") <= polled);
     nothing_is_left(&sql).await;
-    // The room of those that were dropped while they waited is there again.
-    let whole = Message::new(vec![0; 60 << 10]);
-    within(5 * SECOND, "a send", producer.send(whole))
-        .await
-        .unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_send_that_is_dropped_while_it_waits_for_room_takes_none() {
+    let test = TestCluster::new(1).await;
+    let partition = topic(&test, "orders", 1).await[0];
+    let (holder, sql) = (test.sql(0).await, test.sql(0).await);
+    let builder = test.cluster.producer("orders").buffer_bytes(64 << 10);
+    let producer = builder.build().await.unwrap();
+    let lock = format!("begin; select shardmq.lock_partition({partition})");
+    holder.batch_execute(&lock).await.unwrap();
+    let large = || Message::new(vec![b'x'; 20_000]);
+    for _ in 0..3 {
+        let _receipt = producer.enqueue(large()).await.unwrap();
+    }
+    for polls in 1..5 {
+        let small = Message::new(vec![b'x'; 8_000]);
+        drop_after(polls, producer.enqueue(small), &sql).await;
+    }
+    holder.batch_execute("commit").await.unwrap();
+    within(5 * SECOND, "the flush", producer.flush()).await.unwrap();
+    assert_eq!(stored(&sql, partition).await.len(), 3);
+    let whole = Message::new(vec![0; (64 << 10) - 64]);
+    within(5 * SECOND, "the whole buffer", producer.send(whole)).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -158,7 +157,7 @@ async fn a_message_is_sent_once_send_was_polled() {
     drop_after(1, producer.send(Message::new("polled")), &sql).await;
     producer.flush().await.unwrap();
     let all = stored(&sql, partition).await;
-    assert_eq!(all.iter().map(|m| m.text()).collect::<Vec<_>>(), ["polled"]);
+    assert_eq!(all.iter().map(Stored::text).collect::<Vec<_>>(), ["polled"]);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -169,11 +168,8 @@ async fn a_process_that_ends_while_it_waits_leaves_nothing_open() {
     let lock = format!("begin; select shardmq.lock_partition({partition})");
     holder.batch_execute(&lock).await.unwrap();
     let url = test.control_url.clone();
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(1)
-        .enable_all()
-        .build()
-        .unwrap();
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
     let _send = runtime.spawn(async move {
         let cluster = Cluster::connect(&url).await.unwrap();
         let producer = cluster.producer("orders").build().await.unwrap();

@@ -13,13 +13,10 @@ const SECOND: Duration = Duration::from_secs(1);
 
 async fn append(sql: &Client, partition: PartitionId, text: &str) -> i64 {
     let payloads = vec![text.as_bytes()];
-    sql.query_one(
-        "select shardmq.append($1, $2)",
-        &[&number(partition), &payloads],
-    )
-    .await
-    .unwrap()
-    .get(0)
+    sql.query_one("select shardmq.append($1, $2)", &[&number(partition), &payloads])
+        .await
+        .unwrap()
+        .get(0)
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

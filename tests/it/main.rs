@@ -1,43 +1,71 @@
 //! Everything that needs real servers, in reading order: from the servers themselves to the command.
 
-#![allow(unreachable_pub, missing_docs)]
+#![allow(unreachable_pub, missing_docs, clippy::unwrap_used, clippy::expect_used)]
+// What is plain in a test: sequences searched until something is found, names of a pair alike.
+#![allow(clippy::maybe_infinite_iter, clippy::similar_names, clippy::needless_for_each)]
 
 mod support;
 
+/// Positions, last ids and lag are computed: compared with a count.
+mod arithmetic;
 /// One message that the server refuses, among many that it takes.
 mod bad_data;
 /// Input outside of the limits: refused before anything is sent, and by the tables too.
 mod bad_input;
+/// What is fetched ahead is bounded by bytes.
+mod bounded_reads;
 /// Several partitions in one commit, without waiting for each other.
 mod convoy;
+/// A server that crashes under load, again and again.
+mod crash;
+/// From day to day: no message is left behind, and lag is right.
+mod days;
+/// Payloads that can't be read are no dead end; headers are text.
+mod decode;
 /// Private Postgres servers: found, started, ended with their parent.
 mod embedded;
+/// The statements of leases and cursors: who may move what.
+mod fence;
 /// The 99,999,999th message of a partition's day.
 mod full;
 /// A client that falls silent in the middle, or goes away: no lock stays, nobody is harmed.
 mod half_pipeline;
-/// What is fetched ahead is bounded by bytes.
-mod bounded_reads;
-/// From day to day: no message is left behind, and lag is right.
-mod days;
-/// The statements of leases and cursors: who may move what.
-mod fence;
 /// A transaction that appends and commits late: no gap, nothing skipped.
 mod late_commit;
 /// Who owns a partition, through joins, crashes, pauses and restarts.
 mod leases;
+/// A server that comes back without the end of its log.
+mod lost_tail;
+/// Many processes that append to one partition, while another ends their connections.
+mod many_processes;
 /// Midnight, and clocks that are wrong.
 mod midnight;
+/// Schemas: made by many at once, brought up to date, refused where they do not fit.
+mod migrations;
+/// With hints a message comes at once, without them within the poll interval.
+mod notifications;
+/// Every statement is one that the server takes, and the hot ones go by indexes only.
+mod plans;
 /// A position anywhere in a batch: exactly the rest comes.
 mod positions;
+/// Batches that are repeated since their answer was lost: one copy, in every order of events.
+mod repeats;
+/// Old days are dropped, and nobody stumbles over it.
+mod retention;
 /// A message goes in and comes out.
 mod round_trip;
 /// Databases with settings of their own, and commits that are none.
 mod settings;
+/// The end of a consumer: nothing new, all that is answered is committed, nothing hangs.
+mod shutdown;
 /// The functions for SQL users: append, message, messages.
 mod sql_functions;
+/// Where a group starts: earliest, latest, a time, an id.
+mod starts;
+/// Topics and nodes come and go.
+mod topics;
 
-/// The command, as people and scripts run it.
-mod command;
 /// The benches run, and say what they found.
 mod bench;
+/// The command, as people and scripts run it.
+mod command;

@@ -7,7 +7,7 @@ use shardmq::{ErrorKind, Message, PartitionId, Producer};
 use tokio_postgres::Client;
 
 use crate::support::clocks::Clocks;
-use crate::support::stored::{assert_dense, number, stored, table, topic, waiting};
+use crate::support::stored::{Stored, assert_dense, number, stored, table, topic, waiting};
 use crate::support::{TestCluster, eventually, within};
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -31,13 +31,7 @@ impl Night {
         let builder = builder.send_timeout(20 * SECOND);
         let producer = clocks.on(builder).build().await.unwrap();
         let sql = test.sql(0).await;
-        Self {
-            test,
-            clocks,
-            sql,
-            partition,
-            producer,
-        }
+        Self { test, clocks, sql, partition, producer }
     }
 
     async fn send(&self, text: &str) -> i32 {
@@ -95,10 +89,7 @@ async fn appends_that_wait_for_the_lock_over_midnight_are_stored_in_the_new_day(
     let all = stored(&night.sql, night.partition).await;
     assert_dense(&all);
     assert_eq!(all.len(), 31);
-    let left = format!(
-        "select sum(count)::bigint from {}",
-        table(night.partition, today)
-    );
+    let left = format!("select sum(count)::bigint from {}", table(night.partition, today));
     let left = night.sql.query_one(&left, &[]).await.unwrap();
     assert_eq!(left.get::<_, i64>(0), 1);
 }
@@ -136,14 +127,10 @@ async fn of_many_that_roll_at_once_one_does_and_appends_go_on() {
         rollers.push(night.test.sql(0).await);
     }
     night.clocks.set("1 day 00:00:01").await;
-    let roll = format!(
-        "select outcome, day from shardmq.roll({}, shardmq.clock())",
-        night.partition
-    );
+    let roll =
+        format!("select outcome, day from shardmq.roll({}, shardmq.clock())", night.partition);
     let rolls = join_all(rollers.iter().map(|sql| sql.query_one(&roll, &[])));
-    let sends = night
-        .producer
-        .send_all((3..50).map(|n| Message::new(n.to_string())));
+    let sends = night.producer.send_all((3..50).map(|n| Message::new(n.to_string())));
     let (rolls, sends) = tokio::join!(rolls, sends);
     let outcomes: Vec<String> = rolls.into_iter().map(|row| row.unwrap().get(0)).collect();
     assert!(outcomes.iter().filter(|o| *o == "rolled").count() <= 1);
@@ -165,13 +152,14 @@ async fn a_clock_that_goes_back_over_midnight_does_not_take_the_partition_with_i
     assert_eq!(night.send("b").await, tomorrow);
     night.clocks.set("23:59:55").await;
     assert_eq!(night.send("c").await, tomorrow);
+    assert_eq!(night.roll(0.0).await, ("current".to_owned(), tomorrow));
     night.clocks.set("12:00").await;
     assert_eq!(night.send("d").await, tomorrow);
     night.clocks.set("1 day 01:00").await;
     assert_eq!(night.send("e").await, tomorrow);
     let all = stored(&night.sql, night.partition).await;
     assert_dense(&all);
-    let texts: Vec<&str> = all.iter().map(|m| m.text()).collect();
+    let texts: Vec<&str> = all.iter().map(Stored::text).collect();
     assert_eq!(texts, ["a", "b", "c", "d", "e"]);
     assert_eq!(night.finished_days().await, [(today, 1, 1, 1)]);
 }
@@ -188,16 +176,8 @@ async fn a_server_clock_that_leaps_a_year_is_refused_and_pins_nothing() {
     assert_eq!(error.kind(), ErrorKind::Timeout);
     assert!(error.chain().contains("clock"), "{}", error.chain());
     let by_sql = "select shardmq.append($1, array['never'::bytea])";
-    let error = night
-        .sql
-        .query_one(by_sql, &[&number(night.partition)])
-        .await;
-    let error = error
-        .unwrap_err()
-        .as_db_error()
-        .unwrap()
-        .message()
-        .to_owned();
+    let error = night.sql.query_one(by_sql, &[&number(night.partition)]).await;
+    let error = error.unwrap_err().as_db_error().unwrap().message().to_owned();
     assert!(error.contains("clock"), "{error}");
 
     // Sent during the leap, stored after it.
@@ -210,6 +190,10 @@ async fn a_server_clock_that_leaps_a_year_is_refused_and_pins_nothing() {
     assert_eq!(sent.unwrap().unwrap().day().yymmdd(), today.unsigned_abs());
     assert_eq!(night.partition_day().await, today);
     assert_eq!(night.finished_days().await, []);
+    // Also by whoever makes tables ahead.
+    night.clocks.set_server("370 days").await;
+    let ahead = format!("select shardmq.make_days_ahead({}, 3)", night.partition);
+    night.sql.batch_execute(&ahead).await.unwrap();
     let far = "select count(*) from pg_class where relname like 'batch\\_%' and relkind = 'r'
                   and right(relname, 6)::int > $1 + 10000";
     let far = night.sql.query_one(far, &[&(today - 9_000)]).await.unwrap();
@@ -292,6 +276,7 @@ async fn prepared_plans_notice_that_the_clock_was_replaced() {
 async fn tables_are_made_ahead_and_used_at_midnight() {
     let night = Night::at("23:59:00").await;
     night.send("before").await;
+    night.test.cluster.look_after_nodes().await.unwrap();
     let tomorrow = table(night.partition, night.clocks.day(1).await);
     let made = format!("select to_regclass('{tomorrow}') is not null");
     let there = || async {

@@ -29,11 +29,7 @@ async fn filled(batches: &[usize]) -> (TestCluster, Client, PartitionId, Vec<i64
 }
 
 async fn consume(test: &TestCluster, group: &str) -> Messages {
-    test.cluster
-        .consumer("orders", group)
-        .stream()
-        .await
-        .unwrap()
+    test.cluster.consumer("orders", group).stream().await.unwrap()
 }
 
 fn numbers(range: impl IntoIterator<Item = usize>) -> Vec<String> {
@@ -52,10 +48,7 @@ async fn after_a_restart_anywhere_in_a_batch_exactly_the_rest_comes() {
         }
         messages.shutdown(SECOND).await.unwrap();
         if done > 0 {
-            assert_eq!(
-                cursor(&sql, &group, partition).await.acked_id,
-                ids[done - 1]
-            );
+            assert_eq!(cursor(&sql, &group, partition).await.acked_id, ids[done - 1]);
         }
         let mut messages = consume(&test, &group).await;
         let rest = texts_until(&mut messages, "end").await;
@@ -94,10 +87,7 @@ async fn what_is_acknowledged_out_of_order_is_not_delivered_again() {
     let kept = cursor(&sql, "g", partition).await;
     let range = |from: usize, to: usize| format!("[{},{})", ids[from], ids[to] + 1);
     assert_eq!(kept.acked_id, ids[0]);
-    assert_eq!(
-        kept.acked_ahead,
-        format!("{{{},{},{}}}", range(2, 4), range(7, 7), range(9, 9))
-    );
+    assert_eq!(kept.acked_ahead, format!("{{{},{},{}}}", range(2, 4), range(7, 7), range(9, 9)));
     messages.shutdown(SECOND).await.unwrap();
 
     append_texts(&sql, partition, ["end"]).await;
@@ -106,10 +96,7 @@ async fn what_is_acknowledged_out_of_order_is_not_delivered_again() {
     assert_eq!(rest, numbers([1, 5, 6, 8]));
     messages.shutdown(SECOND).await.unwrap();
     let kept = cursor(&sql, "g", partition).await;
-    assert_eq!(
-        (kept.acked_id, kept.acked_ahead.as_str()),
-        (ids[9] + 1, "{}")
-    );
+    assert_eq!((kept.acked_id, kept.acked_ahead.as_str()), (ids[9] + 1, "{}"));
 }
 
 /// Restarts and acknowledgements as a small generator draws them: whatever was committed never comes
@@ -120,20 +107,14 @@ async fn over_many_restarts_only_what_is_left_comes() {
     let mut left: BTreeSet<usize> = (0..ids.len()).collect();
     let mut random = 0x2545_F491_4F6C_DD1D_u64;
     let mut draw = move || {
-        random = random
-            .wrapping_mul(6_364_136_223_846_793_005)
-            .wrapping_add(1);
+        random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
         random >> 60
     };
     for round in 0.. {
         let mut messages = consume(&test, "g").await;
         let taken = take(&mut messages, left.len()).await;
         let came: Vec<usize> = taken.iter().map(|d| text(d).parse().unwrap()).collect();
-        assert_eq!(
-            came,
-            left.iter().copied().collect::<Vec<_>>(),
-            "round {round}"
-        );
+        assert_eq!(came, left.iter().copied().collect::<Vec<_>>(), "round {round}");
         for (n, delivery) in came.into_iter().zip(taken) {
             if draw() < 6 || round > 6 {
                 delivery.ack().unwrap();
@@ -162,9 +143,9 @@ async fn a_seek_under_a_running_consumer_takes_it_along_and_no_late_flush_undoes
         .unwrap();
     let mut taken = take(&mut messages, 10).await;
     let in_hand = taken.pop().unwrap();
-    taken
-        .into_iter()
-        .for_each(|delivery| delivery.ack().unwrap());
+    for delivery in taken {
+        delivery.ack().unwrap();
+    }
     // These nine are not committed yet when the seek comes.
     seek(&sql, "g", partition, ids[4]).await;
     assert_eq!(messages.flush().await.unwrap_err().kind(), ErrorKind::Reset);

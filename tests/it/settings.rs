@@ -74,10 +74,7 @@ async fn everything_works_with(name: &str, isolation: &str) {
         assert!(migrate(&url, schema).await.unwrap().is_empty());
     }
     let cluster = Cluster::connect(&url).await.unwrap();
-    cluster
-        .add_node(NodeId::new(1).unwrap(), &url)
-        .await
-        .unwrap();
+    cluster.add_node(NodeId::new(1).unwrap(), &url).await.unwrap();
     let options = TopicOptions::partitions(3);
     let made = cluster.create_topic("orders", options).await.unwrap();
     let partitions: Vec<PartitionId> = made.partitions.iter().map(|p| p.partition).collect();
@@ -107,10 +104,7 @@ async fn everything_works_with(name: &str, isolation: &str) {
     assert_eq!(all_stored(&sql, &partitions).await.len(), 200);
     let noted = noted(&sql).await;
     assert!(!noted.is_empty());
-    assert!(
-        noted.iter().all(|(_, durability)| durability == "on"),
-        "{noted:?}"
-    );
+    assert!(noted.iter().all(|(_, durability)| durability == "on"), "{noted:?}");
     cluster.delete_topic("orders", false).await.unwrap();
 }
 
@@ -135,10 +129,7 @@ async fn a_statement_timeout_does_not_end_a_wait_for_the_lock() {
     let cluster = Cluster::connect(&test.control_url).await.unwrap();
     let partition = topic(&test, "orders", 1).await[0];
     let holder = test.sql(0).await;
-    holder
-        .batch_execute("set statement_timeout = 0")
-        .await
-        .unwrap();
+    holder.batch_execute("set statement_timeout = 0").await.unwrap();
     let producer = cluster.producer("orders").build().await.unwrap();
     producer.send(Message::new("first")).await.unwrap();
     let lock = format!("begin; select shardmq.lock_partition({partition})");
@@ -151,6 +142,39 @@ async fn a_statement_timeout_does_not_end_a_wait_for_the_lock() {
     eventually("an append waits for long", 5 * SECOND, waits).await;
     holder.batch_execute("commit").await.unwrap();
     assert_eq!(send.await.unwrap().unwrap().sequence(), 2);
+}
+
+/// In repeatable read it would see the partition as it was before it waited.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_wait_for_the_lock_sees_what_its_holder_has_done() {
+    let test = TestCluster::new(1).await;
+    let sql = test.sql(0).await;
+    let alter = "do $$ begin execute format('alter database %I set default_transaction_isolation =
+                 ''repeatable read''', current_database()); end $$";
+    sql.batch_execute(alter).await.unwrap();
+    let cluster = Cluster::connect(&test.control_url).await.unwrap();
+    let partition = topic(&test, "orders", 1).await[0];
+    let producer = cluster.producer("orders").send_timeout(3 * SECOND);
+    let producer = producer.build().await.unwrap();
+    producer.send(Message::new("first")).await.unwrap();
+    for (change, stored_then) in [
+        ("perform shardmq.append({}, array['theirs'::bytea])", 3),
+        ("update shardmq.partition set state = 'sealed' where partition = {}", 3),
+    ] {
+        let change = change.replace("{}", &partition.to_string());
+        let hold = format!(
+            "begin; select shardmq.lock_partition({partition}); do $$ begin {change}; end $$"
+        );
+        sql.batch_execute(&hold).await.unwrap();
+        let (sender, look) = (producer.clone(), test.sql(0).await);
+        let send = tokio::spawn(async move { sender.send(Message::new("ours")).await });
+        let waits = || async { waiting(&look, partition).await == 1 };
+        eventually("the append waits", 5 * SECOND, waits).await;
+        sql.batch_execute("commit").await.unwrap();
+        let sent = send.await.unwrap();
+        assert_eq!(sent.is_ok(), change.starts_with("perform"), "{sent:?}");
+        assert_eq!(stored(&look, partition).await.len(), stored_then);
+    }
 }
 
 #[tokio::test]
@@ -166,10 +190,7 @@ async fn tables_ahead_are_whole_days_in_utc_where_clocks_change() {
     let ahead = format!("select shardmq.make_days_ahead({partition}, 5)");
     sql.batch_execute(&ahead).await.unwrap();
     for day in 270_326..=270_331 {
-        let made = format!(
-            "select to_regclass('{}') is not null",
-            table(partition, day)
-        );
+        let made = format!("select to_regclass('{}') is not null", table(partition, day));
         let made: bool = sql.query_one(&made, &[]).await.unwrap().get(0);
         assert!(made, "{day}");
     }
@@ -177,11 +198,8 @@ async fn tables_ahead_are_whole_days_in_utc_where_clocks_change() {
 
 /// Puts a trigger on today's table of a partition, which acts on messages that begin with "bad".
 async fn trigger(sql: &Client, partition: PartitionId, when: &str, action: &str) {
-    let day: i32 = sql
-        .query_one("select shardmq.day_of(shardmq.clock())", &[])
-        .await
-        .unwrap()
-        .get(0);
+    let day: i32 =
+        sql.query_one("select shardmq.day_of(shardmq.clock())", &[]).await.unwrap().get(0);
     let table = table(partition, day);
     let text = format!(
         "create or replace function public.act_{partition}() returns trigger language plpgsql as $$ begin
@@ -200,13 +218,7 @@ async fn a_commit_that_fails_acknowledges_nothing() {
     let sql = test.sql(0).await;
     let partition = topic(&test, "orders", 1).await[0];
     let raise = "raise exception 'not at commit' using errcode = 'check_violation'";
-    trigger(
-        &sql,
-        partition,
-        "constraint trigger act after insert",
-        raise,
-    )
-    .await;
+    trigger(&sql, partition, "constraint trigger act after insert", raise).await;
     let producer = test.cluster.producer("orders").send_timeout(5 * SECOND);
     let producer = producer.build().await.unwrap();
     let texts = ["a", "bad", "b"].map(Message::new);
@@ -228,18 +240,9 @@ async fn an_insert_that_inserted_nothing_acknowledges_nothing() {
     let producer = producer.build().await.unwrap();
     let error = producer.send(Message::new("bad")).await.unwrap_err();
     assert_ne!(error.kind(), ErrorKind::Unknown, "{error:?}");
-    assert_eq!(
-        producer
-            .send(Message::new("good"))
-            .await
-            .unwrap()
-            .sequence(),
-        1
-    );
+    assert_eq!(producer.send(Message::new("good")).await.unwrap().sequence(), 1);
     let by_sql = "select shardmq.append($1, array['bad'::bytea])";
-    sql.query_one(by_sql, &[&number(partition)])
-        .await
-        .unwrap_err();
+    sql.query_one(by_sql, &[&number(partition)]).await.unwrap_err();
     assert_eq!(stored(&sql, partition).await.len(), 1);
 }
 
@@ -263,12 +266,7 @@ async fn a_refusal_in_one_partition_of_a_transaction_leaves_the_others_whole() {
         let good = outcomes.iter().filter(|outcome| outcome.is_ok()).count();
         assert_eq!(all.len(), good + 1);
         assert!(good > 0 && good < 40);
-        assert!(
-            stored(&sql, partitions[2])
-                .await
-                .iter()
-                .all(|m| m.text() == "first")
-        );
+        assert!(stored(&sql, partitions[2]).await.iter().all(|m| m.text() == "first"));
         assert!(waiting(&sql, partitions[2]).await == 0);
     }
 }

@@ -34,9 +34,7 @@ async fn append_takes_arrays_by_name_and_returns_the_first_id() {
     let id: i64 = one(&sql, text, &[&number(partition)]).await.unwrap().get(0);
     let second: i64 = one(&sql, text, &[&number(partition)]).await.unwrap().get(0);
     assert_eq!((id % 100_000_000, second), (1, id + 2));
-    let row = one(&sql, "select * from shardmq.message($1)", &[&(id + 1)])
-        .await
-        .unwrap();
+    let row = one(&sql, "select * from shardmq.message($1)", &[&(id + 1)]).await.unwrap();
     assert_eq!(row.get::<_, i64>("id"), id + 1);
     assert_eq!(row.get::<_, &str>("topic"), "orders");
     assert_eq!(row.get::<_, Option<&str>>("key"), None);
@@ -44,9 +42,7 @@ async fn append_takes_arrays_by_name_and_returns_the_first_id() {
     let header: serde_json::Value = row.get("headers");
     assert_eq!(header, serde_json::json!({"h": "v"}));
     for missing in [id + 4, id - 1, 0, 7] {
-        let rows = sql
-            .query("select * from shardmq.message($1)", &[&missing])
-            .await;
+        let rows = sql.query("select * from shardmq.message($1)", &[&missing]).await;
         assert!(rows.unwrap().is_empty(), "{missing}");
     }
     assert_dense(&stored(&sql, partition).await);
@@ -61,9 +57,7 @@ async fn messages_go_on_after_an_id_over_batches_and_days() {
         for batch in 0..2 {
             let payloads: Vec<Vec<u8>> = (0..3).map(|n| vec![day, batch, n]).collect();
             let append = "select shardmq.append($1, $2)";
-            one(&sql, append, &[&number(partition), &payloads])
-                .await
-                .unwrap();
+            one(&sql, append, &[&number(partition), &payloads]).await.unwrap();
         }
     }
     let all = stored(&sql, partition).await;
@@ -97,21 +91,14 @@ async fn a_repeat_returns_the_first_id_also_days_later() {
     assert_eq!(ids, [ids[0], ids[0] + 1, ids[0] + 1, ids[0]]);
     clocks.set("3 days 12:00").await;
     let params: [&(dyn ToSql + Sync); 3] = [&number(partition), &uuid, &2_i64];
-    assert_eq!(
-        one(&sql, append, &params).await.unwrap().get::<_, i64>(0),
-        ids[1]
-    );
+    assert_eq!(one(&sql, append, &params).await.unwrap().get::<_, i64>(0), ids[1]);
     assert_eq!(stored(&sql, partition).await.len(), 2);
 
     // One that comes after its successor would be stored out of order.
     let params: [&(dyn ToSql + Sync); 3] = [&number(partition), &uuid, &9_i64];
     one(&sql, append, &params).await.unwrap();
     let params: [&(dyn ToSql + Sync); 3] = [&number(partition), &uuid, &5_i64];
-    assert!(
-        refusal(one(&sql, append, &params).await)
-            .1
-            .contains("overtaken")
-    );
+    assert!(refusal(one(&sql, append, &params).await).1.contains("overtaken"));
 }
 
 #[tokio::test]
@@ -120,17 +107,9 @@ async fn append_rolls_the_day_and_stands_where_a_later_day_is() {
     let clocks = Clocks::of(&test).await;
     let append = "select shardmq.append($1, array['x'::bytea])";
     let day_of = |id: i64| i32::try_from(id / 100_000_000 % 1_000_000).unwrap();
-    for (at, day) in [
-        ("23:59:00", 0),
-        ("1 day 00:00:30", 1),
-        ("23:59:00", 1),
-        ("4 days", 4),
-    ] {
+    for (at, day) in [("23:59:00", 0), ("1 day 00:00:30", 1), ("23:59:00", 1), ("4 days", 4)] {
         clocks.set(at).await;
-        let id: i64 = one(&sql, append, &[&number(partition)])
-            .await
-            .unwrap()
-            .get(0);
+        let id: i64 = one(&sql, append, &[&number(partition)]).await.unwrap().get(0);
         assert_eq!(day_of(id), clocks.day(day).await, "{at}");
     }
     clocks.set("40 days").await;
@@ -151,18 +130,9 @@ async fn append_refuses_what_it_must() {
         ("array[null, 'x']::bytea[]", "23514"),
         ("array[array['x', 'y']]::bytea[]", "23514"),
         ("array['x'::bytea], keys => array['a', 'b']", "23514"),
-        (
-            "array['x'::bytea], headers => array['{}', '{}']::jsonb[]",
-            "23514",
-        ),
-        (
-            "array['x'::bytea], headers => array['[1]']::jsonb[]",
-            "23514",
-        ),
-        (
-            "array['x'::bytea], keys => array[repeat('k', 1025)]",
-            "23514",
-        ),
+        ("array['x'::bytea], headers => array['{}', '{}']::jsonb[]", "23514"),
+        ("array['x'::bytea], headers => array['[1]']::jsonb[]", "23514"),
+        ("array['x'::bytea], keys => array[repeat('k', 1025)]", "23514"),
         (
             "array['x'::bytea], headers => array[jsonb_build_object('h', repeat('v', 65536))]",
             "23514",
@@ -177,10 +147,7 @@ async fn append_refuses_what_it_must() {
     let (state, words) =
         refusal(one(&sql, "select shardmq.append(10199, array['x'::bytea])", &[]).await);
     assert_eq!(state, "55000");
-    assert!(
-        words.contains("10199") && words.contains("unknown partition"),
-        "{words}"
-    );
+    assert!(words.contains("10199") && words.contains("unknown partition"), "{words}");
     assert!(stored(&sql, partition).await.is_empty());
 }
 
@@ -188,9 +155,7 @@ async fn append_refuses_what_it_must() {
 async fn append_refuses_isolation_levels_in_which_it_would_not_see_its_predecessors() {
     let (_test, sql, partition) = ready().await;
     for level in ["repeatable read", "serializable"] {
-        sql.batch_execute(&format!("begin isolation level {level}"))
-            .await
-            .unwrap();
+        sql.batch_execute(&format!("begin isolation level {level}")).await.unwrap();
         let append = "select shardmq.append($1, array['x'::bytea])";
         let (state, words) = refusal(one(&sql, append, &[&number(partition)]).await);
         sql.batch_execute("rollback").await.unwrap();
@@ -202,9 +167,7 @@ async fn append_refuses_isolation_levels_in_which_it_would_not_see_its_predecess
 #[tokio::test]
 async fn append_is_durable_and_bounded_in_time_whatever_the_session_says() {
     let (_test, sql, partition) = ready().await;
-    sql.batch_execute("set synchronous_commit = off; begin")
-        .await
-        .unwrap();
+    sql.batch_execute("set synchronous_commit = off; begin").await.unwrap();
     let append = "select shardmq.append($1, array['x'::bytea])";
     one(&sql, append, &[&number(partition)]).await.unwrap();
     let settings = "select current_setting('synchronous_commit'),

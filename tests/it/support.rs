@@ -19,11 +19,7 @@ pub mod stored;
 
 /// The runtime of what outlives a test: each test has a runtime of its own.
 static BACKGROUND: LazyLock<tokio::runtime::Runtime> = LazyLock::new(|| {
-    tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(1)
-        .enable_all()
-        .build()
-        .unwrap()
+    tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap()
 });
 
 static SHARED: OnceCell<Server> = OnceCell::const_new();
@@ -32,6 +28,7 @@ const TEMPLATE: &str = "shardmq_template";
 
 /// The Postgres that tests share. They must not restart it, nor change its settings.
 pub async fn shared_server() -> &'static Server {
+    logs();
     SHARED
         .get_or_init(|| async {
             BACKGROUND
@@ -40,6 +37,12 @@ pub async fn shared_server() -> &'static Server {
                 .unwrap()
         })
         .await
+}
+
+/// Shows what the library logs where `RUST_LOG` asks for it.
+fn logs() {
+    let filter = tracing_subscriber::EnvFilter::from_default_env();
+    let _ = tracing_subscriber::fmt().with_env_filter(filter).with_test_writer().try_init();
 }
 
 /// A Postgres of the test's own, to be stopped and broken.
@@ -61,16 +64,9 @@ pub async fn prepared(builder: shardmq::embedded::ServerBuilder) -> Server {
 /// A migrated database, not yet a node of any cluster. Returns its URL.
 pub async fn database(server: &Server) -> String {
     static NEXT: AtomicU32 = AtomicU32::new(1);
-    let name = format!(
-        "t{}_{}",
-        std::process::id(),
-        NEXT.fetch_add(1, Ordering::Relaxed)
-    );
+    let name = format!("t{}_{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
     let admin = client(&server.url("postgres")).await;
-    admin
-        .batch_execute(&format!("create database {name} template {TEMPLATE}"))
-        .await
-        .unwrap();
+    admin.batch_execute(&format!("create database {name} template {TEMPLATE}")).await.unwrap();
     server.url(&name)
 }
 
@@ -101,16 +97,9 @@ impl TestCluster {
         let control_url = node_urls[0].clone();
         let cluster = Cluster::connect(&control_url).await.unwrap();
         for (url, number) in node_urls.iter().zip(1..) {
-            cluster
-                .add_node(NodeId::new(number).unwrap(), url)
-                .await
-                .unwrap();
+            cluster.add_node(NodeId::new(number).unwrap(), url).await.unwrap();
         }
-        Self {
-            cluster,
-            control_url,
-            node_urls,
-        }
+        Self { cluster, control_url, node_urls }
     }
 
     /// A plain connection to a node's database, counted from 0.
@@ -134,10 +123,7 @@ pub async fn eventually<F: Future<Output = bool>>(
 ) {
     let until = tokio::time::Instant::now() + deadline;
     while !holds().await {
-        assert!(
-            tokio::time::Instant::now() < until,
-            "not within {deadline:?}: {what}"
-        );
+        assert!(tokio::time::Instant::now() < until, "not within {deadline:?}: {what}");
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
 }

@@ -93,20 +93,13 @@ impl CaughtUp {
             Ok(lags) => {
                 self.failing_since = None;
                 let of_group = lags.into_iter().filter(|lag| lag.group == self.group);
-                of_group
-                    .collect::<Vec<_>>()
-                    .iter()
-                    .for_each(|lag| self.learn(lag));
+                of_group.collect::<Vec<_>>().iter().for_each(|lag| self.learn(lag));
                 Ok(())
             }
             Err(error) if !error.is_transient() => Err(error),
             Err(error) => {
                 let since = *self.failing_since.get_or_insert(asked);
-                if since.elapsed() > PATIENCE {
-                    Err(error)
-                } else {
-                    Ok(())
-                }
+                if since.elapsed() > PATIENCE { Err(error) } else { Ok(()) }
             }
         };
         self.look_at = Instant::now() + NEXT_LOOK.max(asked.elapsed() * 10);
@@ -143,9 +136,7 @@ impl CaughtUp {
             (*known, *since) = (member.to_owned(), now);
         }
         if since.elapsed() > PATIENCE {
-            note(&format!(
-                "partition {partition} is left to member {member}, which is not done"
-            ));
+            note(&format!("partition {partition} is left to member {member}, which is not done"));
             self.open.remove(&partition);
         }
     }

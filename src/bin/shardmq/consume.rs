@@ -72,9 +72,7 @@ pub(crate) async fn run(context: &Context, args: Args) -> Result<(), Failure> {
     cluster.shutdown().await;
     if session.refused > 0 {
         let again = counted(session.refused, "message");
-        note(&format!(
-            "delivered to another member of the group too: {again}"
-        ));
+        note(&format!("delivered to another member of the group too: {again}"));
     }
     outcome.and(ended.or_else(tolerate_lost_lease).map_err(Failure::from))
 }
@@ -138,11 +136,7 @@ impl Session {
                 Err(error) => note(&format!("warning: {}", error.chain())),
             }
             let full = batch.len() >= most || bytes >= MOST_BYTES;
-            next = if full {
-                None
-            } else {
-                self.messages.next().now_or_never().flatten()
-            };
+            next = if full { None } else { self.messages.next().now_or_never().flatten() };
         }
         batch
     }
@@ -195,10 +189,7 @@ fn parse_start(text: &str) -> Result<Start, String> {
         _ => {}
     }
     if text.len() == 19 && text.bytes().all(|byte| byte.is_ascii_digit()) {
-        return text
-            .parse()
-            .map(Start::Id)
-            .map_err(|error: shardmq::Error| error.chain());
+        return text.parse().map(Start::Id).map_err(|error: shardmq::Error| error.chain());
     }
     let in_utc = || {
         let local = text.parse::<DateTime>().ok()?;

@@ -13,13 +13,10 @@ pub(crate) struct Context {
 impl Context {
     /// The control database's address.
     pub(crate) fn url(&self) -> Result<&str, Failure> {
-        self.url
-            .as_deref()
-            .filter(|url| !url.is_empty())
-            .ok_or_else(|| {
-                let text = "which control database? Give --url, or set SHARDMQ_URL";
-                Failure::new(USAGE, text)
-            })
+        self.url.as_deref().filter(|url| !url.is_empty()).ok_or_else(|| {
+            let text = "which control database? Give --url, or set SHARDMQ_URL";
+            Failure::new(USAGE, text)
+        })
     }
 
     /// The cluster of the control database.

@@ -46,9 +46,7 @@ pub(crate) struct Args {
 
 pub(crate) async fn run(context: &Context, args: Args) -> Result<(), Failure> {
     let mut interrupt = Interrupt::new()?;
-    let stage = Stage {
-        quiet: context.json,
-    };
+    let stage = Stage { quiet: context.json };
     let servers = counted(args.nodes.into(), "private Postgres server");
     stage.enter(&format!("starting {servers}"));
     let nodes = tokio::select! {
@@ -92,14 +90,9 @@ async fn work(nodes: &[Node], args: &Args, stage: &Stage) -> Result<Report, Fail
     let control_url = nodes.first().map(Node::url).unwrap_or_default();
     let cluster = Cluster::connect(&control_url).await?;
     let partitions = nodes.len() * PARTITIONS_PER_NODE;
-    cluster
-        .create_topic(TOPIC, TopicOptions::partitions(partitions))
-        .await?;
+    cluster.create_topic(TOPIC, TopicOptions::partitions(partitions)).await?;
 
-    stage.enter(&format!(
-        "producing {} messages to {partitions} partitions",
-        args.messages
-    ));
+    stage.enter(&format!("producing {} messages to {partitions} partitions", args.messages));
     let mut workload = Workload::new(&cluster, args.messages).await?;
     let produce_per_s = workload.send_bulk().await?;
 

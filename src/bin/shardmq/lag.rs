@@ -29,19 +29,13 @@ pub(crate) async fn run(context: &Context, args: Args) -> Result<(), Failure> {
     let cluster = context.connect().await?;
     let topics = match args.topic {
         Some(topic) => vec![topic],
-        None => cluster
-            .topics()
-            .await?
-            .iter()
-            .map(|topic| topic.topic.to_string())
-            .collect(),
+        None => cluster.topics().await?.iter().map(|topic| topic.topic.to_string()).collect(),
     };
     let mut out = Out::new();
     for topic in &topics {
         let lags = cluster.lag(topic).await?;
         if context.json {
-            lags.iter()
-                .try_for_each(|lag| out.json(&LagLine { topic, lag }))?;
+            lags.iter().try_for_each(|lag| out.json(&LagLine { topic, lag }))?;
         } else if lags.is_empty() {
             note(&format!("no group consumes topic {topic}"));
         } else {
@@ -61,15 +55,7 @@ fn print(out: &mut Out, topic: &str, lags: &[PartitionLag]) {
         let total = [group, "total", &lag.to_string(), &secs(oldest), "", "", ""];
         rows.push(total.map(str::to_owned).to_vec());
     }
-    let header = [
-        "group",
-        "partition",
-        "lag",
-        "age",
-        "acknowledged",
-        "last",
-        "member",
-    ];
+    let header = ["group", "partition", "lag", "age", "acknowledged", "last", "member"];
     out.line(&format!("topic {topic}\n"));
     out.line(&table(&header, &[2, 3], rows));
     out.line("");

@@ -25,16 +25,8 @@ pub(crate) struct Lines<R> {
 impl<R: AsyncBufRead + Unpin> Lines<R> {
     /// Keeps at most `limit` bytes of a line.
     pub(crate) fn new(reader: R, limit: usize) -> Self {
-        let current = Line {
-            number: 1,
-            bytes: Vec::new(),
-            len: 0,
-        };
-        Self {
-            reader,
-            limit,
-            current,
-        }
+        let current = Line { number: 1, bytes: Vec::new(), len: 0 };
+        Self { reader, limit, current }
     }
 
     /// The next line, none at the end. Cancel safe: what was read so far is kept.
@@ -47,9 +39,7 @@ impl<R: AsyncBufRead + Unpin> Lines<R> {
             let end = read.iter().position(|byte| *byte == b'\n');
             let part = &read[..end.unwrap_or(read.len())];
             let room = self.limit - self.current.bytes.len();
-            self.current
-                .bytes
-                .extend_from_slice(&part[..part.len().min(room)]);
+            self.current.bytes.extend_from_slice(&part[..part.len().min(room)]);
             self.current.len += part.len();
             let used = part.len() + usize::from(end.is_some());
             self.reader.consume(used);
@@ -60,11 +50,7 @@ impl<R: AsyncBufRead + Unpin> Lines<R> {
     }
 
     fn take(&mut self) -> Line {
-        let next = Line {
-            number: self.current.number + 1,
-            bytes: Vec::new(),
-            len: 0,
-        };
+        let next = Line { number: self.current.number + 1, bytes: Vec::new(), len: 0 };
         std::mem::replace(&mut self.current, next)
     }
 }

@@ -61,10 +61,7 @@ fn chosen(args: &PeekArgs) -> Result<Option<PartitionId>, Failure> {
     let after = args.after.map(MessageId::partition);
     match (args.partition, after) {
         (Some(partition), Some(after)) if partition != after => {
-            let text = format!(
-                "message {} is not in partition {partition}",
-                or_dash(args.after)
-            );
+            let text = format!("message {} is not in partition {partition}", or_dash(args.after));
             Err(Failure::new(USAGE, text))
         }
         (partition, after) => Ok(partition.or(after)),
@@ -97,25 +94,14 @@ async fn print(context: &Context, messages: &[StoredMessage]) -> Result<(), Fail
 
 fn print_readable(out: &mut Out, message: &StoredMessage) {
     let (id, at) = (message.id, time(message.appended_at));
-    let key = message
-        .key
-        .as_ref()
-        .map_or_else(String::new, |key| format!("  key {key:?}"));
+    let key = message.key.as_ref().map_or_else(String::new, |key| format!("  key {key:?}"));
     out.line(&format!("{id}  {at}{key}"));
     for (name, value) in &message.headers {
         out.line(&format!("    {name}: {value:?}"));
     }
     // What controls a terminal is shown, not done.
     let text = String::from_utf8_lossy(&message.payload);
-    let shown: String = text
-        .chars()
-        .map(|c| {
-            if c.is_control() && c != '\t' {
-                '\u{fffd}'
-            } else {
-                c
-            }
-        })
-        .collect();
+    let shown: String =
+        text.chars().map(|c| if c.is_control() && c != '\t' { '\u{fffd}' } else { c }).collect();
     out.line(&format!("    {shown}"));
 }

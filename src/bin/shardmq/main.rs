@@ -84,10 +84,7 @@ fn main() -> ExitCode {
         Ok(runtime) => runtime,
         Err(error) => return Failure::from(error).report(),
     };
-    let context = Context {
-        url: cli.url,
-        json: cli.json,
-    };
+    let context = Context { url: cli.url, json: cli.json };
     let outcome = runtime.block_on(run(cli.command, context));
     // A read of stdin or a write to a full pipe may still be waiting; nobody waits for it.
     runtime.shutdown_background();

@@ -70,11 +70,7 @@ async fn apply(
     schema: Schema,
 ) -> Result<(), Failure> {
     let applied = migrate(url, schema).await?;
-    let migrated = Migrated {
-        database: database.to_owned(),
-        schema: schema.name(),
-        applied,
-    };
+    let migrated = Migrated { database: database.to_owned(), schema: schema.name(), applied };
     if context.json {
         out.json(&migrated)?;
     } else {
@@ -84,17 +80,10 @@ async fn apply(
 }
 
 fn sentence(migrated: &Migrated) -> String {
-    let Migrated {
-        database,
-        schema,
-        applied,
-    } = migrated;
+    let Migrated { database, schema, applied } = migrated;
     if applied.is_empty() {
         format!("{database}: schema {schema} is up to date")
     } else {
-        format!(
-            "{database}: schema {schema}: applied {}",
-            applied.join(", ")
-        )
+        format!("{database}: schema {schema}: applied {}", applied.join(", "))
     }
 }

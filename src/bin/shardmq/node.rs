@@ -28,12 +28,7 @@ pub(crate) enum Command {
 
 pub(crate) async fn run(context: &Context, command: Command) -> Result<(), Failure> {
     let cluster = context.connect().await?;
-    if let Command::Add {
-        number,
-        address,
-        migrate: first,
-    } = &command
-    {
+    if let Command::Add { number, address, migrate: first } = &command {
         if *first {
             migrate(address, Schema::Node).await?;
         }
@@ -49,11 +44,7 @@ pub(crate) async fn run(context: &Context, command: Command) -> Result<(), Failu
         nodes.iter().try_for_each(|node| out.json(node))?;
     } else {
         let row = |node: shardmq::NodeInfo| vec![node.node.to_string(), node.url];
-        out.line(&table(
-            &["node", "url"],
-            &[],
-            nodes.into_iter().map(row).collect(),
-        ));
+        out.line(&table(&["node", "url"], &[], nodes.into_iter().map(row).collect()));
     }
     out.flush().await
 }

@@ -64,9 +64,8 @@ pub(crate) fn counter() -> ProgressBar {
 pub(crate) fn progress(count: u64, doing: &'static str) -> ProgressBar {
     let template = "{msg:12} {wide_bar} {human_pos}/{human_len}";
     let bar = ProgressBar::new(count).with_message(doing);
-    ProgressStyle::with_template(template).map_or(bar.clone(), |style| {
-        bar.with_style(style.progress_chars("=> "))
-    })
+    ProgressStyle::with_template(template)
+        .map_or(bar.clone(), |style| bar.with_style(style.progress_chars("=> ")))
 }
 
 /// A table for people; the columns of these numbers are aligned to the right.
@@ -189,9 +188,7 @@ mod tests {
 
     #[test]
     fn base64_is_that_of_rfc_4648() {
-        let cases = [
-            "", "Zg==", "Zm8=", "Zm9v", "Zm9vYg==", "Zm9vYmE=", "Zm9vYmFy",
-        ];
+        let cases = ["", "Zg==", "Zm8=", "Zm9v", "Zm9vYg==", "Zm9vYmE=", "Zm9vYmFy"];
         for (len, expected) in cases.into_iter().enumerate() {
             assert_eq!(base64(&b"foobar"[..len]), expected);
         }

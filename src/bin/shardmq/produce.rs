@@ -179,8 +179,7 @@ impl Session {
             Ok(_) => self.sent += 1,
             Err(why) => {
                 self.failed += 1;
-                self.counter
-                    .suspend(|| note(&format!("error: line {number}: {why}")));
+                self.counter.suspend(|| note(&format!("error: line {number}: {why}")));
             }
         }
         self.counter.inc(1);
@@ -225,17 +224,13 @@ fn key_of(line: &[u8], field: &str) -> Result<String, String> {
         Some(b'"') => {
             serde_json::from_str(text).map_err(|error| format!("field {field:?}: {error}"))
         }
-        Some(b'{' | b'[') => Err(format!(
-            "field {field:?} is no string, number, boolean or null"
-        )),
+        Some(b'{' | b'[') => Err(format!("field {field:?} is no string, number, boolean or null")),
         _ => Ok(text.to_owned()),
     }
 }
 
 fn parse_header(text: &str) -> Result<(String, String), String> {
-    let (name, value) = text
-        .split_once('=')
-        .ok_or("it is not of the form NAME=VALUE")?;
+    let (name, value) = text.split_once('=').ok_or("it is not of the form NAME=VALUE")?;
     Ok((name.to_owned(), value.to_owned()))
 }
 

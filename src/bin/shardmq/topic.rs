@@ -44,12 +44,7 @@ pub(crate) async fn run(context: &Context, command: Command) -> Result<(), Failu
     let cluster = context.connect().await?;
     let mut out = Out::new();
     match command {
-        Command::Create {
-            name,
-            partitions,
-            if_missing,
-            nodes,
-        } => {
+        Command::Create { name, partitions, if_missing, nodes } => {
             let options = options(partitions, if_missing, nodes);
             let topic = cluster.create_topic(&name, options).await?;
             print_topic(context, &mut out, &topic)?;
@@ -72,11 +67,7 @@ fn options(partitions: usize, if_missing: bool, nodes: Option<Vec<NodeId>>) -> T
     if let Some(nodes) = nodes {
         options = options.nodes(nodes);
     }
-    if if_missing {
-        options.if_missing()
-    } else {
-        options
-    }
+    if if_missing { options.if_missing() } else { options }
 }
 
 /// A topic in lists.
@@ -134,33 +125,18 @@ fn print_topic(context: &Context, out: &mut Out, topic: &TopicInfo) -> Result<()
         });
     }
     let (name, generation) = (&topic.topic, topic.generation);
-    out.line(&format!(
-        "topic {name}, generation {generation}, created {created_at}\n"
-    ));
+    out.line(&format!("topic {name}, generation {generation}, created {created_at}\n"));
     let row = |info: &PartitionInfo| {
         let (partition, node) = (info.partition.to_string(), info.node.to_string());
         let messages = info.messages.to_string();
-        vec![
-            partition,
-            node,
-            info.state.clone(),
-            messages,
-            or_dash(info.last_id),
-        ]
+        vec![partition, node, info.state.clone(), messages, or_dash(info.last_id)]
     };
     let header = ["partition", "node", "state", "messages", "last id"];
-    out.line(&table(
-        &header,
-        &[3],
-        topic.partitions.iter().map(row).collect(),
-    ));
+    out.line(&table(&header, &[3], topic.partitions.iter().map(row).collect()));
     Ok(())
 }
 
 fn partition_count(text: &str) -> Result<usize, String> {
-    let count = text
-        .parse()
-        .ok()
-        .filter(|count| (1..=MAX_PARTITIONS).contains(count));
+    let count = text.parse().ok().filter(|count| (1..=MAX_PARTITIONS).contains(count));
     count.ok_or_else(|| format!("it is not between 1 and {MAX_PARTITIONS}"))
 }

@@ -19,4 +19,5 @@ update shardmq.cursor c
    set member = $3, owner = gen_random_uuid(), epoch = c.epoch + 1
   from free
  where c.group_name = $2 and c.partition = free.partition
-returning c.partition, c.owner, c.epoch, c.reset_epoch, c.acked_id, c.acked_ahead::text
+returning c.partition, c.owner, c.epoch, c.reset_epoch, c.acked_id, c.acked_ahead::text,
+          pg_postmaster_start_time()

@@ -20,18 +20,12 @@ struct Dev {
 
 impl Dev {
     async fn start(nodes: u8) -> Self {
-        let mut child = command("", &format!("dev --nodes {nodes} --json"))
-            .spawn()
-            .unwrap();
+        let mut child = command("", &format!("dev --nodes {nodes} --json")).spawn().unwrap();
         let mut stdout = BufReader::new(child.stdout.take().unwrap()).lines();
         let stderr = BufReader::new(child.stderr.take().unwrap()).lines();
         let line = within(LONG, "the servers are ready", stdout.next_line()).await;
         let ready = serde_json::from_str(&line.unwrap().unwrap()).unwrap();
-        Self {
-            child,
-            stderr,
-            ready,
-        }
+        Self { child, stderr, ready }
     }
 
     fn control_url(&self) -> &str {
@@ -43,10 +37,7 @@ impl Dev {
     }
 
     fn data_dirs(&self) -> Vec<PathBuf> {
-        self.nodes()
-            .iter()
-            .map(|node| node["data_dir"].as_str().unwrap().into())
-            .collect()
+        self.nodes().iter().map(|node| node["data_dir"].as_str().unwrap().into()).collect()
     }
 
     async fn reported(&mut self, text: &str) {
@@ -62,9 +53,7 @@ impl Dev {
     async fn ends(mut self, name: &str) {
         let folders = self.data_dirs();
         signal(self.child.id().unwrap(), name).await;
-        let status = within(LONG, "the end of dev", self.child.wait())
-            .await
-            .unwrap();
+        let status = within(LONG, "the end of dev", self.child.wait()).await.unwrap();
         assert_eq!(status.code(), Some(0));
         for folder in folders {
             assert!(!folder.exists(), "{}", folder.display());
@@ -90,34 +79,22 @@ async fn commands_work_on_three_nodes_until_a_signal_ends_them() {
         assert_eq!(node["node"], number);
         assert!(node["pid"].as_u64().unwrap() > 0);
         let connection = client(node["url"].as_str().unwrap()).await;
-        let row = connection
-            .query_one("select count(*) from shardmq.partition", &[])
-            .await;
+        let row = connection.query_one("select count(*) from shardmq.partition", &[]).await;
         assert_eq!(row.unwrap().get::<_, i64>(0), 0);
     }
     let url = dev.control_url();
     let client = client(url).await;
     let fsync: String = client.query_one("show fsync", &[]).await.unwrap().get(0);
     assert_eq!(fsync, "on");
-    client
-        .query("select from shardmq_log.migration", &[])
-        .await
-        .unwrap();
+    client.query("select from shardmq_log.migration", &[]).await.unwrap();
 
     run(url, "topic create orders --partitions 6").await.good();
     let lines: Vec<String> = (0..1_000).map(|n| format!("order {n:04}")).collect();
-    run_with(url, "produce orders", lines.join("\n").as_bytes())
-        .await
-        .good();
+    run_with(url, "produce orders", lines.join("\n").as_bytes()).await.good();
     let consumed = run(url, "consume orders --group g").await.good();
     let mut payloads: Vec<Vec<u8>> = consumed.json().iter().map(payload).collect();
     payloads.sort_unstable();
-    assert!(
-        payloads
-            .iter()
-            .zip(&lines)
-            .all(|(out, line)| out == line.as_bytes())
-    );
+    assert!(payloads.iter().zip(&lines).all(|(out, line)| out == line.as_bytes()));
     assert_eq!(payloads.len(), lines.len());
     dev.ends("TERM").await;
 }
@@ -127,17 +104,9 @@ async fn a_killed_server_is_reported_and_the_others_go_on() {
     let mut dev = Dev::start(2).await;
     let pid = dev.nodes()[1]["pid"].as_u64().unwrap();
     signal(u32::try_from(pid).unwrap(), "KILL").await;
-    dev.reported("node 02: its server has ended (signal: 9")
-        .await;
-    run(
-        dev.control_url(),
-        "topic create orders --partitions 1 --nodes 1",
-    )
-    .await
-    .good();
-    run_with(dev.control_url(), "produce orders", b"still here")
-        .await
-        .good();
+    dev.reported("node 02: its server has ended (signal: 9").await;
+    run(dev.control_url(), "topic create orders --partitions 1 --nodes 1").await.good();
+    run_with(dev.control_url(), "produce orders", b"still here").await.good();
     // Reaped: no zombie is left of it.
     assert!(!Path::new(&format!("/proc/{pid}/cwd")).exists());
     dev.ends("INT").await;
@@ -164,14 +133,8 @@ async fn pg_ctl(folder: &Path, arguments: &str) {
     use std::os::unix::fs::MetadataExt;
     let owner = std::fs::metadata(folder).unwrap();
     let mut command = Command::new(Binaries::find().unwrap().dir().join("pg_ctl"));
-    command
-        .arg("-D")
-        .arg(folder)
-        .args(arguments.split_whitespace())
-        .current_dir("/");
-    command
-        .stdout(std::process::Stdio::null())
-        .stderr(std::process::Stdio::null());
+    command.arg("-D").arg(folder).args(arguments.split_whitespace()).current_dir("/");
+    command.stdout(std::process::Stdio::null()).stderr(std::process::Stdio::null());
     if owner.uid() != std::fs::metadata("/proc/self").unwrap().uid() {
         command.uid(owner.uid()).gid(owner.gid());
     }

@@ -6,12 +6,7 @@ use super::{run, run_with};
 use crate::support::TestCluster;
 
 fn fields(value: &Value) -> Vec<&str> {
-    value
-        .as_object()
-        .unwrap()
-        .keys()
-        .map(String::as_str)
-        .collect()
+    value.as_object().unwrap().keys().map(String::as_str).collect()
 }
 
 /// RFC 3339 with microseconds, in UTC.
@@ -29,21 +24,11 @@ fn is_time(value: &Value) -> bool {
 
 async fn with_two_messages() -> (TestCluster, Vec<Value>) {
     let test = TestCluster::new(1).await;
-    run(&test.control_url, "topic create orders --partitions 1")
-        .await
-        .good();
+    run(&test.control_url, "topic create orders --partitions 1").await.good();
     let input = b"{\"k\":\"a\"}\n";
     let produce = "produce orders --json --key-field k --header h=v";
-    let mut ids = run_with(&test.control_url, produce, input)
-        .await
-        .good()
-        .json();
-    ids.extend(
-        run_with(&test.control_url, "produce orders --json", b"\xff")
-            .await
-            .good()
-            .json(),
-    );
+    let mut ids = run_with(&test.control_url, produce, input).await.good().json();
+    ids.extend(run_with(&test.control_url, "produce orders --json", b"\xff").await.good().json());
     (test, ids)
 }
 
@@ -55,33 +40,14 @@ async fn a_consumed_message_has_exactly_the_documented_fields() {
     for (group, json) in [("a", ""), ("b", "--json")] {
         let consume = format!("consume orders --group {group} {json}");
         let lines = run(&test.control_url, &consume).await.good().json();
-        let common = [
-            "appended_at",
-            "attempt",
-            "headers",
-            "id",
-            "key",
-            "partition",
-        ];
-        assert_eq!(
-            fields(&lines[0]),
-            [&common[..], &["payload", "topic", "uid"]].concat()
-        );
-        assert_eq!(
-            fields(&lines[1]),
-            [&common[..], &["payload_base64", "topic", "uid"]].concat()
-        );
+        let common = ["appended_at", "attempt", "headers", "id", "key", "partition"];
+        assert_eq!(fields(&lines[0]), [&common[..], &["payload", "topic", "uid"]].concat());
+        assert_eq!(fields(&lines[1]), [&common[..], &["payload_base64", "topic", "uid"]].concat());
         assert_eq!(lines[0]["id"], ids[0]["id"]);
         assert_eq!(lines[0]["topic"], "orders");
         assert_eq!(lines[0]["partition"], 10101);
-        assert_eq!(
-            (&lines[0]["key"], &lines[1]["key"]),
-            (&json!("a"), &Value::Null)
-        );
-        assert_eq!(
-            (&lines[0]["headers"], &lines[1]["headers"]),
-            (&json!({"h": "v"}), &json!({}))
-        );
+        assert_eq!((&lines[0]["key"], &lines[1]["key"]), (&json!("a"), &Value::Null));
+        assert_eq!((&lines[0]["headers"], &lines[1]["headers"]), (&json!({"h": "v"}), &json!({})));
         assert_eq!(lines[0]["payload"], "{\"k\":\"a\"}");
         assert_eq!(lines[1]["payload_base64"], "/w==");
         assert_eq!(lines[0]["attempt"], 1);
@@ -94,34 +60,18 @@ async fn a_consumed_message_has_exactly_the_documented_fields() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn peek_and_message_show_what_consume_shows_except_the_attempt() {
     let (test, ids) = with_two_messages().await;
-    let peeked = run(&test.control_url, "peek orders --json")
-        .await
-        .good()
-        .json();
-    let mut consumed = run(&test.control_url, "consume orders --group g")
-        .await
-        .good()
-        .json();
+    let peeked = run(&test.control_url, "peek orders --json").await.good().json();
+    let mut consumed = run(&test.control_url, "consume orders --group g").await.good().json();
     for line in &mut consumed {
         line.as_object_mut().unwrap().remove("attempt");
     }
     assert_eq!(peeked, consumed);
     let first = ids[0]["id"].as_str().unwrap();
-    let message = run(&test.control_url, &format!("message {first} --json"))
-        .await
-        .good()
-        .json();
+    let message = run(&test.control_url, &format!("message {first} --json")).await.good().json();
     assert_eq!(message, consumed[..1]);
     let after = format!("peek orders --json --after {first}");
-    assert_eq!(
-        run(&test.control_url, &after).await.good().json(),
-        consumed[1..]
-    );
-    let limited = run(
-        &test.control_url,
-        "peek orders --json --count 1 --partition 10101",
-    )
-    .await;
+    assert_eq!(run(&test.control_url, &after).await.good().json(), consumed[1..]);
+    let limited = run(&test.control_url, "peek orders --json --count 1 --partition 10101").await;
     assert_eq!(limited.good().json(), consumed[..1]);
     let readable = run(&test.control_url, "peek orders").await.good();
     let shown = String::from_utf8(readable.stdout).unwrap();
@@ -134,34 +84,15 @@ async fn peek_and_message_show_what_consume_shows_except_the_attempt() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn peek_merges_partitions_by_time() {
     let test = TestCluster::new(2).await;
-    run(&test.control_url, "topic create orders --partitions 4")
-        .await
-        .good();
+    run(&test.control_url, "topic create orders --partitions 4").await.good();
     for n in 0..6 {
         let line = format!("{{\"n\":{n}}}");
         let produce = "produce orders --key-field n";
-        run_with(&test.control_url, produce, line.as_bytes())
-            .await
-            .good();
+        run_with(&test.control_url, produce, line.as_bytes()).await.good();
     }
-    let peeked = run(&test.control_url, "peek orders --json --count 5")
-        .await
-        .good()
-        .json();
-    let payloads: Vec<&str> = peeked
-        .iter()
-        .map(|line| line["payload"].as_str().unwrap())
-        .collect();
-    assert_eq!(
-        payloads,
-        [
-            "{\"n\":0}",
-            "{\"n\":1}",
-            "{\"n\":2}",
-            "{\"n\":3}",
-            "{\"n\":4}"
-        ]
-    );
+    let peeked = run(&test.control_url, "peek orders --json --count 5").await.good().json();
+    let payloads: Vec<&str> = peeked.iter().map(|line| line["payload"].as_str().unwrap()).collect();
+    assert_eq!(payloads, ["{\"n\":0}", "{\"n\":1}", "{\"n\":2}", "{\"n\":3}", "{\"n\":4}"]);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -172,33 +103,21 @@ async fn administration_prints_an_object_a_line() {
     assert_eq!(nodes, [json!({"node": 1, "url": url})]);
 
     let topics = run(url, "topic list --json").await.good().json();
-    assert_eq!(
-        fields(&topics[0]),
-        ["created_at", "generation", "partitions", "topic"]
-    );
+    assert_eq!(fields(&topics[0]), ["created_at", "generation", "partitions", "topic"]);
     assert!(is_time(&topics[0]["created_at"]));
-    assert_eq!(
-        (&topics[0]["topic"], &topics[0]["partitions"]),
-        (&json!("orders"), &json!(1))
-    );
+    assert_eq!((&topics[0]["topic"], &topics[0]["partitions"]), (&json!("orders"), &json!(1)));
 
     let described = run(url, "topic describe orders --json").await.good().json();
     let partition = json!({
         "partition": 10101, "node": 1, "state": "open", "last_id": ids[1]["id"], "messages": 2
     });
     assert_eq!(described[0]["partitions"], json!([partition]));
-    let created = run(url, "topic create more --partitions 2 --nodes 1 --json")
-        .await
-        .good()
-        .json();
+    let created = run(url, "topic create more --partitions 2 --nodes 1 --json").await.good().json();
     assert_eq!(fields(&created[0]), fields(&described[0]));
 
     let migrated = run(url, "migrate --json").await.good().json();
     assert_eq!(migrated.len(), 3);
-    assert_eq!(
-        migrated[2],
-        json!({"database": "node 01", "schema": "shardmq", "applied": []})
-    );
+    assert_eq!(migrated[2], json!({"database": "node 01", "schema": "shardmq", "applied": []}));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -206,33 +125,16 @@ async fn lag_tells_how_far_each_group_is() {
     let (test, ids) = with_two_messages().await;
     let url = &test.control_url;
     assert!(run(url, "lag --json").await.good().stdout.is_empty());
-    run(url, "consume orders --group slow --count 1")
-        .await
-        .good();
+    run(url, "consume orders --group slow --count 1").await.good();
     run(url, "consume orders --group quick").await.good();
     let lags = run(url, "lag --json").await.good().json();
-    let all = [
-        "acked_id",
-        "group",
-        "lag",
-        "lag_secs",
-        "last_id",
-        "member",
-        "partition",
-        "topic",
-    ];
+    let all = ["acked_id", "group", "lag", "lag_secs", "last_id", "member", "partition", "topic"];
     assert_eq!(fields(&lags[0]), all);
     let of = |group: &str| lags.iter().find(|lag| lag["group"] == group).unwrap();
-    assert_eq!(
-        (&of("quick")["lag"], &of("slow")["lag"]),
-        (&json!(0), &json!(1))
-    );
+    assert_eq!((&of("quick")["lag"], &of("slow")["lag"]), (&json!(0), &json!(1)));
     assert_eq!(of("slow")["acked_id"], ids[0]["id"]);
     assert!(of("slow")["lag_secs"].as_f64().unwrap() > 0.0);
     assert_eq!(run(url, "lag orders --json").await.good().json().len(), 2);
     let table = String::from_utf8(run(url, "lag").await.good().stdout).unwrap();
-    assert!(
-        table.contains("topic orders") && table.contains("total"),
-        "{table}"
-    );
+    assert!(table.contains("topic orders") && table.contains("total"), "{table}");
 }

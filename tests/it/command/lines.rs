@@ -13,17 +13,10 @@ fn real_text(lines: usize) -> Vec<u8> {
     let own = concat!(env!("CARGO_MANIFEST_DIR"), "/src");
     for folder in ["/usr/share/common-licenses", "/var/lib/dpkg/info", own] {
         let entries = std::fs::read_dir(folder).into_iter().flatten();
-        files.extend(
-            entries
-                .map(|entry| entry.unwrap().path())
-                .filter(|path| path.is_file()),
-        );
+        files.extend(entries.map(|entry| entry.unwrap().path()).filter(|path| path.is_file()));
     }
     files.sort();
-    let text: Vec<u8> = files
-        .iter()
-        .flat_map(|file| std::fs::read(file).unwrap())
-        .collect();
+    let text: Vec<u8> = files.iter().flat_map(|file| std::fs::read(file).unwrap()).collect();
     let (mut all, mut count) = (Vec::new(), 0);
     for round in 0.. {
         if count >= lines {
@@ -58,23 +51,16 @@ async fn topic(partitions: usize, nodes: u8) -> TestCluster {
 async fn a_hundred_thousand_real_lines_come_out_unchanged_and_in_order() {
     let test = topic(1, 1).await;
     let input = real_text(100_000);
-    let produced = run_with(&test.control_url, "produce lines", &input)
-        .await
-        .good();
+    let produced = run_with(&test.control_url, "produce lines", &input).await.good();
     assert!(produced.stdout.is_empty());
     let lines = split(&input);
     let summary = format!("{} messages sent to topic lines", lines.len());
     assert!(produced.stderr.contains(&summary), "{}", produced.stderr);
 
-    let consumed = run(&test.control_url, "consume lines --group g")
-        .await
-        .good();
+    let consumed = run(&test.control_url, "consume lines --group g").await.good();
     let payloads: Vec<Vec<u8>> = consumed.json().iter().map(payload).collect();
     assert_eq!(payloads.len(), lines.len());
-    let wrong = payloads
-        .iter()
-        .zip(&lines)
-        .position(|(out, line)| out != line);
+    let wrong = payloads.iter().zip(&lines).position(|(out, line)| out != line);
     assert_eq!(wrong, None);
 }
 
@@ -82,12 +68,8 @@ async fn a_hundred_thousand_real_lines_come_out_unchanged_and_in_order() {
 async fn lines_over_many_partitions_all_come_out_once() {
     let test = topic(6, 3).await;
     let input = real_text(20_000);
-    run_with(&test.control_url, "produce lines", &input)
-        .await
-        .good();
-    let consumed = run(&test.control_url, "consume lines --group g")
-        .await
-        .good();
+    run_with(&test.control_url, "produce lines", &input).await.good();
+    let consumed = run(&test.control_url, "consume lines --group g").await.good();
     let mut payloads: Vec<Vec<u8>> = consumed.json().iter().map(payload).collect();
     let mut lines = split(&input);
     payloads.sort_unstable();
@@ -99,12 +81,8 @@ async fn lines_over_many_partitions_all_come_out_once() {
 async fn ids_are_printed_in_the_order_of_the_lines() {
     let test = topic(4, 2).await;
     let input = real_text(3_000);
-    let produced = run_with(&test.control_url, "produce lines --json", &input)
-        .await
-        .good();
-    let consumed = run(&test.control_url, "consume lines --group g")
-        .await
-        .good();
+    let produced = run_with(&test.control_url, "produce lines --json", &input).await.good();
+    let consumed = run(&test.control_url, "consume lines --group g").await.good();
     let by_id: HashMap<String, Vec<u8>> = consumed
         .json()
         .iter()
@@ -121,16 +99,11 @@ async fn ids_are_printed_in_the_order_of_the_lines() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn lines_of_a_key_stay_in_order_and_carry_it() {
     let test = topic(8, 2).await;
-    let lines: Vec<String> = (0..5_000)
-        .map(|n| format!("{{\"n\":{n},\"customer\":\"c{}\"}}", n % 70))
-        .collect();
+    let lines: Vec<String> =
+        (0..5_000).map(|n| format!("{{\"n\":{n},\"customer\":\"c{}\"}}", n % 70)).collect();
     let produce = "produce lines --key-field customer --header source=test --header empty=";
-    run_with(&test.control_url, produce, lines.join("\n").as_bytes())
-        .await
-        .good();
-    let consumed = run(&test.control_url, "consume lines --group g")
-        .await
-        .good();
+    run_with(&test.control_url, produce, lines.join("\n").as_bytes()).await.good();
+    let consumed = run(&test.control_url, "consume lines --group g").await.good();
     let (mut last, mut partitions) = (HashMap::new(), HashMap::new());
     let delivered = consumed.json();
     assert_eq!(delivered.len(), 5_000);
@@ -138,15 +111,9 @@ async fn lines_of_a_key_stay_in_order_and_carry_it() {
         let order: serde_json::Value = serde_json::from_slice(&payload(&line)).unwrap();
         let key = line["key"].as_str().unwrap().to_owned();
         assert_eq!(order["customer"], key.as_str());
-        assert_eq!(
-            line["headers"],
-            serde_json::json!({"source": "test", "empty": ""})
-        );
+        assert_eq!(line["headers"], serde_json::json!({"source": "test", "empty": ""}));
         let partition = &line["partition"];
-        assert_eq!(
-            partitions.entry(key.clone()).or_insert(partition.clone()),
-            partition
-        );
+        assert_eq!(partitions.entry(key.clone()).or_insert(partition.clone()), partition);
         let n = order["n"].as_u64().unwrap();
         assert!(last.insert(key, n).is_none_or(|before| before < n));
     }
@@ -158,36 +125,21 @@ async fn lines_of_a_key_stay_in_order_and_carry_it() {
 async fn a_key_may_be_any_scalar() {
     let test = topic(1, 1).await;
     let input = b"{\"k\":1.50}\n{\"k\":true}\n{\"k\":null}\n{\"k\":\"a b\"}";
-    run_with(&test.control_url, "produce lines --key-field k", input)
-        .await
-        .good();
-    let consumed = run(&test.control_url, "consume lines --group g")
-        .await
-        .good();
-    let keys: Vec<String> = consumed
-        .json()
-        .iter()
-        .map(|line| line["key"].as_str().unwrap().to_owned())
-        .collect();
+    run_with(&test.control_url, "produce lines --key-field k", input).await.good();
+    let consumed = run(&test.control_url, "consume lines --group g").await.good();
+    let keys: Vec<String> =
+        consumed.json().iter().map(|line| line["key"].as_str().unwrap().to_owned()).collect();
     assert_eq!(keys, ["1.50", "true", "null", "a b"]);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn no_line_is_no_message_and_an_empty_line_is_one() {
     let test = topic(1, 1).await;
-    run_with(&test.control_url, "produce lines", b"")
-        .await
-        .good();
-    let consumed = run(&test.control_url, "consume lines --group g")
-        .await
-        .good();
+    run_with(&test.control_url, "produce lines", b"").await.good();
+    let consumed = run(&test.control_url, "consume lines --group g").await.good();
     assert!(consumed.stdout.is_empty());
-    run_with(&test.control_url, "produce lines", b"\n")
-        .await
-        .good();
-    let consumed = run(&test.control_url, "consume lines --group g")
-        .await
-        .good();
+    run_with(&test.control_url, "produce lines", b"\n").await.good();
+    let consumed = run(&test.control_url, "consume lines --group g").await.good();
     assert_eq!(consumed.json()[0]["payload"], "");
     assert_eq!(consumed.json().len(), 1);
 }

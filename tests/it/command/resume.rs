@@ -22,10 +22,7 @@ async fn with_lines(partitions: usize, lines: usize) -> TestCluster {
 async fn produce(test: &TestCluster, numbers: std::ops::Range<usize>) -> Vec<Value> {
     let lines: Vec<String> = numbers.map(|n| n.to_string()).collect();
     let produce = "produce orders --json";
-    run_with(&test.control_url, produce, lines.join("\n").as_bytes())
-        .await
-        .good()
-        .json()
+    run_with(&test.control_url, produce, lines.join("\n").as_bytes()).await.good().json()
 }
 
 fn numbers(finished: &Finished) -> Vec<usize> {
@@ -34,33 +31,18 @@ fn numbers(finished: &Finished) -> Vec<usize> {
 }
 
 async fn lag(test: &TestCluster) -> u64 {
-    test.cluster
-        .lag("orders")
-        .await
-        .unwrap()
-        .iter()
-        .map(|lag| lag.lag)
-        .sum()
+    test.cluster.lag("orders").await.unwrap().iter().map(|lag| lag.lag).sum()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn consuming_twice_gives_nothing_the_second_time() {
     let test = with_lines(3, 500).await;
-    let first = run(&test.control_url, "consume orders --group g")
-        .await
-        .good();
-    assert_eq!(
-        numbers(&first).into_iter().collect::<HashSet<_>>(),
-        (0..500).collect()
-    );
+    let first = run(&test.control_url, "consume orders --group g").await.good();
+    assert_eq!(numbers(&first).into_iter().collect::<HashSet<_>>(), (0..500).collect());
     assert_eq!(numbers(&first).len(), 500);
-    let second = run(&test.control_url, "consume orders --group g")
-        .await
-        .good();
+    let second = run(&test.control_url, "consume orders --group g").await.good();
     assert!(second.stdout.is_empty());
-    let other = run(&test.control_url, "consume orders --group other")
-        .await
-        .good();
+    let other = run(&test.control_url, "consume orders --group other").await.good();
     assert_eq!(numbers(&other).len(), 500);
 }
 
@@ -73,10 +55,7 @@ async fn a_count_ends_after_so_many_and_the_next_run_goes_on_there() {
         async move { numbers(&run(&url, &arguments).await.good()) }
     };
     assert_eq!(part("--count 1").await, [0]);
-    assert_eq!(
-        part("--count 1500 --follow").await,
-        (1..1501).collect::<Vec<_>>()
-    );
+    assert_eq!(part("--count 1500 --follow").await, (1..1501).collect::<Vec<_>>());
     // More than there are.
     assert_eq!(part("--count 9999").await, (1501..2500).collect::<Vec<_>>());
     assert_eq!(lag(&test).await, 0);
@@ -87,10 +66,7 @@ async fn a_new_group_starts_where_it_is_told() {
     let test = with_lines(1, 10).await;
     let middle = produce(&test, 10..20).await.remove(0);
     let id = middle["id"].as_str().unwrap();
-    let shown = run(&test.control_url, &format!("message {id} --json"))
-        .await
-        .good()
-        .json();
+    let shown = run(&test.control_url, &format!("message {id} --json")).await.good().json();
     let time = shown[0]["appended_at"].as_str().unwrap();
     let from = |group: &str, from: &str| {
         let arguments = format!("consume orders --group {group} --from {from}");
@@ -104,26 +80,19 @@ async fn a_new_group_starts_where_it_is_told() {
     assert_eq!(from("earliest", "earliest").await.len(), 20);
     produce(&test, 20..25).await;
     // It is not new any more.
-    assert_eq!(
-        from("latest", "earliest").await,
-        (20..25).collect::<Vec<_>>()
-    );
+    assert_eq!(from("latest", "earliest").await, (20..25).collect::<Vec<_>>());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_follower_prints_what_comes_and_commits_at_a_signal() {
     for name in ["INT", "TERM"] {
         let test = with_lines(2, 20).await;
-        let mut child = command(&test.control_url, "consume orders --group g --follow")
-            .spawn()
-            .unwrap();
+        let mut child =
+            command(&test.control_url, "consume orders --group g --follow").spawn().unwrap();
         let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
         let mut read = async |count: usize| {
             for _ in 0..count {
-                within(LONG, "a line", lines.next_line())
-                    .await
-                    .unwrap()
-                    .unwrap();
+                within(LONG, "a line", lines.next_line()).await.unwrap().unwrap();
             }
         };
         read(20).await;
@@ -133,9 +102,7 @@ async fn a_follower_prints_what_comes_and_commits_at_a_signal() {
         let finished = finish(child).await.good();
         assert!(finished.stderr.is_empty(), "{}", finished.stderr);
         assert_eq!(lag(&test).await, 0);
-        let again = run(&test.control_url, "consume orders --group g")
-            .await
-            .good();
+        let again = run(&test.control_url, "consume orders --group g").await.good();
         assert!(again.stdout.is_empty());
     }
 }
@@ -143,24 +110,15 @@ async fn a_follower_prints_what_comes_and_commits_at_a_signal() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_reader_that_goes_away_is_no_error_and_loses_nothing() {
     let test = with_lines(1, 20_000).await;
-    let mut child = command(&test.control_url, "consume orders --group g")
-        .spawn()
-        .unwrap();
+    let mut child = command(&test.control_url, "consume orders --group g").spawn().unwrap();
     let mut lines = BufReader::with_capacity(1, child.stdout.take().unwrap()).lines();
-    let first = within(LONG, "a line", lines.next_line())
-        .await
-        .unwrap()
-        .unwrap();
+    let first = within(LONG, "a line", lines.next_line()).await.unwrap().unwrap();
     assert!(first.contains("\"payload\":\"0\""), "{first}");
     drop(lines);
     let finished = finish(child).await.good();
     assert!(finished.stderr.is_empty(), "{}", finished.stderr);
     // Only what fits into the pipe, in lines of more than 220 bytes, can have been acknowledged.
-    let rest = numbers(
-        &run(&test.control_url, "consume orders --group g")
-            .await
-            .good(),
-    );
+    let rest = numbers(&run(&test.control_url, "consume orders --group g").await.good());
     let next = rest[0];
     assert!(next <= 300, "{next}");
     assert_eq!(rest, (next..20_000).collect::<Vec<_>>());
@@ -171,20 +129,14 @@ async fn ids_that_nobody_reads_do_not_stop_the_sending() {
     let test = with_lines(1, 0).await;
     let lines: Vec<String> = (0..20_000).map(|n| n.to_string()).collect();
     let lines = lines.join("\n");
-    let mut child = command(&test.control_url, "produce orders --json")
-        .stdin(Stdio::piped())
-        .spawn()
-        .unwrap();
+    let mut child =
+        command(&test.control_url, "produce orders --json").stdin(Stdio::piped()).spawn().unwrap();
     drop(child.stdout.take());
     let mut stdin = child.stdin.take().unwrap();
-    tokio::io::AsyncWriteExt::write_all(&mut stdin, lines.as_bytes())
-        .await
-        .unwrap();
+    tokio::io::AsyncWriteExt::write_all(&mut stdin, lines.as_bytes()).await.unwrap();
     drop(stdin);
     finish(child).await.good();
-    let consumed = run(&test.control_url, "consume orders --group g")
-        .await
-        .good();
+    let consumed = run(&test.control_url, "consume orders --group g").await.good();
     assert_eq!(numbers(&consumed), (0..20_000).collect::<Vec<_>>());
 }
 
@@ -193,18 +145,11 @@ async fn what_another_member_has_done_is_not_waited_for() {
     let test = with_lines(4, 400).await;
     let mut other = test.cluster.consumer("orders", "g").stream().await.unwrap();
     for _ in 0..400 {
-        within(LONG, "a delivery", other.next())
-            .await
-            .unwrap()
-            .unwrap()
-            .ack()
-            .unwrap();
+        within(LONG, "a delivery", other.next()).await.unwrap().unwrap().ack().unwrap();
     }
     other.flush().await.unwrap();
     let ended = run(&test.control_url, "consume orders --group g");
-    let consumed = within(Duration::from_secs(8), "the end", ended)
-        .await
-        .good();
+    let consumed = within(Duration::from_secs(8), "the end", ended).await.good();
     assert!(consumed.stdout.is_empty());
     other.shutdown(Duration::from_secs(1)).await.unwrap();
 }
@@ -222,20 +167,14 @@ async fn what_a_killed_member_had_in_hand_is_waited_for() {
         .map(|p| p.partition)
         .collect();
     assert_eq!(partitions.len(), 2);
-    let mut doomed = command(&test.control_url, "consume orders --group g --follow")
-        .spawn()
-        .unwrap();
+    let mut doomed =
+        command(&test.control_url, "consume orders --group g --follow").spawn().unwrap();
     let mut lines = BufReader::new(doomed.stdout.take().unwrap()).lines();
-    within(LONG, "a line", lines.next_line())
-        .await
-        .unwrap()
-        .unwrap();
+    within(LONG, "a line", lines.next_line()).await.unwrap().unwrap();
     doomed.kill().await.unwrap();
     // Its acknowledgements were not committed within that time, or some were: none is lost.
     let left = lag(&test).await;
-    let consumed = run(&test.control_url, "consume orders --group g")
-        .await
-        .good();
+    let consumed = run(&test.control_url, "consume orders --group g").await.good();
     assert_eq!(numbers(&consumed).len() as u64, left);
     assert_eq!(lag(&test).await, 0);
 }

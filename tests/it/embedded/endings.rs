@@ -82,33 +82,17 @@ async fn a_killed_parent_takes_its_server_along() {
 async fn a_parent_killed_during_the_start_takes_its_server_along() {
     let base = shared_tempdir();
     // The first has to make the cluster. Then something else each time is what it was doing.
-    for seen in [
-        "fresh/data",
-        "server.log",
-        "data/PG_VERSION",
-        "data/postmaster.pid",
-    ] {
+    for seen in ["fresh/data", "server.log", "data/PG_VERSION", "data/postmaster.pid"] {
         let mut victim = victim("runs", base.path(), 0);
         let is_there = |server: &PathBuf| {
-            [seen, "data/postmaster.pid"]
-                .iter()
-                .any(|path| server.join(path).exists())
+            [seen, "data/postmaster.pid"].iter().any(|path| server.join(path).exists())
         };
-        eventually(seen, || async {
-            servers_in(base.path()).iter().any(is_there)
-        })
-        .await;
+        eventually(seen, || async { servers_in(base.path()).iter().any(is_there) }).await;
         victim.kill().await.unwrap();
-        eventually("nothing is left", || async {
-            servers_in(base.path()).is_empty()
-        })
-        .await;
+        eventually("nothing is left", || async { servers_in(base.path()).is_empty() }).await;
         eventually("no process is left", || async { !is_used(base.path()) }).await;
         if seen == "fresh/data" {
-            assert!(
-                victim_succeeds(base.path()).await,
-                "the next one is not disturbed"
-            );
+            assert!(victim_succeeds(base.path()).await, "the next one is not disturbed");
         }
     }
 }
@@ -127,11 +111,7 @@ async fn victim_of_other_tests() {
         return eventually("nothing is left", || async { servers_in(&base).is_empty() }).await;
     }
     let server = server().await;
-    println!(
-        "\npid {} {}",
-        server.pid().unwrap(),
-        folder_of(&server).display()
-    );
+    println!("\npid {} {}", server.pid().unwrap(), folder_of(&server).display());
     if what == "runs" {
         std::future::pending::<()>().await;
     }
@@ -144,16 +124,8 @@ fn pg_ctl(server: &Server, arguments: &[&str]) {
     let log = folder_of(server).join("outside.log");
     let mut command = Command::new(Binaries::find().unwrap().dir().join("pg_ctl"));
     command.gid(owner.gid()).uid(owner.uid()).current_dir("/");
-    command
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::null());
-    command
-        .arg("-D")
-        .arg(server.data_dir())
-        .arg("-l")
-        .arg(log)
-        .args(arguments);
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    command.arg("-D").arg(server.data_dir()).arg("-l").arg(log).args(arguments);
     assert!(command.status().unwrap().success());
 }
 
@@ -161,11 +133,7 @@ fn pg_ctl(server: &Server, arguments: &[&str]) {
 fn victim(what: &str, base: &Path, milliseconds: u32) -> Child {
     let module = module_path!().split_once("::").unwrap().1;
     tokio::process::Command::new(std::env::current_exe().unwrap())
-        .args([
-            "--exact",
-            "--nocapture",
-            &format!("{module}::victim_of_other_tests"),
-        ])
+        .args(["--exact", "--nocapture", &format!("{module}::victim_of_other_tests")])
         .env(VICTIM, format!("{what} {milliseconds}"))
         .env("TMPDIR", base)
         .stdout(Stdio::piped())
@@ -187,21 +155,14 @@ fn shared_tempdir() -> tempfile::TempDir {
 }
 
 fn servers_in(base: &Path) -> Vec<PathBuf> {
-    let entries = std::fs::read_dir(base)
-        .unwrap()
-        .map(|entry| entry.unwrap().path());
+    let entries = std::fs::read_dir(base).unwrap().map(|entry| entry.unwrap().path());
     let is_cache = |path: &PathBuf| path.to_str().unwrap().contains("shardmq-pg-cache");
     entries.filter(|path| !is_cache(path)).collect()
 }
 
 /// Whether a process has that path in its arguments.
 fn is_used(path: &Path) -> bool {
-    let output = Command::new("ps")
-        .args(["-ww", "-A", "-o", "args="])
-        .output()
-        .unwrap();
+    let output = Command::new("ps").args(["-ww", "-A", "-o", "args="]).output().unwrap();
     let arguments = String::from_utf8_lossy(&output.stdout).into_owned();
-    arguments
-        .lines()
-        .any(|line| line.contains(path.to_str().unwrap()))
+    arguments.lines().any(|line| line.contains(path.to_str().unwrap()))
 }

@@ -29,10 +29,7 @@ impl Clocks {
         )
         .await
         .unwrap();
-        Self {
-            sql,
-            client_ahead_ms: Arc::default(),
-        }
+        Self { sql, client_ahead_ms: Arc::default() }
     }
 
     /// Sets both clocks: the time since the real midnight before the test began, as an interval.
@@ -59,13 +56,7 @@ impl Clocks {
 
     /// Moves the clients' clocks, from where they are.
     pub fn move_client(&self, seconds: i64) {
-        self.client_ahead_ms
-            .fetch_add(seconds * 1000, Ordering::SeqCst);
-    }
-
-    /// What the clients' clocks show.
-    pub fn client_now(&self) -> SystemTime {
-        moved(&self.client_ahead_ms)
+        self.client_ahead_ms.fetch_add(seconds * 1000, Ordering::SeqCst);
     }
 
     /// A producer that goes by the clients' clock.
@@ -85,9 +76,5 @@ impl Clocks {
 fn moved(ahead_ms: &AtomicI64) -> SystemTime {
     let ms = ahead_ms.load(Ordering::SeqCst);
     let by = Duration::from_millis(ms.unsigned_abs());
-    if ms < 0 {
-        SystemTime::now() - by
-    } else {
-        SystemTime::now() + by
-    }
+    if ms < 0 { SystemTime::now() - by } else { SystemTime::now() + by }
 }

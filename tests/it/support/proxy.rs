@@ -13,7 +13,6 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{mpsc, watch};
-use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
@@ -30,8 +29,8 @@ pub enum Rule {
     Hold,
     /// They are thrown away.
     Swallow,
-    /// They pass so much later.
-    Delay(Duration),
+    /// What comes in pieces of at least so many bytes is held, and all after it.
+    HoldLarge(usize),
     /// So many more pass, what follows is held.
     HoldAfter(u64),
     /// So many more pass, then the connection is cut.
@@ -45,6 +44,7 @@ pub struct Way {
     bytes: AtomicU64,
     /// Bytes that came in, passed or not.
     received: AtomicU64,
+    ended: AtomicBool,
 }
 
 impl Way {
@@ -53,6 +53,7 @@ impl Way {
             rule: watch::Sender::new(rule),
             bytes: AtomicU64::new(0),
             received: AtomicU64::new(0),
+            ended: AtomicBool::new(false),
         }
     }
 
@@ -70,8 +71,13 @@ impl Way {
         self.received.load(Ordering::SeqCst) - self.bytes()
     }
 
+    /// Whether whoever sends here has closed its end.
+    pub fn ended(&self) -> bool {
+        self.ended.load(Ordering::SeqCst)
+    }
+
     /// Waits until some of so many bytes may go on. Some(0): they are swallowed. None: the end.
-    async fn admit(&self, wanted: usize, arrived: Instant) -> Option<usize> {
+    async fn admit(&self, wanted: usize) -> Option<usize> {
         let mut rules = self.rule.subscribe();
         loop {
             let rule = *rules.borrow_and_update();
@@ -80,11 +86,10 @@ impl Way {
                 Rule::Swallow => return Some(0),
                 Rule::CutAfter(0) => return None,
                 Rule::HoldAfter(left) | Rule::CutAfter(left) => self.spend(rule, left, wanted),
-                Rule::Delay(delay) => {
-                    tokio::select! {
-                        () = tokio::time::sleep_until(arrived + delay) => return Some(wanted),
-                        _ = rules.changed() => continue,
-                    }
+                Rule::HoldLarge(size) if wanted < size => return Some(wanted),
+                Rule::HoldLarge(_) => {
+                    self.change(rule, Rule::Hold);
+                    0
                 }
                 Rule::Hold => 0,
             };
@@ -95,19 +100,25 @@ impl Way {
         }
     }
 
-    /// Takes bytes from what a rule still lets pass, unless there is another rule by now.
-    fn spend(&self, seen: Rule, left: u64, wanted: usize) -> usize {
-        let admitted = left.min(wanted as u64);
-        let rest = left - admitted;
+    /// Follows up a rule, unless there is another by now.
+    fn change(&self, seen: Rule, then: Rule) {
         self.rule.send_if_modified(|rule| {
             if *rule == seen {
-                *rule = match rule {
-                    Rule::HoldAfter(_) => Rule::HoldAfter(rest),
-                    _ => Rule::CutAfter(rest),
-                };
+                *rule = then;
             }
             false
         });
+    }
+
+    /// Takes bytes from what a rule still lets pass.
+    fn spend(&self, seen: Rule, left: u64, wanted: usize) -> usize {
+        let admitted = left.min(wanted as u64);
+        let rest = left - admitted;
+        let then = match seen {
+            Rule::HoldAfter(_) => Rule::HoldAfter(rest),
+            _ => Rule::CutAfter(rest),
+        };
+        self.change(seen, then);
         usize::try_from(admitted).unwrap()
     }
 }
@@ -149,11 +160,7 @@ impl Proxy {
         let port = listener.local_addr().unwrap().port();
         let shared = Arc::new(Shared::default());
         let accept = tokio::spawn(accept(listener, server_port, Arc::clone(&shared)));
-        Self {
-            port,
-            shared,
-            _accept: AbortOnDropHandle::new(accept),
-        }
+        Self { port, shared, _accept: AbortOnDropHandle::new(accept) }
     }
 
     /// A URL that leads to the server, as one that leads here.
@@ -165,18 +172,23 @@ impl Proxy {
 
     /// A rule for what goes to the server, on connections that are open and those to come.
     pub fn to_server(&self, rule: Rule) {
+        self.to_server_but_on(rule, None);
+    }
+
+    /// The same, but for one connection, which keeps its own.
+    pub fn to_server_but_on(&self, rule: Rule, kept: Option<&Arc<Link>>) {
         self.shared.rules.lock().unwrap().0 = rule;
-        self.links()
-            .iter()
-            .for_each(|link| link.to_server.set(rule));
+        for link in self.links() {
+            if kept.is_none_or(|kept| !Arc::ptr_eq(kept, &link)) {
+                link.to_server.set(rule);
+            }
+        }
     }
 
     /// A rule for what goes to the client.
     pub fn to_client(&self, rule: Rule) {
         self.shared.rules.lock().unwrap().1 = rule;
-        self.links()
-            .iter()
-            .for_each(|link| link.to_client.set(rule));
+        self.links().iter().for_each(|link| link.to_client.set(rule));
     }
 
     /// All that were opened since the proxy started or was cut, also those whose client has gone.
@@ -249,16 +261,17 @@ async fn one_way(
             match from.read_buf(&mut chunk).await {
                 Ok(read) if read > 0 => {
                     way.received.fetch_add(read as u64, Ordering::SeqCst);
-                    let _ = sender.send((Instant::now(), chunk));
+                    let _ = sender.send(chunk);
                 }
                 _ => break,
             }
         }
+        way.ended.store(true, Ordering::SeqCst);
     };
     let give = async {
-        while let Some((at, mut chunk)) = arrived.recv().await {
+        while let Some(mut chunk) = arrived.recv().await {
             while !chunk.is_empty() {
-                let Some(admitted) = way.admit(chunk.len(), at).await else {
+                let Some(admitted) = way.admit(chunk.len()).await else {
                     return end.cancel();
                 };
                 if admitted == 0 {
@@ -270,7 +283,7 @@ async fn one_way(
                 way.bytes.fetch_add(admitted as u64, Ordering::SeqCst);
             }
         }
-        let _ = way.admit(1, Instant::now()).await;
+        let _ = way.admit(1).await;
         let _ = to.shutdown().await;
     };
     tokio::join!(take, give);
@@ -285,11 +298,7 @@ pub async fn cluster_behind_proxy() -> (TestCluster, Proxy) {
     let cluster = Cluster::connect(&url).await.unwrap();
     let node = NodeId::new(1).unwrap();
     cluster.add_node(node, &proxy.url(&url)).await.unwrap();
-    let test = TestCluster {
-        cluster,
-        control_url: url.clone(),
-        node_urls: vec![url],
-    };
+    let test = TestCluster { cluster, control_url: url.clone(), node_urls: vec![url] };
     (test, proxy)
 }
 

@@ -13,13 +13,10 @@ const SOON: Duration = Duration::from_secs(10);
 
 /// Appends one batch; returns its first id.
 pub async fn append(sql: &Client, partition: PartitionId, payloads: &[Vec<u8>]) -> i64 {
-    sql.query_one(
-        "select shardmq.append($1, $2)",
-        &[&number(partition), &payloads],
-    )
-    .await
-    .unwrap()
-    .get(0)
+    sql.query_one("select shardmq.append($1, $2)", &[&number(partition), &payloads])
+        .await
+        .unwrap()
+        .get(0)
 }
 
 /// Appends one batch of texts; returns its first id.
@@ -28,10 +25,8 @@ pub async fn append_texts<T: ToString>(
     partition: PartitionId,
     texts: impl IntoIterator<Item = T>,
 ) -> i64 {
-    let payloads: Vec<Vec<u8>> = texts
-        .into_iter()
-        .map(|text| text.to_string().into_bytes())
-        .collect();
+    let payloads: Vec<Vec<u8>> =
+        texts.into_iter().map(|text| text.to_string().into_bytes()).collect();
     append(sql, partition, &payloads).await
 }
 

@@ -57,10 +57,7 @@ async fn locks(sql: &Client, partition: PartitionId, granted: bool) -> i64 {
                     and objid = $1::bigint::oid and granted = $2
                     and database = (select oid from pg_database where datname = current_database())";
     let number = i64::from(number(partition));
-    sql.query_one(count, &[&number, &granted])
-        .await
-        .unwrap()
-        .get(0)
+    sql.query_one(count, &[&number, &granted]).await.unwrap().get(0)
 }
 
 /// Everything in a partition, in order.

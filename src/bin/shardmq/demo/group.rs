@@ -54,10 +54,7 @@ impl Group {
     ) -> Result<Self, Failure> {
         let mut doomed = start_process(control_url, messages / 10)?;
         let stdin = doomed.stdin.take();
-        let stdout = doomed
-            .stdout
-            .take()
-            .ok_or_else(|| Failure::new(FAILED, "no pipe"))?;
+        let stdout = doomed.stdout.take().ok_or_else(|| Failure::new(FAILED, "no pipe"))?;
         let reading = tokio::spawn(read_process(stdout, Arc::clone(record)));
         let mut group = Self {
             doomed,
@@ -68,18 +65,14 @@ impl Group {
             bar: progress(u64::from(messages), "consumed"),
         };
         group
-            .until("the first member consumes", |group| {
-                lock(&group.record).distinct() > 0
-            })
+            .until("the first member consumes", |group| lock(&group.record).distinct() > 0)
             .await?;
         for member in 1..=2 {
             let messages = consumer(cluster).stream().await?;
             group.here.push(messages.handle());
             tokio::spawn(consume(messages, member, Arc::clone(record)));
         }
-        group
-            .until("all members have partitions", Self::is_shared)
-            .await?;
+        group.until("all members have partitions", Self::is_shared).await?;
         Ok(group)
     }
 
@@ -100,10 +93,7 @@ impl Group {
         let began = Instant::now();
         while !holds(self) {
             if began.elapsed() > STALLED {
-                return Err(Failure::new(
-                    FAILED,
-                    format!("gave up waiting until {what}"),
-                ));
+                return Err(Failure::new(FAILED, format!("gave up waiting until {what}")));
             }
             sleep(LOOK_EVERY).await;
         }

@@ -82,9 +82,7 @@ impl Record {
     }
 
     pub(super) fn has(&self, number: u32) -> bool {
-        self.places
-            .get(number as usize)
-            .is_some_and(Option::is_some)
+        self.places.get(number as usize).is_some_and(Option::is_some)
     }
 
     /// How many different messages came.
@@ -168,19 +166,14 @@ mod tests {
         let mut record = Record::new(10);
         record.deliver(0, id(1, 1), 7);
         record.deliver(0, id(2, 1), 7);
-        assert_eq!(
-            (record.duplicated(), record.redelivered(), record.distinct()),
-            (1, 0, 1)
-        );
+        assert_eq!((record.duplicated(), record.redelivered(), record.distinct()), (1, 0, 1));
     }
 
     #[test]
     fn latencies_have_percentiles() {
         let mut record = Record::new(0);
         assert_eq!(record.latency_ms(0.5), None);
-        (1..=101)
-            .rev()
-            .for_each(|ms| record.took(Duration::from_millis(ms)));
+        (1..=101).rev().for_each(|ms| record.took(Duration::from_millis(ms)));
         assert_eq!(record.latency_ms(0.5), Some(51.0));
         assert_eq!(record.latency_ms(0.99), Some(100.0));
     }

@@ -74,11 +74,7 @@ impl Report {
                 self.lost.to_string(),
                 "not seen by the group, or not there when all was read again",
             ),
-            (
-                "duplicated",
-                self.duplicated.to_string(),
-                "stored at two places",
-            ),
+            ("duplicated", self.duplicated.to_string(), "stored at two places"),
             (
                 "out of order",
                 self.out_of_order.to_string(),
@@ -89,11 +85,7 @@ impl Report {
                 self.redelivered.to_string(),
                 "seen twice: what the killed member had not committed",
             ),
-            (
-                "produced",
-                format!("{}/s", self.produce_per_s),
-                "by four tasks, flushed to disk",
-            ),
+            ("produced", format!("{}/s", self.produce_per_s), "by four tasks, flushed to disk"),
             (
                 "consumed",
                 format!("{}/s", self.consume_per_s),
@@ -130,13 +122,7 @@ impl Report {
         if self.is_good() {
             return Ok(());
         }
-        let Self {
-            lost,
-            duplicated,
-            out_of_order,
-            refused,
-            ..
-        } = self;
+        let Self { lost, duplicated, out_of_order, refused, .. } = self;
         let text = format!(
             "{lost} lost, {duplicated} duplicated, {out_of_order} out of order, {refused} could not be sent"
         );

@@ -34,16 +34,9 @@ pub(super) struct Order {
 impl Order {
     fn new(number: u32, is_timed: bool) -> Self {
         let customer = number % CUSTOMERS;
-        let since = SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .unwrap_or_default();
+        let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let sent_at = u64::try_from(since.as_micros()).unwrap_or(u64::MAX);
-        Self {
-            number,
-            customer,
-            sent_at,
-            is_timed,
-        }
+        Self { number, customer, sent_at, is_timed }
     }
 
     /// How long ago it was sent.
@@ -81,12 +74,7 @@ impl Workload {
         let producer = cluster.producer(TOPIC).build().await?;
         let slow = MOST_SLOW.min(total / 10);
         let sent = vec![false; total as usize];
-        Ok(Self {
-            producer,
-            total,
-            slow,
-            sent,
-        })
+        Ok(Self { producer, total, slow, sent })
     }
 
     /// How many are sent as fast as possible; the rest is sent slowly.
@@ -166,17 +154,12 @@ impl Workload {
 
 /// Sends these numbers; returns those that were acknowledged.
 async fn send_chunk(producer: &Producer, numbers: &[u32]) -> shardmq::Result<Vec<u32>> {
-    let messages: shardmq::Result<Vec<Message>> = numbers
-        .iter()
-        .map(|number| Order::new(*number, false).message())
-        .collect();
+    let messages: shardmq::Result<Vec<Message>> =
+        numbers.iter().map(|number| Order::new(*number, false).message()).collect();
     let results = producer.send_all(messages?).await;
     if let Some(error) = results.iter().find_map(|result| result.as_ref().err()) {
         note(&format!("warning: send: {}", error.chain()));
     }
-    let sent = numbers
-        .iter()
-        .zip(results)
-        .filter(|(_, result)| result.is_ok());
+    let sent = numbers.iter().zip(results).filter(|(_, result)| result.is_ok());
     Ok(sent.map(|(number, _)| *number).collect())
 }

@@ -1,0 +1,3 @@
+-- Moves the low watermark over the oldest day of a partition if its time is over.
+-- $1 partition
+select outcome, day, group_name from shardmq.expire_day($1)

@@ -1,0 +1,121 @@
+//! What keeps a node in order: day tables ahead, old days gone.
+
+use tokio_postgres::Error;
+use uuid::Uuid;
+
+use crate::id::{Day, PartitionId};
+use crate::name::TopicName;
+use crate::store::node::{Connection, Durability, query, write};
+use crate::store::sql;
+
+/// Takes or keeps the upkeep of a node; false where it is another's.
+pub(crate) async fn keep_up(
+    connection: Connection,
+    holder: Uuid,
+    lease_secs: f64,
+) -> Result<bool, Error> {
+    let rows =
+        write(connection, Durability::Relaxed, sql::KEEP_UP, &[&holder, &lease_secs]).await?;
+    Ok(rows.first().is_some_and(|row| row.get(0)))
+}
+
+/// The node's partitions, and whether each is in use.
+pub(crate) async fn partitions(connection: &Connection) -> Result<Vec<(PartitionId, bool)>, Error> {
+    let rows = query(connection, sql::UPKEEP_PARTITIONS, &[]).await?;
+    let read =
+        |row: &tokio_postgres::Row| Some((PartitionId::from_i32(row.get(0)).ok()?, row.get(1)));
+    Ok(rows.iter().filter_map(read).collect())
+}
+
+/// What became of the oldest day of a partition.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Expired {
+    /// Its time is not over.
+    Nothing,
+    /// A group has not finished it.
+    Kept { day: Day, group: String },
+    /// The low watermark is beyond it: the table may be dropped.
+    Yes(Day),
+}
+
+/// Moves the low watermark over the oldest day of a partition if its time is over.
+pub(crate) async fn expire_day(
+    connection: Connection,
+    partition: PartitionId,
+) -> Result<Expired, Error> {
+    let number = partition.as_i32();
+    let rows = write(connection, Durability::Durable, sql::EXPIRE_DAY, &[&number]).await?;
+    Ok(rows.first().map_or(Expired::Nothing, |row| {
+        let day = row.get::<_, Option<i32>>(1).and_then(|day| Day::from_i32(day).ok());
+        match (row.get(0), day) {
+            ("expired", Some(day)) => Expired::Yes(day),
+            ("kept", Some(day)) => Expired::Kept { day, group: row.get(2) },
+            _ => Expired::Nothing,
+        }
+    }))
+}
+
+/// What became of a table that was to be dropped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Dropped {
+    Yes,
+    /// Somebody held it for longer than the drop may wait.
+    Contended,
+    /// It was gone.
+    Nothing,
+}
+
+/// Drops the table of a day below the low watermark.
+pub(crate) async fn drop_day(
+    connection: Connection,
+    partition: PartitionId,
+    day: Day,
+) -> Result<Dropped, Error> {
+    let params: [&(dyn tokio_postgres::types::ToSql + Sync); 2] =
+        [&partition.as_i32(), &day.as_i32()];
+    let rows = write(connection, Durability::Durable, sql::DROP_DAY, &params).await?;
+    Ok(rows.first().map_or(Dropped::Nothing, |row| match row.get(0) {
+        "dropped" => Dropped::Yes,
+        "contended" => Dropped::Contended,
+        _ => Dropped::Nothing,
+    }))
+}
+
+/// Freezes closed days that were not yet, some at a time. Returns how many.
+pub(crate) async fn freeze_days(connection: &Connection) -> Result<usize, Error> {
+    let rows = query(connection, sql::UNFROZEN_DAYS, &[]).await?;
+    for row in &rows {
+        let (partition, day): (i32, i32) = (row.get(0), row.get(1));
+        let (Ok(id), Ok(of)) = (PartitionId::from_i32(partition), Day::from_i32(day)) else {
+            continue;
+        };
+        // Outside of any transaction, as vacuum must be.
+        connection.batch_execute(&sql::for_day(sql::FREEZE_DAY, id, of)).await?;
+        connection.batch_execute(sql::BEGIN_RELAXED).await?;
+        connection.execute(sql::DAY_FROZEN, &[&partition, &day]).await?;
+        connection.batch_execute("commit").await?;
+    }
+    Ok(rows.len())
+}
+
+/// How many messages after a position were dropped by retention.
+pub(crate) async fn missed(
+    connection: &Connection,
+    partition: PartitionId,
+    position: i64,
+) -> Result<u64, Error> {
+    let rows = query(connection, sql::MISSED, &[&partition.as_i32(), &position]).await?;
+    Ok(rows.first().map_or(0, |row| u64::try_from(row.get::<_, i64>(0)).unwrap_or(0)))
+}
+
+/// Says how long a node keeps a topic's days.
+pub(crate) async fn set_retention(
+    connection: Connection,
+    topic: &TopicName,
+    days: i32,
+    drop_unread: bool,
+) -> Result<(), Error> {
+    let topic = topic.as_str();
+    let params: [&(dyn tokio_postgres::types::ToSql + Sync); 3] = [&topic, &days, &drop_unread];
+    write(connection, Durability::Durable, sql::SET_RETENTION, &params).await.map(drop)
+}

@@ -1,0 +1,219 @@
+//! A server comes back without the end of its log, as an asynchronous standby does that was promoted:
+//! ids are used again, and nobody skips what is new under them.
+
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::Duration;
+
+use shardmq::embedded::{Server, StopMode};
+use shardmq::{Error, ErrorKind, Message, Messages, Producer, TopicOptions};
+
+use crate::support::{TestCluster, own_server, within};
+
+const SECOND: Duration = Duration::from_secs(1);
+
+/// What a server will be put back to.
+struct Snapshot(PathBuf);
+
+/// Stops a server at once and keeps a copy of its data.
+async fn snapshot(server: &Server) -> Snapshot {
+    server.stop_server(StopMode::Immediate).await.unwrap();
+    let copy = server.data_dir().with_extension("copy");
+    shell(&["cp", "-a", path(&server.data_dir()), path(&copy)]);
+    server.start_server().await.unwrap();
+    Snapshot(copy)
+}
+
+/// Puts a server back to a copy: what was written since is gone.
+async fn put_back(server: &Server, snapshot: &Snapshot) {
+    server.stop_server(StopMode::Immediate).await.unwrap();
+    shell(&["rm", "-rf", path(&server.data_dir())]);
+    shell(&["cp", "-a", path(&snapshot.0), path(&server.data_dir())]);
+    server.start_server().await.unwrap();
+}
+
+fn path(path: &std::path::Path) -> &str {
+    path.to_str().unwrap()
+}
+
+fn shell(words: &[&str]) {
+    assert!(Command::new(words[0]).args(&words[1..]).status().unwrap().success(), "{words:?}");
+}
+
+/// A flush tells of acknowledgements that were void, once, and has committed the others.
+fn told_once(flushed: shardmq::Result<()>) {
+    if let Err(error) = flushed {
+        assert_eq!(error.kind(), ErrorKind::LeaseLost);
+    }
+}
+
+async fn start(server: &Server) -> (TestCluster, Producer) {
+    let test = TestCluster::on(server, 1).await;
+    test.cluster.create_topic("orders", TopicOptions::partitions(1)).await.unwrap();
+    let producer = test.cluster.producer("orders").build().await.unwrap();
+    (test, producer)
+}
+
+async fn send(producer: &Producer, name: &str, count: u32) {
+    for n in 0..count {
+        producer.send(Message::new(format!("{name}{n}"))).await.unwrap();
+    }
+}
+
+/// The next message's text; news is put aside.
+async fn next(messages: &mut Messages, news: &mut Vec<Error>) -> (String, shardmq::Delivery) {
+    loop {
+        match within(20 * SECOND, "a delivery", messages.next()).await.unwrap() {
+            Ok(delivery) => {
+                let text = String::from_utf8(delivery.payload().to_vec()).unwrap();
+                return (text, delivery);
+            }
+            Err(error) => news.push(error),
+        }
+    }
+}
+
+async fn read(messages: &mut Messages, name: &str, count: u32) -> Vec<shardmq::Delivery> {
+    let mut deliveries = Vec::new();
+    for n in 0..count {
+        let (text, delivery) = next(messages, &mut Vec::new()).await;
+        assert_eq!(text, format!("{name}{n}"));
+        deliveries.push(delivery);
+    }
+    deliveries
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn new_messages_under_reused_ids_are_delivered_and_old_acks_move_nothing() {
+    let server = own_server().await;
+    let (test, producer) = start(&server).await;
+    send(&producer, "kept", 5).await;
+    let mut messages = test.cluster.consumer("orders", "g").stream().await.unwrap();
+    for delivery in read(&mut messages, "kept", 5).await {
+        delivery.ack().unwrap();
+    }
+    messages.flush().await.unwrap();
+    let before = snapshot(&server).await;
+    send(&producer, "lost", 5).await;
+    let mut old = read(&mut messages, "lost", 5).await;
+    let held_back = old.split_off(3);
+    for delivery in old {
+        delivery.ack().unwrap();
+    }
+    put_back(&server, &before).await;
+
+    send(&producer, "new", 8).await;
+    let mut news = Vec::new();
+    for n in 0..8 {
+        let (text, delivery) = next(&mut messages, &mut news).await;
+        assert_eq!(text, format!("new{n}"));
+        delivery.ack().unwrap();
+    }
+    assert!(
+        news.iter().any(|e| e.kind() == ErrorKind::LeaseLost && e.to_string().contains("lost"))
+    );
+    for delivery in held_back {
+        assert_eq!(delivery.ack().unwrap_err().kind(), ErrorKind::LeaseLost);
+    }
+    told_once(messages.shutdown(SECOND).await);
+    let lag = test.cluster.lag("orders").await.unwrap();
+    assert_eq!((lag[0].lag, lag[0].acked_id.unwrap().sequence()), (0, 13));
+}
+
+/// The consumer is idle: nothing is appended under the reused ids until it had time to notice nothing.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_flush_that_reaches_the_new_server_before_any_fetch_moves_no_cursor() {
+    let server = own_server().await;
+    let (test, producer) = start(&server).await;
+    send(&producer, "kept", 2).await;
+    let consumer = test.cluster.consumer("orders", "g").flush_interval(60 * SECOND);
+    let mut messages = consumer.stream().await.unwrap();
+    for delivery in read(&mut messages, "kept", 2).await {
+        delivery.ack().unwrap();
+    }
+    messages.flush().await.unwrap();
+    let before = snapshot(&server).await;
+    send(&producer, "lost", 5).await;
+    for delivery in read(&mut messages, "lost", 5).await {
+        delivery.ack().unwrap();
+    }
+    put_back(&server, &before).await;
+
+    let handle = messages.handle();
+    let flushed = within(10 * SECOND, "the flush", handle.flush()).await;
+    let sql = test.sql(0).await;
+    let row = sql.query_one("select acked_id % 100000000 from shardmq.cursor", &[]).await.unwrap();
+    assert_eq!(row.get::<_, i64>(0), 2, "{flushed:?}");
+    send(&producer, "new", 5).await;
+    let mut news = Vec::new();
+    for n in 0..5 {
+        let (text, delivery) = next(&mut messages, &mut news).await;
+        assert_eq!(text, format!("new{n}"));
+        delivery.ack().unwrap();
+    }
+    assert_eq!(flushed.unwrap_err().kind(), ErrorKind::LeaseLost);
+    messages.shutdown(SECOND).await.unwrap();
+    assert_eq!(test.cluster.lag("orders").await.unwrap()[0].lag, 0);
+}
+
+/// The same batch of the same producer comes to the same id again, before it another one: all but the
+/// time of appending is equal.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_producer_that_repeats_its_batch_onto_the_same_id_hides_nothing() {
+    let server = own_server().await;
+    let (test, producer) = start(&server).await;
+    send(&producer, "kept", 1).await;
+    let mut messages = test.cluster.consumer("orders", "g").stream().await.unwrap();
+    read(&mut messages, "kept", 1).await.remove(0).ack().unwrap();
+    messages.flush().await.unwrap();
+    let before = snapshot(&server).await;
+    let sql = test.sql(0).await;
+    let append = |text: &'static str, producer: u128| {
+        let sql = format!(
+            "select shardmq.append(10101, array['{text}']::bytea[], producer => '{}', sequence => 9)",
+            uuid_text(producer)
+        );
+        sql
+    };
+    sql.batch_execute(&append("x", 1)).await.unwrap();
+    sql.batch_execute(&append("y", 2)).await.unwrap();
+    let old: Vec<String> = vec![
+        next(&mut messages, &mut Vec::new()).await.0,
+        next(&mut messages, &mut Vec::new()).await.0,
+    ];
+    assert_eq!(old, ["x", "y"]);
+    put_back(&server, &before).await;
+
+    let sql = test.sql(0).await;
+    sql.batch_execute(&append("z", 3)).await.unwrap();
+    sql.batch_execute(&append("y", 2)).await.unwrap();
+    let mut news = Vec::new();
+    let (first, one) = next(&mut messages, &mut news).await;
+    let (second, two) = next(&mut messages, &mut news).await;
+    assert_eq!((first.as_str(), second.as_str()), ("z", "y"));
+    one.ack().unwrap();
+    two.ack().unwrap();
+    messages.shutdown(SECOND).await.unwrap();
+}
+
+fn uuid_text(number: u128) -> String {
+    format!("00000000-0000-0000-0000-{number:012}")
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_plain_restart_costs_no_lease_and_repeats_nothing() {
+    let server = own_server().await;
+    let (test, producer) = start(&server).await;
+    send(&producer, "a", 5).await;
+    let mut messages = test.cluster.consumer("orders", "g").stream().await.unwrap();
+    let mut held = read(&mut messages, "a", 5).await;
+    server.restart(StopMode::Immediate).await.unwrap();
+    send(&producer, "b", 3).await;
+    held.extend(read(&mut messages, "b", 3).await);
+    for delivery in held {
+        delivery.ack().unwrap();
+    }
+    within(10 * SECOND, "the flush", messages.flush()).await.unwrap();
+    messages.shutdown(SECOND).await.unwrap();
+    assert_eq!(test.cluster.lag("orders").await.unwrap()[0].lag, 0);
+}

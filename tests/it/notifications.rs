@@ -1,0 +1,283 @@
+//! Hints are only hints: with them a message comes at once, without them within the poll interval.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use futures_util::{FutureExt, StreamExt};
+use shardmq::embedded::Server;
+use shardmq::notifier::{Hint, Hints, LocalNotifier, Notifier};
+use shardmq::{Cluster, Message, Messages, PartitionId};
+use tokio::time::Instant;
+use tokio_postgres::Client;
+
+use crate::support::proxy::{Rule, cluster_behind_proxy};
+use crate::support::reading::{append_texts, next, text};
+use crate::support::stored::topic;
+use crate::support::{TestCluster, eventually, prepared, within};
+
+const SECOND: Duration = Duration::from_secs(1);
+const SOON: Duration = Duration::from_secs(10);
+/// Long, where what is tested must not come from a look.
+const NEVER: Duration = Duration::from_mins(10);
+
+async fn consume(cluster: &Cluster, poll: Duration) -> Messages {
+    let builder = cluster.consumer("orders", "g").poll_interval(poll);
+    builder.stream().await.unwrap()
+}
+
+async fn listeners(sql: &Client) -> Vec<i32> {
+    let rows = sql
+        .query(
+            "select pid from pg_stat_activity
+              where datname = current_database() and application_name = 'shardmq listen'",
+            &[],
+        )
+        .await
+        .unwrap();
+    rows.iter().map(|row| row.get(0)).collect()
+}
+
+/// Waits until somebody listens, and all partitions are read to their end.
+async fn ready(sql: &Client, messages: &mut Messages, producer: &shardmq::Producer) {
+    eventually("somebody listens", SOON, async || listeners(sql).await.len() == 1).await;
+    producer.send(Message::new("first")).await.unwrap();
+    assert_eq!(text(&next(messages).await), "first");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_lone_message_comes_at_once_and_not_with_the_next_look() {
+    let test = TestCluster::new(1).await;
+    let sql = test.sql(0).await;
+    topic(&test, "orders", 4).await;
+    let producer = test.cluster.producer("orders").build().await.unwrap();
+    let mut messages = consume(&test.cluster, NEVER).await;
+    ready(&sql, &mut messages, &producer).await;
+    let mut latencies = Vec::new();
+    for n in 0..40 {
+        let began = Instant::now();
+        producer.send(Message::new(n.to_string())).await.unwrap();
+        assert_eq!(text(&next(&mut messages).await), n.to_string());
+        latencies.push(began.elapsed());
+    }
+    latencies.sort();
+    assert!(latencies[20] < SECOND / 10, "{latencies:?}");
+    messages.shutdown(Duration::ZERO).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_killed_listener_comes_back_by_itself_and_misses_nothing() {
+    let test = TestCluster::new(1).await;
+    let sql = test.sql(0).await;
+    let partition = topic(&test, "orders", 1).await[0];
+    let producer = test.cluster.producer("orders").build().await.unwrap();
+    let mut messages = consume(&test.cluster, NEVER).await;
+    ready(&sql, &mut messages, &producer).await;
+    for round in 0..4 {
+        let before = listeners(&sql).await;
+        sql.query("select pg_terminate_backend($1)", &[&before[0]]).await.unwrap();
+        // Nobody sends a hint for this one, and nobody may hear the next one's.
+        append_texts(&sql, partition, [format!("silent {round}")]).await;
+        producer.send(Message::new(format!("sent {round}"))).await.unwrap();
+        assert_eq!(text(&next(&mut messages).await), format!("silent {round}"));
+        assert_eq!(text(&next(&mut messages).await), format!("sent {round}"));
+        eventually("it listens again", SOON, async || {
+            let now = listeners(&sql).await;
+            now.len() == 1 && now != before
+        })
+        .await;
+    }
+    let began = Instant::now();
+    producer.send(Message::new("at once")).await.unwrap();
+    assert_eq!(text(&next(&mut messages).await), "at once");
+    assert!(began.elapsed() < SECOND);
+    messages.shutdown(Duration::ZERO).await.unwrap();
+}
+
+/// Carries nothing, after the first look.
+#[derive(Debug, Clone, Default)]
+struct Deaf(Arc<AtomicBool>);
+
+impl Notifier for Deaf {
+    fn publish(&self, _: &[PartitionId]) {
+        self.0.store(true, Ordering::SeqCst);
+    }
+
+    fn subscribe(&self, _: &[PartitionId]) -> Hints {
+        Box::pin(futures_util::stream::iter([Hint::Look]).chain(futures_util::stream::pending()))
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn with_all_hints_lost_messages_come_within_the_poll_interval() {
+    let test = TestCluster::new(2).await;
+    topic(&test, "orders", 40).await;
+    let deaf = Deaf::default();
+    let builder = Cluster::builder(&test.control_url).notifier(deaf.clone());
+    let cluster = builder.connect().await.unwrap();
+    let producer = cluster.producer("orders").build().await.unwrap();
+    let mut messages = consume(&cluster, SECOND / 2).await;
+    eventually("it has all", SOON, async || messages.handle().held_partitions() == 40).await;
+    for n in 0..5 {
+        let began = Instant::now();
+        let sent = (0..40).map(|m| Message::new(n.to_string()).key(format!("{m}")));
+        for result in producer.send_all(sent).await {
+            result.unwrap();
+        }
+        for _ in 0..40 {
+            assert_eq!(text(&next(&mut messages).await), n.to_string());
+        }
+        // The interval, a fifth more, and what the machine takes.
+        assert!(began.elapsed() < 3 * SECOND, "{:?}", began.elapsed());
+    }
+    assert!(deaf.0.load(Ordering::SeqCst), "hints were given");
+    messages.shutdown(Duration::ZERO).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_sql_users_append_without_a_hint_comes_with_the_next_look() {
+    let test = TestCluster::new(1).await;
+    let sql = test.sql(0).await;
+    let partitions = topic(&test, "orders", 40).await;
+    let mut messages = consume(&test.cluster, SECOND / 2).await;
+    eventually("it has all", SOON, async || messages.handle().held_partitions() == 40).await;
+    for partition in partitions {
+        append_texts(&sql, partition, [partition]).await;
+        let delivery = within(3 * SECOND, "the next look", messages.next()).await;
+        assert_eq!(text(&delivery.unwrap().unwrap()), partition.to_string());
+        if partition.table() > 4 {
+            break;
+        }
+    }
+    messages.shutdown(Duration::ZERO).await.unwrap();
+}
+
+/// A commit that notifies takes one lock for the whole server, so that what appends must not. The
+/// server's log tells which transaction did what.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn hints_have_transactions_of_their_own() {
+    let builder = Server::builder().durable(false);
+    let builder = builder.setting("log_statement", "all");
+    let server = prepared(builder.setting("log_line_prefix", "=%v= ")).await;
+    let test = TestCluster::on(&server, 1).await;
+    let partition = topic(&test, "orders", 1).await[0];
+    let notifier = test.cluster.notifier();
+    let mut hints = notifier.subscribe(&[partition]);
+    assert_eq!(within(SOON, "it listens", hints.next()).await, Some(Hint::Look));
+    let producer = test.cluster.producer("orders").build().await.unwrap();
+    for n in 0..10 {
+        producer.send(Message::new(n.to_string())).await.unwrap();
+        hears(&mut hints, partition).await;
+    }
+    let log = server.log();
+    // An entry begins with its transaction; a statement may go on over lines.
+    let transactions = |statement: &str| -> BTreeSet<String> {
+        let entries = log.split("\n=").filter(|entry| entry.contains(statement));
+        let id = |entry: &str| entry.split('=').next().map(str::to_owned);
+        entries.filter_map(id).collect()
+    };
+    let appends = transactions("insert into shardmq.batch_");
+    let notifies = transactions("pg_notify");
+    assert!(appends.len() >= 10 && !notifies.is_empty(), "{appends:?} {notifies:?}");
+    assert!(appends.is_disjoint(&notifies));
+}
+
+/// What every notifier must do: see [`Notifier`].
+async fn conforms(
+    publisher: &dyn Notifier,
+    subscriber: &dyn Notifier,
+    mine: &[PartitionId],
+    other: PartitionId,
+) {
+    let mut hints = subscriber.subscribe(mine);
+    assert_eq!(within(SOON, "the first", hints.next()).await, Some(Hint::Look));
+    // From then on every hint arrives, merged or not.
+    for partition in mine {
+        publisher.publish(&[*partition]);
+        hears(&mut hints, *partition).await;
+    }
+    publisher.publish(mine);
+    hears(&mut hints, mine[mine.len() - 1]).await;
+    // Strangers may be heard and must do no harm; the stream is still there after them.
+    publisher.publish(&[other]);
+    publisher.publish(&[]);
+    publisher.publish(&[mine[0]]);
+    hears(&mut hints, mine[0]).await;
+    // Several subscribers hear the same, each after a look of its own.
+    let mut second = subscriber.subscribe(mine);
+    assert_eq!(within(SOON, "the second's first", second.next()).await, Some(Hint::Look));
+    publisher.publish(&[mine[0]]);
+    hears(&mut hints, mine[0]).await;
+    hears(&mut second, mine[0]).await;
+    // Many at once: merged, or replaced by a look where they were too many.
+    for _ in 0..5_000 {
+        publisher.publish(&[mine[0]]);
+    }
+    publisher.publish(&[mine[1]]);
+    hears(&mut hints, mine[1]).await;
+    // It never ends, with and without partitions.
+    drop(second);
+    while hints.next().now_or_never().flatten().is_some() {}
+    let mut nothing = subscriber.subscribe(&[]);
+    while let Some(hint) = nothing.next().now_or_never() {
+        assert!(hint.is_some(), "it ended");
+    }
+}
+
+/// A hint for this partition, or a look at everything.
+async fn hears(hints: &mut Hints, partition: PartitionId) {
+    loop {
+        match within(SOON, "a hint", hints.next()).await.expect("it never ends") {
+            Hint::Look => return,
+            Hint::Partitions(partitions) if partitions.contains(&partition) => return,
+            Hint::Partitions(_) => {}
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_local_notifier_conforms() {
+    let [a, b, c] = [1, 2, 3].map(|table| PartitionId::new(1, table).unwrap());
+    let notifier = LocalNotifier::new();
+    conforms(&notifier, &notifier.clone(), &[a, b], c).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_postgres_notifier_conforms_within_and_between_processes() {
+    let test = TestCluster::new(2).await;
+    let partitions = topic(&test, "orders", 5).await;
+    let other = Cluster::connect(&test.control_url).await.unwrap();
+    let (one, two) = (test.cluster.notifier(), other.notifier());
+    // Partitions on one node: a stranger may be on another.
+    let mine: Vec<_> = partitions.iter().copied().filter(|p| p.node().number() == 1).collect();
+    let stranger = partitions.iter().copied().find(|p| p.node().number() == 2).unwrap();
+    conforms(&*one, &*two, &mine, stranger).await;
+    conforms(&*two, &*two, &mine, stranger).await;
+}
+
+/// What a network does that forgets a connection: both ends think that it is open, and nothing passes.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_listener_that_fell_silent_is_found_and_made_anew_and_looks_go_on_meanwhile() {
+    let (test, proxy) = cluster_behind_proxy().await;
+    let partition = topic(&test, "orders", 1).await[0];
+    let before = proxy.links().len();
+    let mut hints = test.cluster.notifier().subscribe(&[partition]);
+    assert_eq!(within(SOON, "the first look", hints.next()).await, Some(Hint::Look));
+    let listening = proxy.links().split_off(before);
+    let [link] = listening.as_slice() else { panic!("{} connections", listening.len()) };
+    let mut messages = consume(&test.cluster, SECOND / 2).await;
+    let producer = test.cluster.producer("orders").build().await.unwrap();
+    producer.send(Message::new("heard")).await.unwrap();
+    assert_eq!(text(&next(&mut messages).await), "heard");
+
+    link.to_client.set(Rule::Swallow);
+    link.to_server.set(Rule::Swallow);
+    let silent = Instant::now();
+    producer.send(Message::new("polled")).await.unwrap();
+    assert_eq!(text(&next(&mut messages).await), "polled");
+    let again = async { while hints.next().await != Some(Hint::Look) {} };
+    within(15 * SECOND, "another connection listens", again).await;
+    assert!(silent.elapsed() > SECOND, "it was not silent");
+    messages.shutdown(Duration::ZERO).await.unwrap();
+}
