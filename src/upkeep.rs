@@ -100,7 +100,13 @@ pub(crate) async fn round(nodes: &Nodes, node: NodeId) -> Result<bool> {
             Err(error) => tracing::warn!(%partition, error = %error.chain(), "upkeep failed"),
         }
     }
-    upkeep::freeze_days(&pool.get().await?).await.map_err(|error| refused(error, &what))?;
+    let days = upkeep::unfrozen_days(&pool.get().await?).await;
+    for (partition, day) in days.map_err(|error| refused(error, &what))? {
+        let frozen = upkeep::freeze_day(pool.get().await?, partition, day).await;
+        frozen.map_err(|error| refused(error, &format!("freeze day {day} of {partition}")))?;
+        let noted = upkeep::day_frozen(pool.get().await?, partition, day).await;
+        noted.map_err(|error| refused(error, &what))?;
+    }
     Ok(contended)
 }
 

@@ -5,7 +5,7 @@ use uuid::Uuid;
 
 use crate::id::{Day, PartitionId};
 use crate::name::TopicName;
-use crate::store::node::{Connection, Durability, query, write};
+use crate::store::node::{Connection, Durability, Unfinished, query, write};
 use crate::store::sql;
 
 /// Takes or keeps the upkeep of a node; false where it is another's.
@@ -81,21 +81,39 @@ pub(crate) async fn drop_day(
     }))
 }
 
-/// Freezes closed days that were not yet, some at a time. Returns how many.
-pub(crate) async fn freeze_days(connection: &Connection) -> Result<usize, Error> {
+/// Closed days whose table was not frozen yet, some at a time.
+pub(crate) async fn unfrozen_days(
+    connection: &Connection,
+) -> Result<Vec<(PartitionId, Day)>, Error> {
     let rows = query(connection, sql::UNFROZEN_DAYS, &[]).await?;
-    for row in &rows {
-        let (partition, day): (i32, i32) = (row.get(0), row.get(1));
-        let (Ok(id), Ok(of)) = (PartitionId::from_i32(partition), Day::from_i32(day)) else {
-            continue;
-        };
-        // Outside of any transaction, as vacuum must be.
-        connection.batch_execute(&sql::for_day(sql::FREEZE_DAY, id, of)).await?;
-        connection.batch_execute(sql::BEGIN_RELAXED).await?;
-        connection.execute(sql::DAY_FROZEN, &[&partition, &day]).await?;
-        connection.batch_execute("commit").await?;
-    }
-    Ok(rows.len())
+    let read = |row: &tokio_postgres::Row| {
+        Some((PartitionId::from_i32(row.get(0)).ok()?, Day::from_i32(row.get(1)).ok()?))
+    };
+    Ok(rows.iter().filter_map(read).collect())
+}
+
+/// Freezes a closed day's table. Outside of any transaction, as vacuum must be; a connection that was
+/// left in the middle is closed.
+pub(crate) async fn freeze_day(
+    connection: Connection,
+    partition: PartitionId,
+    day: Day,
+) -> Result<(), Error> {
+    let guard = Unfinished::new(connection);
+    guard.connection().batch_execute(&sql::for_day(sql::FREEZE_DAY, partition, day)).await?;
+    guard.finished();
+    Ok(())
+}
+
+/// Records that a day's table was frozen.
+pub(crate) async fn day_frozen(
+    connection: Connection,
+    partition: PartitionId,
+    day: Day,
+) -> Result<(), Error> {
+    let params: [&(dyn tokio_postgres::types::ToSql + Sync); 2] =
+        [&partition.as_i32(), &day.as_i32()];
+    write(connection, Durability::Relaxed, sql::DAY_FROZEN, &params).await.map(drop)
 }
 
 /// How many messages after a position were dropped by retention.

@@ -57,7 +57,7 @@ async fn latency_is_measured_with_hints_and_without() {
 
 #[tokio::test]
 async fn backlog_is_measured_small_and_large() {
-    let report = bench("backlog --embedded --seconds 8 --messages 8000").await;
+    let report = bench("backlog --embedded --seconds 2 --messages 8000").await;
     check(&report);
     let backlogs = report["backlogs"].as_array().unwrap();
     assert_eq!(backlogs[0]["messages"], 8_000);
