@@ -71,12 +71,15 @@ async fn a_server_answers_and_has_the_defaults() {
         ("shared_buffers", "128MB"),
         ("TimeZone", "UTC"),
         ("server_encoding", "UTF8"),
-        ("lc_collate", "C"),
         ("fsync", "off"),
         ("full_page_writes", "off"),
     ] {
         assert_eq!(show(&server, setting).await, value, "{setting}");
     }
+    // A setting no more since Postgres 16.
+    let sql = connect(&server.url("postgres")).await;
+    let collation = "select datcollate from pg_database where datname = current_database()";
+    assert_eq!(sql.query_one(collation, &[]).await.unwrap().get::<_, String>(0), "C");
     assert!(server.url("app").ends_with(&format!("@127.0.0.1:{}/app", server.port())));
     assert!(server.log().contains("database system is ready to accept connections"));
     server.stop().await.unwrap();
