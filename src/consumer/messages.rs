@@ -238,6 +238,16 @@ impl Delivery {
         1
     }
 
+    /// A number that stands for the acquisition under which it was handed out, for `shardmq verify`.
+    #[doc(hidden)]
+    pub fn fencing_token(&self) -> u64 {
+        let fence = self.origin.holding.fence;
+        let (high, low) = fence.owner.as_u64_pair();
+        // The owner is random already.
+        let epochs = fence.epoch.rotate_left(32) ^ fence.reset_epoch;
+        high ^ low.rotate_left(1) ^ epochs.cast_unsigned()
+    }
+
     /// Says that the message is done. It is recorded at once and committed within about a second, or by
     /// [`ConsumerHandle::flush`]; what was not committed may be delivered again.
     ///

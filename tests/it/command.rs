@@ -14,6 +14,8 @@ mod json;
 mod lines;
 /// Groups go on where they ended, whatever ended them.
 mod resume;
+/// A checked workload, while somebody breaks the servers.
+mod verify;
 
 use std::process::Stdio;
 use std::time::Duration;

@@ -22,6 +22,8 @@ pub(crate) enum Failure {
 pub(crate) const FAILED: u8 = 1;
 /// Wrong arguments.
 pub(crate) const USAGE: u8 = 2;
+/// A check could not be brought to its end.
+pub(crate) const UNFINISHED: u8 = 2;
 /// Something named does not exist.
 pub(crate) const NOT_FOUND: u8 = 3;
 /// A server did not answer.
@@ -32,6 +34,14 @@ impl Failure {
     pub(crate) fn new(code: u8, text: impl Into<String>) -> Self {
         let text = text.into();
         Self::Error { code, text }
+    }
+
+    /// Of a check that it kept from ending, whatever the reason.
+    pub(crate) fn unfinished(self) -> Self {
+        match self {
+            Self::Error { text, .. } => Self::Error { code: UNFINISHED, text },
+            other => other,
+        }
     }
 
     /// Says on stderr what is to be said.

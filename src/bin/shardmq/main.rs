@@ -20,6 +20,7 @@ mod produce;
 mod servers;
 mod signals;
 mod topic;
+mod verify;
 
 use std::io::{IsTerminal, stderr};
 use std::process::ExitCode;
@@ -53,7 +54,7 @@ const EXIT_CODES: &str = "\
 Exit codes:
   0  done; also when the reader of the output went away, or a signal ended what runs until then
   1  the operation failed, a check found violations, or a line could not be sent
-  2  wrong arguments, or a value outside of its limits
+  2  wrong arguments, or a value outside of its limits; or verify could not finish its check
   3  no such topic, message, node or program
   4  a server could not be reached, or did not answer in time";
 
@@ -73,6 +74,7 @@ enum Command {
     Lag(lag::Args),
     #[command(subcommand)]
     Bench(bench::Command),
+    Verify(verify::Args),
     #[command(hide = true)]
     DemoMember(demo::MemberArgs),
 }
@@ -107,6 +109,7 @@ async fn run(command: Command, context: Context) -> Result<(), Failure> {
         Command::Message(args) => look::message(&context, args).await,
         Command::Lag(args) => lag::run(&context, args).await,
         Command::Bench(command) => bench::run(&context, command).await,
+        Command::Verify(args) => verify::run(&context, args).await,
         Command::DemoMember(args) => demo::member(&context, args).await,
     }
 }

@@ -30,4 +30,9 @@ impl Interrupt {
             self.came = true;
         }
     }
+
+    /// Waits for another signal from now on.
+    pub(crate) fn forget(&mut self) {
+        self.came = false;
+    }
 }

@@ -1,0 +1,38 @@
+//! The report for people.
+
+use shardmq::verify::{AnomalyKind, Report};
+
+use crate::output::{Out, table};
+
+pub(super) fn print(report: &Report, out: &mut Out) {
+    let counts = [
+        ("acknowledged", report.acknowledged, "sends that returned an id"),
+        ("refused", report.refused, "sends that failed, and are not there"),
+        ("unknown", report.unknown, "sends whose outcome nobody knows"),
+        ("stored", report.stored, "in the final read"),
+        ("delivered", report.delivered, "to the group, repeated ones included"),
+        ("redelivered", report.redelivered, "delivered before"),
+        ("duplicated_marked", report.duplicated_marked, "stored twice, and marked as that"),
+        ("longest_stall_ms", report.longest_stall_ms, "without a send or delivery that was due"),
+    ];
+    let rows = counts.map(|(name, count, meaning)| row(name, count, meaning));
+    out.line(&table(&["", "COUNT", ""], &[1], rows.to_vec()));
+    out.line("");
+    let kinds = AnomalyKind::ALL.into_iter().filter(|kind| kind.is_violation());
+    let rows = kinds.map(|kind| row(&name_of(kind), report.count(kind), ""));
+    let total = row("violations", report.violations, "");
+    out.line(&table(&["VIOLATION", "COUNT", ""], &[1], rows.chain([total]).collect()));
+    for anomaly in &report.anomalies {
+        out.line(&format!("{}: {}", name_of(anomaly.kind), anomaly.text));
+    }
+}
+
+fn row(name: &str, count: u64, meaning: &str) -> Vec<String> {
+    vec![name.to_owned(), count.to_string(), meaning.to_owned()]
+}
+
+/// As the JSON calls it.
+fn name_of(kind: AnomalyKind) -> String {
+    let json = serde_json::to_value(kind).ok();
+    json.as_ref().and_then(|name| name.as_str()).unwrap_or_default().to_owned()
+}
