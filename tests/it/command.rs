@@ -82,7 +82,11 @@ async fn run_with(url: &str, arguments: &str, input: &[u8]) -> Finished {
 }
 
 async fn finish(child: Child) -> Finished {
-    let output = within(LONG, "the program's end", child.wait_with_output()).await.unwrap();
+    finish_within(LONG, child).await
+}
+
+async fn finish_within(patience: Duration, child: Child) -> Finished {
+    let output = within(patience, "the program's end", child.wait_with_output()).await.unwrap();
     Finished {
         code: output.status.code(),
         stdout: output.stdout,
