@@ -35,5 +35,8 @@ pub use message::{
     DEFAULT_MAX_PAYLOAD_LEN, Headers, MAX_HEADERS_LEN, MAX_KEY_LEN, MAX_PAYLOAD_LEN, Message,
 };
 pub use name::{GroupName, MAX_NAME_LEN, TopicName};
-pub use producer::{Producer, ProducerBuilder, Receipt, WhenFull};
+pub use producer::{
+    KeyFailover, NodeState, NodeStatus, Producer, ProducerBuilder, ProducerEvent, ProducerEvents,
+    ProducerStatus, Receipt, WhenFull,
+};
 pub use topology::{SLOTS, key_slot};

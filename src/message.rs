@@ -19,6 +19,10 @@ pub const DEFAULT_MAX_PAYLOAD_LEN: usize = 4 * 1024 * 1024;
 
 /// Header names that begin so are ShardMQ's own.
 pub(crate) const RESERVED_HEADER_PREFIX: &str = "shardmq.";
+/// The identity of a message that was stored elsewhere first.
+pub(crate) const UID_HEADER: &str = "shardmq.uid";
+/// On a message that its producer sent elsewhere without knowing whether it was stored before.
+pub(crate) const DUPLICATE_HEADER: &str = "shardmq.duplicate";
 
 /// Headers of a message, sorted by name.
 pub type Headers = BTreeMap<String, String>;

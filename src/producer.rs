@@ -1,31 +1,29 @@
 //! Sending messages.
 
-use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::{Duration, SystemTime};
-
-use tokio::sync::Semaphore;
-use tokio_util::sync::CancellationToken;
 
 use crate::cluster::Cluster;
 use crate::error::{Error, ErrorKind, Result};
-use crate::id::{Day, MessageId, NodeId};
+use crate::id::MessageId;
 use crate::message::{DEFAULT_MAX_PAYLOAD_LEN, MAX_PAYLOAD_LEN, Message};
-use crate::metrics as names;
 use crate::name::TopicName;
-use crate::topology::{Topology, key_slot};
 
 mod batch;
+mod failover;
+mod health;
 mod lane;
 mod settle;
+mod shared;
+mod status;
 mod writer;
 
-use batch::Batch;
 pub use batch::Receipt;
-use lane::Lane;
-use writer::Writer;
+pub use health::NodeState;
+pub(crate) use shared::Shared;
+pub use status::{NodeStatus, ProducerEvent, ProducerEvents, ProducerStatus};
 
 /// What a full buffer does to whoever sends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -37,6 +35,21 @@ pub enum WhenFull {
     Fail,
 }
 
+/// What a producer does with a message that has a key while the node of its partition is away.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum KeyFailover {
+    /// It waits for the node, up to the [send timeout](ProducerBuilder::send_timeout): the order by key
+    /// is kept.
+    #[default]
+    Wait,
+    /// It fails at once, with an error of the kind [`ErrorKind::Unavailable`], or
+    /// [`ErrorKind::Unknown`] where it was under way and the node does not say whether it was stored.
+    Fail,
+    /// It goes to a partition of another node, like a message without a key: the order by key is lost
+    /// where that happens.
+    Divert,
+}
+
 #[derive(Debug, Clone)]
 pub(crate) struct Options {
     max_payload: usize,
@@ -44,6 +57,8 @@ pub(crate) struct Options {
     when_full: WhenFull,
     send_timeout: Duration,
     append_timeout: Duration,
+    key_failover: KeyFailover,
+    probe_interval: (Duration, Duration),
     clock: Clock,
 }
 
@@ -74,6 +89,8 @@ impl ProducerBuilder {
             when_full: WhenFull::Wait,
             send_timeout: Duration::from_secs(30),
             append_timeout: Duration::from_secs(2),
+            key_failover: KeyFailover::Wait,
+            probe_interval: (Duration::from_secs(1), Duration::from_mins(1)),
             clock: Clock(Arc::new(SystemTime::now)),
         };
         Self { cluster, topic: topic.to_owned(), options }
@@ -110,6 +127,22 @@ impl ProducerBuilder {
         self
     }
 
+    /// What to do with messages that have a key while the node of their partition is away: they wait
+    /// by default. Those without a key go to other nodes in any case.
+    pub fn key_failover(mut self, failover: KeyFailover) -> Self {
+        self.options.key_failover = failover;
+        self
+    }
+
+    /// How long after its failure a node is probed, and how long at most between two probes, which come
+    /// less and less often: 1 s and 60 s by default, 10 ms at least. A message that waits for the node
+    /// is tried each second besides.
+    pub fn probe_interval(mut self, first: Duration, longest: Duration) -> Self {
+        let first = first.max(Duration::from_millis(10));
+        self.options.probe_interval = (first, longest.max(first));
+        self
+    }
+
     /// Takes another clock than this machine's, for tests.
     #[doc(hidden)]
     pub fn clock(mut self, clock: impl Fn() -> SystemTime + Send + Sync + 'static) -> Self {
@@ -134,6 +167,7 @@ impl ProducerBuilder {
         for writer in shared.writers.values() {
             tasks.spawn(writer::run(Arc::clone(&shared), Arc::clone(writer)));
         }
+        tasks.spawn(failover::watch(Arc::clone(&shared)));
         Ok(Producer { handle: Arc::new(Handle { shared }) })
     }
 }
@@ -145,6 +179,12 @@ impl ProducerBuilder {
 /// [`send_all`](Self::send_all).
 ///
 /// Messages of one key that are sent one after the other are stored in that order.
+///
+/// Where a node fails, messages without a key go on through the others at once; those with one do as
+/// [configured](ProducerBuilder::key_failover). A node that is back is used again by itself.
+///
+/// To drop the last clone without a [`shutdown`](Self::shutdown) drops what is not under way yet: the
+/// receipts fail, and an error is logged that says how many messages these were.
 #[derive(Clone)]
 pub struct Producer {
     handle: Arc<Handle>,
@@ -210,10 +250,14 @@ impl Producer {
     /// Waits until everything that was sent before is on disk or has failed; the first failure is
     /// returned. Cancel safe.
     pub async fn flush(&self) -> Result<()> {
-        let lanes = &self.handle.shared.lanes;
-        // Twice, since a batch may go to another partition meanwhile, to one that was looked at before.
-        let looks = lanes.iter().chain(lanes);
-        let completions: Vec<_> = looks.flat_map(|lane| lane.completions()).collect();
+        let shared = &self.handle.shared;
+        let completions: Vec<_> = {
+            let _moving = shared.moving();
+            // Twice, since a batch may go to another partition meanwhile, to one that was looked at
+            // before.
+            let looks = shared.lanes.iter().chain(&shared.lanes);
+            looks.flat_map(|lane| lane.completions()).collect()
+        };
         let mut outcome = Ok(());
         for completion in completions {
             outcome = outcome.and(completion.all().await);
@@ -235,6 +279,17 @@ impl Producer {
         })
     }
 
+    /// How the producer and the nodes it writes to fare.
+    pub fn status(&self) -> ProducerStatus {
+        status::of(&self.handle.shared)
+    }
+
+    /// What happens to the producer from now on. Who does not read misses what is older than the last
+    /// 256 events. Ends with the producer.
+    pub fn events(&self) -> ProducerEvents {
+        ProducerEvents::new(self.handle.shared.events.subscribe())
+    }
+
     /// The topic's name.
     pub fn topic(&self) -> &TopicName {
         &self.handle.shared.topology.topic
@@ -249,178 +304,16 @@ impl fmt::Debug for Producer {
 
 impl Drop for Handle {
     fn drop(&mut self) {
-        let shared = Arc::clone(&self.shared);
-        shared.closed.store(true, Ordering::Release);
-        shared.maybe_end();
-    }
-}
-
-/// What a producer's clones and tasks share.
-pub(crate) struct Shared {
-    pub(crate) cluster: Cluster,
-    pub(crate) topology: Topology,
-    pub(crate) options: Options,
-    pub(crate) lanes: Vec<Arc<Lane>>,
-    writers: BTreeMap<NodeId, Arc<Writer>>,
-    /// The lane of each key slot.
-    slots: Vec<u16>,
-    /// The lane that messages without a key fill now.
-    current: AtomicUsize,
-    budget: Semaphore,
-    closed: AtomicBool,
-    /// No message is left and none will come: the tasks end.
-    pub(crate) ended: CancellationToken,
-}
-
-impl Shared {
-    fn new(cluster: Cluster, topology: Topology, options: Options) -> Self {
-        let connections = cluster.inner.nodes.connections();
-        let writers: BTreeMap<NodeId, Arc<Writer>> = topology
-            .by_node()
-            .into_keys()
-            .map(|node| (node, Arc::new(Writer::new(node, connections))))
-            .collect();
-        let lane = |(index, partition): (usize, &crate::id::PartitionId)| {
-            let writer = Arc::clone(writers.get(&partition.node())?);
-            Some(Arc::new(Lane::new(*partition, topology.generation, index, writer)))
-        };
-        let lanes: Vec<_> = topology.partitions.iter().enumerate().filter_map(lane).collect();
-        // A random start, so that producers don't all begin with the same partition.
-        let start = uuid::Uuid::new_v4().as_u128() as usize % lanes.len().max(1);
-        Self {
-            slots: topology.slot_table(),
-            current: AtomicUsize::new(start),
-            budget: Semaphore::new(options.buffer_bytes),
-            closed: AtomicBool::new(false),
-            ended: cluster.inner.shutdown.child_token(),
-            cluster,
-            topology,
-            options,
-            lanes,
-            writers,
-        }
-    }
-
-    /// What this machine's clock shows.
-    pub(crate) fn now(&self) -> SystemTime {
-        (self.options.clock.0)()
-    }
-
-    /// Today's date in UTC by this machine's clock.
-    pub(crate) fn today(&self) -> Result<Day> {
-        Day::of(self.now())
-    }
-
-    /// Checks a message, and takes room in the buffer for it.
-    async fn admit(&self, message: &Message) -> Result<()> {
-        message.check(self.options.max_payload)?;
-        let cost = batch::cost(message).min(self.options.buffer_bytes);
-        let cost = u32::try_from(cost).unwrap_or(u32::MAX);
-        if let Ok(permit) = self.budget.try_acquire_many(cost) {
-            permit.forget();
-            return Ok(());
-        }
-        // Boxed, since it is rare: thousands of tasks that send are as large as their futures.
-        Box::pin(self.wait_for_room(cost)).await
-    }
-
-    async fn wait_for_room(&self, cost: u32) -> Result<()> {
-        if self.closed.load(Ordering::Acquire) {
-            return Err(Error::closed("the producer"));
-        }
-        if self.options.when_full == WhenFull::Fail {
-            let why =
-                format!("the producer's buffer of {} bytes is full", self.options.buffer_bytes);
-            return Err(Error::new(ErrorKind::Full, why));
-        }
-        let permit = self.budget.acquire_many(cost).await;
-        permit.map(tokio::sync::SemaphorePermit::forget).map_err(|_| Error::closed("the producer"))
-    }
-
-    fn push(&self, message: &Message) -> Receipt {
-        let lane = match &message.key {
-            Some(key) => self.slots.get(usize::from(key_slot(key))).map_or(0, |i| usize::from(*i)),
-            None => self.current.load(Ordering::Relaxed),
-        };
-        let mut lane = &self.lanes[lane];
-        if message.key.is_none() && !self.is_open(lane) {
-            lane = self.open_lane_after(lane.index).unwrap_or(lane);
-            self.current.store(lane.index, Ordering::Relaxed);
-        }
-        let pushed = lane.push(message, self.options.send_timeout);
-        if pushed.schedule {
-            lane.writer.schedule(lane);
-        }
-        // After the push: the writer empties its lanes after the end, so one of the two sees it.
-        if self.ended.is_cancelled() {
-            self.abandon(lane);
-        }
-        if pushed.filled && message.key.is_none() {
-            self.passed(lane);
-        }
-        pushed.receipt
-    }
-
-    /// A lane's batch has gone, or is full: messages without a key fill the next idle open lane, where
-    /// there is one.
-    pub(crate) fn passed(&self, lane: &Lane) {
-        if self.current.load(Ordering::Relaxed) != lane.index {
-            return;
-        }
-        let idle = self.lanes_after(lane.index).find(|lane| lane.is_idle() && self.is_open(lane));
-        let next = idle.or_else(|| self.open_lane_after(lane.index));
-        if let Some(next) = next {
-            self.current.store(next.index, Ordering::Relaxed);
-        }
-    }
-
-    /// The next lane that takes messages without a key, other than this one.
-    pub(crate) fn open_lane_after(&self, index: usize) -> Option<&Arc<Lane>> {
-        self.lanes_after(index).find(|lane| self.is_open(lane))
-    }
-
-    /// Whether messages without a key may go to this lane. A full one opens again at midnight UTC.
-    fn is_open(&self, lane: &Lane) -> bool {
-        lane.is_open(|| self.today().ok())
-    }
-
-    fn lanes_after(&self, index: usize) -> impl Iterator<Item = &Arc<Lane>> {
-        let count = self.lanes.len();
-        (1..count).map(move |step| &self.lanes[(index + step) % count])
-    }
-
-    /// Answers a batch's receipts and gives its room back.
-    pub(crate) fn answer(&self, batch: &Batch, result: Result<MessageId>) {
-        let count = u64::from(batch.len());
-        match &result {
-            Ok(_) => {
-                ::metrics::counter!(names::SENT).increment(count);
-                ::metrics::counter!(names::APPENDED).increment(1);
+        let shared = &self.shared;
+        if !shared.closed.swap(true, Ordering::AcqRel) {
+            let dropped: u64 = shared.lanes.iter().map(|lane| shared.abandon(lane)).sum();
+            if dropped > 0 {
+                tracing::error!(
+                    topic = %shared.topology.topic, dropped,
+                    "a producer was dropped without a shutdown: messages were not sent"
+                );
             }
-            Err(_) => ::metrics::counter!(names::SEND_FAILED).increment(count),
         }
-        batch.tickets.complete(result);
-        self.budget.add_permits(batch.cost.min(self.options.buffer_bytes));
-    }
-
-    /// Nothing is sent any more: answers what waits in a lane.
-    pub(crate) fn abandon(&self, lane: &Lane) {
-        for batch in lane.abandon() {
-            self.answer(&batch, Err(Error::closed("the producer or its cluster")));
-        }
-    }
-
-    /// A lane's batch is answered: the next may go.
-    pub(crate) fn finish(&self, lane: &Arc<Lane>) {
-        if lane.finish() {
-            lane.writer.schedule(lane);
-        }
-        self.maybe_end();
-    }
-
-    fn maybe_end(&self) {
-        if self.closed.load(Ordering::Acquire) && self.lanes.iter().all(|lane| lane.is_idle()) {
-            self.ended.cancel();
-        }
+        shared.maybe_end();
     }
 }

@@ -17,7 +17,7 @@ use crate::consumer::holding::Holding;
 use crate::consumer::{ConsumerHandle, Event};
 use crate::error::Result;
 use crate::id::{MessageId, PartitionId, Uid};
-use crate::message::{Headers, RESERVED_HEADER_PREFIX};
+use crate::message::{DUPLICATE_HEADER, Headers, RESERVED_HEADER_PREFIX, UID_HEADER};
 use crate::metrics as names;
 use crate::name::TopicName;
 use crate::store::fetch::Batch;
@@ -172,12 +172,18 @@ impl Delivery {
 
     /// The message's identity, the same however often it is stored.
     pub fn uid(&self) -> Uid {
-        let first = self.reserved_header("uid").and_then(|uid| uid.parse().ok());
+        let first = self.reserved_header(UID_HEADER).and_then(|uid| uid.parse().ok());
         first.unwrap_or(Uid {
             producer: self.origin.row.producer,
             sequence: self.origin.row.sequence,
             index: u32::try_from(self.index).unwrap_or(u32::MAX),
         })
+    }
+
+    /// Whether its producer sent it here because a node did not say whether it had stored it: then
+    /// there may be another delivery with the same [`uid`](Self::uid).
+    pub fn is_possible_duplicate(&self) -> bool {
+        self.reserved_header(DUPLICATE_HEADER).is_some()
     }
 
     /// The topic's name.
@@ -276,7 +282,7 @@ impl Delivery {
 
     fn reserved_header(&self, name: &str) -> Option<String> {
         self.origin.row.headers.as_ref()?;
-        self.all_headers().remove(&format!("{RESERVED_HEADER_PREFIX}{name}"))
+        self.all_headers().remove(name)
     }
 }
 

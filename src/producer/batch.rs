@@ -9,10 +9,11 @@ use std::time::Duration;
 
 use tokio::sync::Notify;
 use tokio::time::Instant;
+use uuid::Uuid;
 
 use crate::error::Result;
-use crate::id::{Day, MessageId};
-use crate::message::Message;
+use crate::id::{Day, MessageId, Uid};
+use crate::message::{DUPLICATE_HEADER, Message, UID_HEADER};
 use crate::store::append::Arrays;
 use crate::store::packed::{Packed, Unpacked};
 
@@ -33,6 +34,8 @@ pub(crate) fn cost(message: &Message) -> usize {
 pub(crate) struct Batch {
     pub(crate) arrays: Arrays,
     pub(crate) tickets: Tickets,
+    /// Whether its messages have keys, and so a partition of their own. All of them have, or none.
+    pub(crate) keyed: bool,
     /// What it counts for in the producer's buffer.
     pub(crate) cost: usize,
     /// Until when it is tried.
@@ -46,8 +49,9 @@ pub(crate) struct Batch {
 }
 
 impl Batch {
-    pub(crate) fn new(timeout: Duration) -> Self {
+    pub(crate) fn new(timeout: Duration, keyed: bool) -> Self {
         Self {
+            keyed,
             arrays: Arrays::default(),
             tickets: Tickets::default(),
             cost: 0,
@@ -63,7 +67,7 @@ impl Batch {
     pub(crate) fn has_room(&self, size: usize) -> bool {
         let count = self.len();
         let fits = count == 0 || (count < MAX_MESSAGES && self.bytes() + size <= MAX_BYTES);
-        fits && self.tickets.is_run()
+        fits && !self.tickets.is_part
     }
 
     /// Notes that an attempt names this day.
@@ -119,40 +123,37 @@ impl Batch {
         arrays.bytes = arrays.bytes.saturating_add(i32::try_from(size).unwrap_or(i32::MAX));
     }
 
-    /// Two batches of the same messages, in the same order: those for which the question about index
-    /// and key is answered with yes, and the others. Neither has been sent yet.
-    pub(crate) fn divide(self, first: impl Fn(u32, bool) -> bool) -> (Self, Self) {
+    /// Two batches of the same messages, in the same order: the first `count`, and the others. Neither
+    /// has been sent yet.
+    pub(crate) fn divide(self, count: u32) -> (Self, Self) {
         let keys = self.arrays.keys.as_ref().map(Packed::unpack);
         let headers = self.arrays.headers.as_ref().map(Packed::unpack);
         let payloads = self.arrays.payloads.unpack();
-        let mut halves = [Vec::new(), Vec::new()];
-        for index in 0..self.len() {
-            let keyed = keys.as_ref().is_some_and(|keys| keys.element(index as usize).is_some());
-            halves[usize::from(!first(index, keyed))].push(index);
-        }
-        let [ours, mut others] =
-            halves.map(|indices| self.subset(&indices, keys.as_ref(), headers.as_ref(), &payloads));
+        let count = count.min(self.len());
+        let [ours, mut others] = [0..count, count..self.len()]
+            .map(|places| self.part(places, keys.as_ref(), headers.as_ref(), &payloads));
         others.cost = self.cost - ours.cost;
         (ours, others)
     }
 
-    fn subset(
+    fn part(
         &self,
-        indices: &[u32],
+        places: Range<u32>,
         keys: Option<&Unpacked>,
         headers: Option<&Unpacked>,
         payloads: &Unpacked,
     ) -> Self {
         let mut batch = Self {
             arrays: Arrays::default(),
-            tickets: self.tickets.subset(indices),
-            cost: 0,
+            tickets: self.tickets.part(&places),
+            keyed: self.keyed,
+            cost: self.cost * places.len() / (self.len() as usize).max(1),
             deadline: self.deadline,
             sequence: None,
             first_day: None,
             unknown: false,
         };
-        for &index in indices {
+        for index in places {
             let index = index as usize;
             let key = keys.and_then(|keys| keys.element(index));
             // The version byte of jsonb is put before it again.
@@ -161,72 +162,75 @@ impl Batch {
             let size = payload.len() + key.map_or(0, <[u8]>::len) + text.map_or(0, <[u8]>::len);
             batch.push_parts(key, text, payload, size);
         }
-        batch.cost = self.cost * indices.len() / (self.len() as usize).max(1);
         batch
     }
+
+    /// The same messages, to be sent elsewhere: no attempt has stored them.
+    pub(crate) fn fresh(mut self) -> Self {
+        (self.sequence, self.first_day, self.unknown) = (None, None, false);
+        self
+    }
+
+    /// The same messages, to be sent elsewhere although an attempt of this producer's may have stored
+    /// them: each says so, and keeps its identity.
+    pub(crate) fn marked(self, producer: Uuid) -> Self {
+        let (keys, payloads) =
+            (self.arrays.keys.as_ref().map(Packed::unpack), self.arrays.payloads.unpack());
+        let headers = self.arrays.headers.as_ref().map(Packed::unpack);
+        let sequence = self.sequence.unwrap_or_default();
+        let mut marked = Self { arrays: Arrays::default(), ..self };
+        for index in 0..payloads.len() {
+            let key = keys.as_ref().and_then(|keys| keys.element(index));
+            let text =
+                headers.as_ref().and_then(|all| all.element(index)).and_then(|json| json.get(1..));
+            let uid = Uid { producer, sequence, index: u32::try_from(index).unwrap_or(u32::MAX) };
+            let text = mark(text, uid);
+            let payload = payloads.element(index).unwrap_or_default();
+            let size = payload.len() + key.map_or(0, <[u8]>::len) + text.len();
+            marked.push_parts(key, Some(&text), payload, size);
+        }
+        marked.fresh()
+    }
+}
+
+/// The text of headers with the mark of a possible duplicate. Who was marked before keeps the identity
+/// that it has.
+fn mark(text: Option<&[u8]>, uid: Uid) -> Vec<u8> {
+    let mut headers: serde_json::Map<String, serde_json::Value> =
+        text.and_then(|text| serde_json::from_slice(text).ok()).unwrap_or_default();
+    headers.entry(UID_HEADER).or_insert_with(|| uid.to_string().into());
+    headers.insert(DUPLICATE_HEADER.to_owned(), "possible".into());
+    serde_json::to_vec(&headers).unwrap_or_default()
 }
 
 /// The messages of a batch in terms of the completion that their receipts wait for.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Tickets {
     pub(crate) completion: Arc<Completion>,
-    indices: Indices,
-}
-
-#[derive(Debug, Clone)]
-enum Indices {
-    Run(Range<u32>),
-    Some(Arc<[u32]>),
-}
-
-impl Indices {
-    fn len(&self) -> usize {
-        match self {
-            Self::Run(run) => run.len(),
-            Self::Some(list) => list.len(),
-        }
-    }
-}
-
-impl Default for Indices {
-    fn default() -> Self {
-        Self::Run(0..0)
-    }
+    run: Range<u32>,
+    /// A part of a batch that was divided: it takes no more messages.
+    is_part: bool,
 }
 
 impl Tickets {
-    fn is_run(&self) -> bool {
-        matches!(self.indices, Indices::Run(_))
-    }
-
     fn draw(&mut self) -> Receipt {
         let index = self.completion.lock().draw();
-        if let Indices::Run(run) = &mut self.indices {
-            run.end = index + 1;
-        }
+        self.run.end = index + 1;
         Receipt { completion: Arc::clone(&self.completion), index }
     }
 
-    fn subset(&self, places: &[u32]) -> Self {
-        let index = |place: &u32| match &self.indices {
-            Indices::Run(run) => run.start + place,
-            Indices::Some(indices) => indices.get(*place as usize).copied().unwrap_or(0),
-        };
-        let indices = Indices::Some(places.iter().map(index).collect());
-        Self { completion: Arc::clone(&self.completion), indices }
+    fn part(&self, places: &Range<u32>) -> Self {
+        let run = self.run.start + places.start..self.run.start + places.end;
+        Self { completion: Arc::clone(&self.completion), run, is_part: true }
     }
 
     /// Answers the receipts: the first message has this id, the others follow; or all failed.
     pub(crate) fn complete(&self, result: Result<MessageId>) {
         let mut state = self.completion.lock();
-        state.answered += self.indices.len();
-        state.outcomes.push((self.indices.clone(), result));
-        let woken: Vec<Waker> = match &self.indices {
-            Indices::Run(run) => run.clone().filter_map(|index| state.take_waker(index)).collect(),
-            Indices::Some(list) => {
-                list.iter().filter_map(|index| state.take_waker(*index)).collect()
-            }
-        };
+        state.answered += self.run.len();
+        state.outcomes.push((self.run.clone(), result));
+        let woken: Vec<Waker> =
+            self.run.clone().filter_map(|index| state.take_waker(index)).collect();
         drop(state);
         woken.into_iter().for_each(Waker::wake);
         self.completion.changed.notify_waiters();
@@ -246,7 +250,7 @@ struct State {
     drawn: u32,
     answered: usize,
     /// One outcome for nearly all batches; more where a batch had to be divided.
-    outcomes: Vec<(Indices, Result<MessageId>)>,
+    outcomes: Vec<(Range<u32>, Result<MessageId>)>,
     wakers: Vec<Option<Waker>>,
 }
 
@@ -278,13 +282,8 @@ impl State {
     }
 
     fn outcome(&self, index: u32) -> Option<Result<MessageId>> {
-        self.outcomes.iter().find_map(|(indices, result)| {
-            let place = match indices {
-                Indices::Run(run) => run.contains(&index).then(|| (index - run.start) as usize)?,
-                Indices::Some(list) => list.iter().position(|other| *other == index)?,
-            };
-            Some(result.clone().map(|first| first.offset(place)))
-        })
+        let (run, result) = self.outcomes.iter().find(|(run, _)| run.contains(&index))?;
+        Some(result.clone().map(|first| first.offset((index - run.start) as usize)))
     }
 
     fn take_waker(&mut self, index: u32) -> Option<Waker> {
@@ -347,7 +346,7 @@ mod tests {
 
     #[tokio::test]
     async fn receipts_are_answered_in_the_order_of_the_batch() {
-        let mut batch = Batch::new(Duration::from_secs(1));
+        let mut batch = Batch::new(Duration::from_secs(1), false);
         let receipts: Vec<_> = (0..3).map(|_| batch.push(&Message::new("x"))).collect();
         batch.tickets.complete(Ok(id(7)));
         assert_eq!(answers(receipts).await, [Some(7), Some(8), Some(9)]);
@@ -355,33 +354,51 @@ mod tests {
 
     #[tokio::test]
     async fn a_divided_batch_answers_each_message_once() {
-        let mut batch = Batch::new(Duration::from_secs(1));
-        let receipts: Vec<_> = (0..4)
-            .map(|n| {
-                let message = Message::new("x");
-                batch.push(&if n % 2 == 0 { message.key("k") } else { message })
-            })
-            .collect();
-        let (keyed, keyless) = batch.divide(|_, keyed| keyed);
-        keyed.tickets.complete(Err(Error::invalid("no")));
-        let (first, second) = keyless.divide(|index, _| index < 1);
+        let mut batch = Batch::new(Duration::from_secs(1), false);
+        let receipts: Vec<_> = (0..4).map(|_| batch.push(&Message::new("x"))).collect();
+        let (refused, rest) = batch.divide(1);
+        refused.tickets.complete(Err(Error::invalid("no")));
+        let (first, second) = rest.divide(2);
         second.tickets.complete(Ok(id(20)));
         first.tickets.complete(Ok(id(10)));
-        assert_eq!(answers(receipts).await, [None, Some(10), None, Some(20)]);
+        assert_eq!(answers(receipts).await, [None, Some(10), Some(11), Some(20)]);
+    }
+
+    #[test]
+    fn a_marked_message_keeps_its_headers_and_the_identity_it_had_first() {
+        let uid = |text: &[u8]| {
+            let headers: crate::message::Headers = serde_json::from_slice(text).unwrap();
+            assert_eq!(headers[DUPLICATE_HEADER], "possible");
+            headers[UID_HEADER].clone()
+        };
+        let mut batch = Batch::new(Duration::from_secs(1), false);
+        drop(batch.push(&Message::new("x").header("h", "v")));
+        drop(batch.push(&Message::new("y")));
+        batch.sequence = Some(7);
+        let marked = batch.marked(Uuid::from_u128(1));
+        let texts = marked.arrays.headers.as_ref().map(Packed::unpack).unwrap();
+        let text = |index| texts.element(index).unwrap().get(1..).unwrap();
+        assert!(String::from_utf8_lossy(text(0)).contains(r#""h":"v""#));
+        assert_eq!(uid(text(1)), format!("{}:7:1", Uuid::from_u128(1)));
+        assert_eq!((marked.len(), marked.sequence), (2, None));
+        let again = marked.marked(Uuid::from_u128(2));
+        let texts = again.arrays.headers.as_ref().map(Packed::unpack).unwrap();
+        let text = |index| texts.element(index).unwrap().get(1..).unwrap();
+        assert_eq!(uid(text(1)), format!("{}:7:1", Uuid::from_u128(1)));
     }
 
     #[tokio::test]
     async fn a_divided_batch_takes_no_more_messages() {
-        let mut batch = Batch::new(Duration::from_secs(1));
+        let mut batch = Batch::new(Duration::from_secs(1), false);
         let _receipts = [(); 2].map(|()| batch.push(&Message::new("x")));
         assert!(batch.has_room(1));
-        let (first, second) = batch.divide(|index, _| index < 1);
+        let (first, second) = batch.divide(1);
         assert!(!first.has_room(1) && !second.has_room(1));
     }
 
     #[tokio::test]
     async fn whoever_waits_for_all_and_whoever_waits_for_one_are_both_woken() {
-        let mut batch = Batch::new(Duration::from_secs(1));
+        let mut batch = Batch::new(Duration::from_secs(1), false);
         let one = tokio::spawn(batch.push(&Message::new("x")));
         tokio::task::yield_now().await;
         let completion = Arc::clone(&batch.tickets.completion);
@@ -394,10 +411,10 @@ mod tests {
 
     #[tokio::test]
     async fn whoever_waits_for_all_hears_of_the_first_failure_when_all_are_answered() {
-        let mut batch = Batch::new(Duration::from_secs(1));
+        let mut batch = Batch::new(Duration::from_secs(1), false);
         let _receipts = [(); 3].map(|()| batch.push(&Message::new("x")));
         let completion = Arc::clone(&batch.tickets.completion);
-        let (first, second) = batch.divide(|index, _| index < 1);
+        let (first, second) = batch.divide(1);
         first.tickets.complete(Err(Error::invalid("no")));
         let soon = tokio::time::timeout(Duration::ZERO, completion.all());
         assert!(soon.await.is_err());
@@ -407,7 +424,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_waiting_receipt_is_woken() {
-        let mut batch = Batch::new(Duration::from_secs(1));
+        let mut batch = Batch::new(Duration::from_secs(1), false);
         let receipt = tokio::spawn(batch.push(&Message::new("x")));
         tokio::task::yield_now().await;
         batch.tickets.complete(Ok(id(1)));
@@ -420,14 +437,14 @@ mod tests {
             messages in proptest::collection::vec((".{0,5}", proptest::option::of("[a-z]{1,3}"), any::<bool>()), 1..20),
             cut in 0_u32..20,
         ) {
-            let mut batch = Batch::new(Duration::from_secs(1));
+            let mut batch = Batch::new(Duration::from_secs(1), false);
             for (text, key, header) in &messages {
                 let mut message = Message::new(text.clone());
                 message.key.clone_from(key);
                 drop(batch.push(&if *header { message.header("h", text) } else { message }));
             }
             let cost = batch.cost;
-            let (a, b) = batch.divide(|index, _| index < cut);
+            let (a, b) = batch.divide(cut);
             prop_assert_eq!(a.cost + b.cost, cost);
             let mut seen = Vec::new();
             for half in [a, b] {

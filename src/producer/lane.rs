@@ -73,20 +73,21 @@ impl Lane {
         Self { partition, generation, index, producer: Uuid::new_v4(), writer, state }
     }
 
-    /// Adds a message to the batch that is filling.
+    /// Adds a message to the batch of its kind that is filling: those with keys and those without go
+    /// in batches of their own, since where a node fails only the latter may go elsewhere.
     pub(crate) fn push(&self, message: &Message, timeout: Duration) -> Pushed {
         let size = message.size();
         let mut state = self.lock();
         // One that has waited for long is left as it is: each message is tried for most of its time.
         let latest = Instant::now() + timeout * 3 / 4;
-        let joins = state
-            .queue
-            .back()
-            .is_some_and(|b| b.sequence.is_none() && b.has_room(size) && b.deadline >= latest);
-        if !joins {
-            state.queue.push_back(Batch::new(timeout));
-        }
-        let Some(batch) = state.queue.back_mut() else { unreachable!("a batch was just added") };
+        let keyed = message.key.is_some();
+        let joins = |b: &Batch| b.sequence.is_none() && b.has_room(size) && b.deadline >= latest;
+        let filling = state.queue.iter().rposition(|b| b.keyed == keyed);
+        let index = filling.filter(|index| joins(&state.queue[*index])).unwrap_or_else(|| {
+            state.queue.push_back(Batch::new(timeout, keyed));
+            state.queue.len() - 1
+        });
+        let batch = &mut state.queue[index];
         let receipt = batch.push(message);
         let filled = !batch.has_room(size);
         Pushed { receipt, schedule: state.schedule(), filled }
@@ -117,6 +118,18 @@ impl Lane {
     /// Takes what waits out of the lane, to be answered without having been sent.
     pub(crate) fn abandon(&self) -> VecDeque<Batch> {
         std::mem::take(&mut self.lock().queue)
+    }
+
+    /// Takes the batches out that wait and may go elsewhere.
+    pub(crate) fn take_free(&self, is_free: impl Fn(&Batch) -> bool) -> VecDeque<Batch> {
+        let mut state = self.lock();
+        if !state.queue.iter().any(&is_free) {
+            return VecDeque::new();
+        }
+        let queue = std::mem::take(&mut state.queue);
+        let (free, bound) = queue.into_iter().partition(is_free);
+        state.queue = bound;
+        free
     }
 
     /// Puts a batch back that certainly was not stored, before all others. The caller hands the lane to
@@ -200,7 +213,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_message_joins_a_batch_that_is_tried_for_most_of_its_time_only() {
         let timeout = Duration::from_secs(30);
-        let writer = Arc::new(Writer::new(NodeId::new(1).unwrap(), 1));
+        let writer = Arc::new(Writer::new(NodeId::new(1).unwrap(), 1, (timeout, timeout)));
         let lane = Lane::new(PartitionId::new(1, 1).unwrap(), 1, 0, writer);
         let mut receipts = Vec::new();
         for _ in 0..4 {

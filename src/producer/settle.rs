@@ -6,6 +6,7 @@
 //! again ─────┼─ wrong day ─> roll ─> again
 //!            ├─ full, sealed ─> without a key: another partition; with one: an error
 //!            ├─ data refused ─> two halves, down to the culprit, which alone fails
+//!            ├─ node down ─> without a key: ask; then to another node, with a mark if it did not say
 //!            └─ no answer ─> wait, again; after the deadline fence: found, refused for ever or unknown
 //! ```
 
@@ -18,12 +19,18 @@ use tokio::time::Instant;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::MessageId;
-use crate::producer::Shared;
 use crate::producer::batch::Batch;
+use crate::producer::failover::{in_time, is_of_node};
+use crate::producer::health::NodeState;
 use crate::producer::lane::{Closed, Lane};
+use crate::producer::shared::Shared;
+use crate::producer::status::ProducerEvent;
 use crate::producer::writer::roll;
 use crate::store::append::{self, Again, Append, Failure, Rolled};
 
+/// How long a node that is down is asked for a batch that may go elsewhere.
+const ASK: Duration = Duration::from_millis(1_500);
+const ASK_EVERY: Duration = Duration::from_millis(100);
 /// Between attempts.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(10), Duration::from_secs(1));
 
@@ -40,13 +47,19 @@ pub(crate) async fn settle(shared: &Arc<Shared>, lane: &Arc<Lane>, batch: Batch)
                 shared.cluster.inner.notifier.publish(&[lane.partition]);
             }
             Settled::Failed(error) => shared.answer(&part, Err(error)),
+            Settled::Leaves { asked: true } => shared.forward(lane, part.fresh()),
+            Settled::Leaves { asked: false } => {
+                let (node, messages) = (lane.partition.node(), part.len());
+                shared.tell(ProducerEvent::PossibleDuplicates { node, messages });
+                shared.forward(lane, part.marked(lane.producer));
+            }
             Settled::Elsewhere(error) => send_elsewhere(shared, lane, part, &error),
             Settled::Divide(error) => {
                 if part.len() <= 1 {
                     shared.answer(&part, Err(error));
                 } else {
                     let half = part.len() / 2;
-                    let (first, second) = part.divide(|index, _| index < half);
+                    let (first, second) = part.divide(half);
                     parts.push_front(second);
                     parts.push_front(first);
                 }
@@ -63,49 +76,119 @@ enum Settled {
     Elsewhere(Error),
     /// The server refused the data of some message in it.
     Divide(Error),
+    /// Its node is down and another is not. Asked: it is certainly not stored.
+    Leaves {
+        asked: bool,
+    },
 }
 
+#[tracing::instrument(level = "debug", name = "settle", skip_all, fields(partition = %lane.partition))]
 async fn settle_part(shared: &Shared, lane: &Lane, batch: &mut Batch) -> Settled {
     let what = format!("append to partition {}", lane.partition);
     let mut backoff = BACKOFF.0;
     let mut last: Option<Error> = None;
-    while let Some(turn) = turn(lane, batch.deadline).await {
+    while Instant::now() < batch.deadline {
+        let changed = shared.changed.notified();
+        if let Some(settled) = leave(shared, lane, batch).await {
+            return settled;
+        }
+        let turn = tokio::select! {
+            turn = turn(lane, batch.deadline) => turn,
+            // Some node is up or down now.
+            () = changed => continue,
+        };
+        let Some(turn) = turn else { break };
         let trouble = match again(shared, lane, batch).await {
-            Ok(Again::At(id)) => return Settled::At(id),
-            Ok(answer) => match step(shared, lane, answer, &what).await {
-                Ok(()) => continue,
-                Err(Step::Wait(error)) => error,
-                Err(Step::End(settled)) => return settled,
-            },
+            Ok(answer) => {
+                shared.node_worked(&lane.writer);
+                match step(shared, lane, answer, &what).await {
+                    Ok(Some(id)) => return Settled::At(id),
+                    Ok(None) => continue,
+                    Err(Step::Wait(error)) => error,
+                    Err(Step::End(settled)) => return settled,
+                }
+            }
             Err(Trouble::Data(error)) => {
                 return end(shared, lane, batch, Settled::Divide(error)).await;
             }
-            Err(Trouble::Refused(error)) if is_permanent(&error) => {
-                return end(shared, lane, batch, Settled::Failed(error)).await;
+            Err(Trouble::Busy(error)) => error,
+            Err(Trouble::Refused(error)) => {
+                if is_of_node(&error) {
+                    shared.node_failed(&lane.writer, &error);
+                }
+                if is_permanent(&error) && leaves_for(shared, lane, batch).is_none() {
+                    return end(shared, lane, batch, Settled::Failed(error)).await;
+                }
+                error
             }
-            Err(Trouble::Refused(error)) => error,
             Err(Trouble::Unknown(error)) => {
                 batch.unknown = true;
+                shared.node_failed(&lane.writer, &error);
                 error
             }
         };
         drop(turn);
         last = Some(trouble);
-        tokio::time::sleep(backoff).await;
+        wait(shared, lane, batch, backoff).await;
         backoff = (backoff * 2).min(BACKOFF.1);
     }
-    let seconds = shared.options.send_timeout.as_secs_f32();
-    let cause = last.map_or_else(|| "no answer".to_owned(), |error| error.chain());
-    let why = format!("{what}: not done within {seconds} s");
-    let error = Error::with_source(ErrorKind::Timeout, why, cause);
+    let error = too_late(shared, &what, last);
     end(shared, lane, batch, Settled::Failed(error)).await
+}
+
+/// Waits before the next attempt: shorter where some node's state changes. Not at all where the batch
+/// has somewhere to go.
+async fn wait(shared: &Shared, lane: &Lane, batch: &Batch, backoff: Duration) {
+    let changed = shared.changed.notified();
+    if leaves_for(shared, lane, batch).is_none() {
+        let _ = tokio::time::timeout(backoff, changed).await;
+    }
+}
+
+fn too_late(shared: &Shared, what: &str, last: Option<Error>) -> Error {
+    let seconds = shared.options.send_timeout.as_secs_f32();
+    let why = format!("{what}: not done within {seconds} s");
+    let cause = shared
+        .no_node_left()
+        .map(|nodes| format!("no node is left: {nodes}"))
+        .or_else(|| last.map(|error| error.chain()))
+        .unwrap_or_else(|| "no answer".to_owned());
+    Error::with_source(ErrorKind::Timeout, why, cause)
+}
+
+/// Where a batch goes whose node is down, if it may and there is a better one.
+fn leaves_for<'a>(shared: &'a Shared, lane: &Lane, batch: &Batch) -> Option<&'a Arc<Lane>> {
+    let is_down = lane.writer.health.state() == NodeState::Down;
+    (is_down && shared.is_free(batch)).then(|| shared.better_lane(lane)).flatten()
+}
+
+/// What becomes of a batch that does not wait for a node that is down. One that may have been stored is
+/// asked for, for a while; then it goes with a mark.
+async fn leave(shared: &Shared, lane: &Lane, batch: &Batch) -> Option<Settled> {
+    if lane.writer.health.state() == NodeState::Down && shared.is_impatient(batch) {
+        let away = Settled::Failed(Shared::away(&lane.writer));
+        return Some(end(shared, lane, batch, away).await);
+    }
+    leaves_for(shared, lane, batch)?;
+    let (true, Some(day)) = (batch.unknown, batch.first_day) else {
+        return Some(Settled::Leaves { asked: true });
+    };
+    let asking = async {
+        loop {
+            match fence(shared, &lane.append(shared, batch, day)).await {
+                Ok(Some(id)) => return Settled::At(id),
+                Ok(None) => return Settled::Leaves { asked: true },
+                Err(error) => tracing::debug!(error = %error.chain(), "could not ask"),
+            }
+            tokio::time::sleep(ASK_EVERY).await;
+        }
+    };
+    let asked = tokio::time::timeout(ASK, asking).await;
+    Some(asked.unwrap_or(Settled::Leaves { asked: false }))
 }
 
 /// Waits for the batch's turn; none where its deadline comes first.
 async fn turn(lane: &Lane, deadline: Instant) -> Option<SemaphorePermit<'_>> {
-    if Instant::now() >= deadline {
-        return None;
-    }
     let turn = tokio::time::timeout_at(deadline, lane.writer.patience());
     turn.await.ok().flatten()
 }
@@ -117,15 +200,19 @@ fn is_permanent(error: &Error) -> bool {
 
 enum Trouble {
     Data(Error),
+    /// The partition's lock was another's.
+    Busy(Error),
     Refused(Error),
     Unknown(Error),
 }
 
 async fn again(shared: &Shared, lane: &Lane, batch: &mut Batch) -> Result<Again, Trouble> {
     let what = format!("append to partition {}", lane.partition);
+    let _under_way = lane.writer.health.attempt();
+    let limit = shared.options.append_timeout;
     let connection =
         async { shared.cluster.inner.nodes.node(lane.partition.node()).await?.get().await };
-    let connection = connection.await.map_err(Trouble::Refused)?;
+    let connection = in_time(limit, &what, connection).await.map_err(Trouble::Refused)?;
     let day = match lane.day() {
         Some(day) => day,
         None => shared.today().map_err(Trouble::Refused)?,
@@ -135,6 +222,7 @@ async fn again(shared: &Shared, lane: &Lane, batch: &mut Batch) -> Result<Again,
     append::append_again(connection, &append, shared.options.append_timeout).await.map_err(
         |failure| match failure {
             Failure::Data(_) => Trouble::Data(failure.into_error(&what)),
+            Failure::Locked(_) => Trouble::Busy(failure.into_error(&what)),
             Failure::Unknown(_) => Trouble::Unknown(failure.into_error(&what)),
             _ => Trouble::Refused(failure.into_error(&what)),
         },
@@ -148,16 +236,21 @@ enum Step {
     End(Settled),
 }
 
-/// What an answer other than an id asks for. `Ok`: again, at once.
-async fn step(shared: &Shared, lane: &Lane, answer: Again, what: &str) -> Result<(), Step> {
+/// What an answer asks for. `Ok`: it is stored there, or again, at once.
+async fn step(
+    shared: &Shared,
+    lane: &Lane,
+    answer: Again,
+    what: &str,
+) -> Result<Option<MessageId>, Step> {
     let refuse = |kind, why: &str| Error::new(kind, format!("{what}: {why}"));
     let settled = match answer {
-        Again::At(_) => return Ok(()),
+        Again::At(id) => return Ok(Some(id)),
         Again::WrongDay { day, today } if Some(day) != lane.day() && today <= day => {
             lane.set_day(day);
-            return Ok(());
+            return Ok(None);
         }
-        Again::WrongDay { .. } => return roll_lane(shared, lane, what).await,
+        Again::WrongDay { .. } => return roll_lane(shared, lane, what).await.map(|()| None),
         Again::Full => {
             if let Some(day) = lane.day() {
                 lane.close(Closed::Full(day));
@@ -213,7 +306,7 @@ async fn end(shared: &Shared, lane: &Lane, batch: &Batch, verdict: Settled) -> S
                 Settled::Failed(error) | Settled::Elsewhere(error) | Settled::Divide(error) => {
                     error
                 }
-                Settled::At(id) => return Settled::At(id),
+                at_or_away => return at_or_away,
             };
             let open = format!("{why}, and the node could not be asked: it may be stored, or not");
             Settled::Failed(Error::with_source(ErrorKind::Unknown, open, unasked))
@@ -231,19 +324,9 @@ async fn fence(shared: &Shared, batch: &Append<'_>) -> Result<Option<MessageId>>
 
 /// Messages without a key go to another open partition; those with one fail.
 fn send_elsewhere(shared: &Arc<Shared>, lane: &Lane, batch: Batch, error: &Error) {
-    let (keyed, free) = batch.divide(|_, keyed| keyed);
-    if keyed.len() > 0 {
-        shared.answer(&keyed, Err(error.clone()));
-    }
-    if free.len() == 0 {
-        return;
-    }
-    match shared.open_lane_after(lane.index) {
-        Some(other) => {
-            if other.push_batch(free) {
-                other.writer.schedule(other);
-            }
-        }
-        None => shared.answer(&free, Err(error.clone())),
-    }
+    let other = if batch.keyed { None } else { shared.open_lane_after(lane.index) };
+    let Some(other) = other else {
+        return shared.answer(&batch, Err(error.clone()));
+    };
+    shared.hand(other, batch.fresh());
 }

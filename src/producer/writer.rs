@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use tokio::sync::{Notify, Semaphore, SemaphorePermit};
 
@@ -10,6 +11,8 @@ use crate::id::{Day, NodeId, PartitionId};
 use crate::metrics as names;
 use crate::producer::Shared;
 use crate::producer::batch::Batch;
+use crate::producer::failover::{in_time, is_of_node};
+use crate::producer::health::{Health, NodeState};
 use crate::producer::lane::Lane;
 use crate::producer::settle::settle;
 use crate::store::append::{self, Append, Failure, Inserted, MAX_PARTITIONS, Rolled};
@@ -25,10 +28,12 @@ pub(crate) struct Writer {
     /// How many batches may be asked for at once after their first attempt: one less than there are
     /// connections, so that a partition that is locked for long does not hold up the others.
     patience: Semaphore,
+    pub(crate) health: Health,
 }
 
 impl Writer {
-    pub(crate) fn new(node: NodeId, connections: usize) -> Self {
+    /// `probes`: the shortest and the longest time between two probes of a node that is down.
+    pub(crate) fn new(node: NodeId, connections: usize, probes: (Duration, Duration)) -> Self {
         let slots = Arc::new(Semaphore::new(connections));
         Self {
             node,
@@ -36,6 +41,7 @@ impl Writer {
             wake: Notify::new(),
             slots,
             patience: Semaphore::new(connections.saturating_sub(1).max(1)),
+            health: Health::new(probes),
         }
     }
 
@@ -105,7 +111,9 @@ pub(crate) async fn run(shared: Arc<Shared>, writer: Arc<Writer>) {
 /// After the end: whoever still waits is told.
 fn abandon_all(shared: &Shared, writer: &Arc<Writer>) {
     let ours = shared.lanes.iter().filter(|lane| Arc::ptr_eq(&lane.writer, writer));
-    ours.for_each(|lane| shared.abandon(lane));
+    for lane in ours {
+        shared.abandon(lane);
+    }
 }
 
 async fn write(shared: &Arc<Shared>, lanes: Vec<Arc<Lane>>) {
@@ -115,13 +123,14 @@ async fn write(shared: &Arc<Shared>, lanes: Vec<Arc<Lane>>) {
             continue;
         };
         shared.passed(&lane);
+        let is_down = lane.writer.health.state() == NodeState::Down;
         // Until the partition has said otherwise, its day is today's.
         match lane.day().map_or_else(|| shared.today(), Ok) {
-            Ok(day) => {
+            Ok(day) if !is_down => {
                 batch.attempted_on(day);
                 departures.push(Departure { lane, batch, day });
             }
-            Err(_) => begin_to_settle(shared, &lane, batch),
+            _ => begin_to_settle(shared, &lane, batch),
         }
     }
     if departures.is_empty() {
@@ -139,12 +148,25 @@ pub(crate) async fn roll(shared: &Shared, partition: PartitionId) -> Result<Roll
 
 /// The first attempt of all departures, in one transaction. Where it failed, what became of each is to
 /// be found out: no insert counts as done.
+#[tracing::instrument(level = "debug", name = "append", skip_all, fields(batches = departures.len()))]
 async fn attempt(shared: &Shared, departures: &mut [Departure]) -> Vec<Inserted> {
-    let error = match append_all(shared, departures).await {
-        Ok(Ok(outcomes)) => return outcomes,
+    let Some(writer) = departures.first().map(|first| Arc::clone(&first.lane.writer)) else {
+        return Vec::new();
+    };
+    let under_way = writer.health.attempt();
+    let outcome = append_all(shared, departures).await;
+    drop(under_way);
+    let error = match outcome {
+        Ok(Ok(outcomes)) => {
+            shared.node_worked(&writer);
+            return outcomes;
+        }
         Ok(Err(failure)) => failure,
         Err(error) => {
             tracing::debug!(error = %error.chain(), "no connection to append with");
+            if is_of_node(&error) {
+                shared.node_failed(&writer, &error);
+            }
             return vec![Inserted::No; departures.len()];
         }
     };
@@ -156,7 +178,13 @@ async fn attempt(shared: &Shared, departures: &mut [Departure]) -> Vec<Inserted>
         Failure::Locked(_) => outcomes[1..].fill(Inserted::NotHeld),
         _ => {}
     }
-    tracing::debug!(error = %error.into_error("append").chain(), "append transaction failed");
+    // A connection that broke says little about its node: the next attempt does.
+    let is_silent = matches!(error, Failure::Unknown(None) | Failure::Silent);
+    let error = error.into_error("append");
+    tracing::debug!(error = %error.chain(), "append transaction failed");
+    if is_silent {
+        shared.node_failed(&writer, &error);
+    }
     outcomes
 }
 
@@ -167,8 +195,12 @@ async fn append_all(
     let Some(first) = departures.first() else {
         return Ok(Ok(Vec::new()));
     };
-    let nodes = &shared.cluster.inner.nodes;
-    let connection = nodes.node(first.lane.writer.node).await?.get().await?;
+    let (nodes, limit) = (&shared.cluster.inner.nodes, shared.options.append_timeout);
+    let node = first.lane.writer.node;
+    let connection = in_time(limit, &format!("append to node {node}"), async {
+        nodes.node(node).await?.get().await
+    })
+    .await?;
     let batches: Vec<Append<'_>> =
         departures.iter().map(|d| d.lane.append(shared, &d.batch, d.day)).collect();
     Ok(append::append(connection, &batches, shared.options.append_timeout).await)

@@ -18,7 +18,7 @@ use tokio_postgres::{Row, Statement};
 use uuid::Uuid;
 
 use crate::error::{Error, ErrorKind};
-use crate::id::{Day, MessageId, PartitionId};
+use crate::id::{Day, MessageId, NodeId, PartitionId};
 use crate::name::TopicName;
 use crate::store::connect::{is_data_error, is_definite, refused};
 use crate::store::node::{Connection, Durability, Unfinished, write};
@@ -403,6 +403,11 @@ pub(crate) async fn make_days_ahead(
     let what = format!("make day tables ahead for partition {partition}");
     let params: [&(dyn ToSql + Sync); 2] = [&partition.as_i32(), &days];
     short(connection, sql::MAKE_DAYS_AHEAD, &params, &what).await.map(drop)
+}
+
+/// Whether a node can write: asks it to, durably, and stores nothing.
+pub(crate) async fn probe(connection: Connection, node: NodeId) -> Result<(), Error> {
+    short(connection, sql::PROBE, &[], &format!("probe node {node}")).await.map(drop)
 }
 
 /// One statement that may be repeated, in a transaction of its own; a server that does not answer is

@@ -125,7 +125,8 @@ pub(crate) fn kind_of(error: &tokio_postgres::Error) -> ErrorKind {
         return ErrorKind::Unavailable;
     };
     match (state.code().get(..2), state.code()) {
-        (_, "57014" | "55P03" | "25006" | "40001" | "40P01")
+        // 0A000: a transaction that begins as "read write" on a standby, which may be promoted.
+        (_, "57014" | "55P03" | "25006" | "0A000" | "40001" | "40P01")
         | (Some("08" | "53" | "57" | "58"), _) => ErrorKind::Unavailable,
         (Some("22" | "23" | "54"), _) => ErrorKind::Invalid,
         (_, "3F000" | "42P01" | "42883") => ErrorKind::Incompatible,

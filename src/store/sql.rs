@@ -63,6 +63,7 @@ statements! {
     PARTITIONS_OF_TOPIC = "partitions_of_topic";
     PARTITION_STATE = "partition_state";
     PEEK = "peek";
+    PROBE = "probe";
     REGISTER_NODE = "register_node";
     RELEASE = "release";
     RENEW = "renew";

@@ -24,6 +24,8 @@ mod days;
 mod decode;
 /// Private Postgres servers: found, started, ended with their parent.
 mod embedded;
+/// Nodes that fail under a producer.
+mod failover;
 /// The statements of leases and cursors: who may move what.
 mod fence;
 /// The 99,999,999th message of a partition's day.

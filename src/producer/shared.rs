@@ -1,0 +1,247 @@
+//! What a producer's clones and tasks share: its lanes, its buffer, and which lane a message goes to.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::SystemTime;
+
+use tokio::sync::{Notify, Semaphore, broadcast};
+use tokio_util::sync::CancellationToken;
+
+use crate::cluster::Cluster;
+use crate::error::{Error, ErrorKind, Result};
+use crate::id::{Day, MessageId, NodeId};
+use crate::message::Message;
+use crate::metrics as names;
+use crate::producer::batch::{self, Batch, Receipt};
+use crate::producer::health::NodeState;
+use crate::producer::lane::Lane;
+use crate::producer::status::{ProducerEvent, Waiting};
+use crate::producer::writer::Writer;
+use crate::producer::{Options, WhenFull};
+use crate::topology::{Topology, key_slot};
+
+/// Events that are kept for who reads them late.
+const EVENTS_KEPT: usize = 256;
+
+/// What a producer's clones and tasks share.
+pub(crate) struct Shared {
+    pub(crate) cluster: Cluster,
+    pub(crate) topology: Topology,
+    pub(crate) options: Options,
+    pub(crate) lanes: Vec<Arc<Lane>>,
+    pub(super) writers: BTreeMap<NodeId, Arc<Writer>>,
+    /// The lane of each key slot.
+    slots: Vec<u16>,
+    /// The lane that messages without a key fill now.
+    current: AtomicUsize,
+    pub(super) budget: Semaphore,
+    /// How many senders wait for room in the buffer.
+    pub(super) waiting: AtomicUsize,
+    pub(super) closed: AtomicBool,
+    moving: Mutex<()>,
+    /// Some node's state is another now.
+    pub(super) changed: Notify,
+    pub(super) events: broadcast::Sender<ProducerEvent>,
+    /// No message is left and none will come: the tasks end.
+    pub(crate) ended: CancellationToken,
+}
+
+impl Shared {
+    pub(super) fn new(cluster: Cluster, topology: Topology, options: Options) -> Self {
+        let connections = cluster.inner.nodes.connections();
+        let writers: BTreeMap<NodeId, Arc<Writer>> = topology
+            .by_node()
+            .into_keys()
+            .map(|node| (node, Arc::new(Writer::new(node, connections, options.probe_interval))))
+            .collect();
+        let lane = |(index, partition): (usize, &crate::id::PartitionId)| {
+            let writer = Arc::clone(writers.get(&partition.node())?);
+            Some(Arc::new(Lane::new(*partition, topology.generation, index, writer)))
+        };
+        let lanes: Vec<_> = topology.partitions.iter().enumerate().filter_map(lane).collect();
+        // A random start, so that producers don't all begin with the same partition.
+        let start = uuid::Uuid::new_v4().as_u128() as usize % lanes.len().max(1);
+        Self {
+            slots: topology.slot_table(),
+            current: AtomicUsize::new(start),
+            budget: Semaphore::new(options.buffer_bytes),
+            waiting: AtomicUsize::new(0),
+            closed: AtomicBool::new(false),
+            moving: Mutex::default(),
+            changed: Notify::new(),
+            events: broadcast::channel(EVENTS_KEPT).0,
+            ended: cluster.inner.shutdown.child_token(),
+            cluster,
+            topology,
+            options,
+            lanes,
+            writers,
+        }
+    }
+
+    /// What this machine's clock shows.
+    pub(crate) fn now(&self) -> SystemTime {
+        (self.options.clock.0)()
+    }
+
+    /// Today's date in UTC by this machine's clock.
+    pub(crate) fn today(&self) -> Result<Day> {
+        Day::of(self.now())
+    }
+
+    /// Checks a message, and takes room in the buffer for it.
+    pub(super) async fn admit(&self, message: &Message) -> Result<()> {
+        message.check(self.options.max_payload)?;
+        let cost = batch::cost(message).min(self.options.buffer_bytes);
+        let cost = u32::try_from(cost).unwrap_or(u32::MAX);
+        if let Ok(permit) = self.budget.try_acquire_many(cost) {
+            permit.forget();
+            return Ok(());
+        }
+        // Boxed, since it is rare: thousands of tasks that send are as large as their futures.
+        Box::pin(self.wait_for_room(cost)).await
+    }
+
+    async fn wait_for_room(&self, cost: u32) -> Result<()> {
+        if self.closed.load(Ordering::Acquire) {
+            return Err(Error::closed("the producer"));
+        }
+        if self.options.when_full == WhenFull::Fail {
+            let why =
+                format!("the producer's buffer of {} bytes is full", self.options.buffer_bytes);
+            return Err(Error::new(ErrorKind::Full, why));
+        }
+        let waiting = Waiting::new(self);
+        let permit = self.budget.acquire_many(cost).await;
+        drop(waiting);
+        permit.map(tokio::sync::SemaphorePermit::forget).map_err(|_| Error::closed("the producer"))
+    }
+
+    pub(super) fn push(&self, message: &Message) -> Receipt {
+        let lane = match &message.key {
+            Some(key) => self.slots.get(usize::from(key_slot(key))).map_or(0, |i| usize::from(*i)),
+            None => self.current.load(Ordering::Relaxed),
+        };
+        let mut lane = &self.lanes[lane];
+        if message.key.is_none() && !self.is_open(lane) {
+            lane = self.open_lane_after(lane.index).unwrap_or(lane);
+            self.current.store(lane.index, Ordering::Relaxed);
+        }
+        let pushed = lane.push(message, self.options.send_timeout);
+        if pushed.schedule {
+            lane.writer.schedule(lane);
+        }
+        // After the push: the writer empties its lanes after the end, so one of the two sees it.
+        if self.ended.is_cancelled() {
+            self.abandon(lane);
+        }
+        if pushed.filled && message.key.is_none() {
+            self.passed(lane);
+        }
+        pushed.receipt
+    }
+
+    /// A lane's batch has gone, or is full: messages without a key fill the next idle open lane, where
+    /// there is one.
+    pub(crate) fn passed(&self, lane: &Lane) {
+        if self.current.load(Ordering::Relaxed) != lane.index {
+            return;
+        }
+        let idle = self.lanes_after(lane.index).find(|lane| lane.is_idle() && self.is_open(lane));
+        let next = idle.or_else(|| self.open_lane_after(lane.index));
+        if let Some(next) = next {
+            self.current.store(next.index, Ordering::Relaxed);
+        }
+    }
+
+    /// The next lane that takes messages without a key, other than this one: of a node that is up, or
+    /// else of a slow one.
+    pub(crate) fn open_lane_after(&self, index: usize) -> Option<&Arc<Lane>> {
+        let up = self.lanes_after(index).find(|lane| self.is_open(lane));
+        up.or_else(|| self.lanes_after(index).find(|lane| self.takes(lane, NodeState::Slow)))
+    }
+
+    /// The next lane of another node that fares better than this lane's.
+    pub(super) fn better_lane(&self, lane: &Lane) -> Option<&Arc<Lane>> {
+        let (node, state) = (lane.partition.node(), lane.writer.health.state());
+        let others = || self.lanes_after(lane.index).filter(|other| other.partition.node() != node);
+        [NodeState::Up, NodeState::Slow].into_iter().filter(|better| *better < state).find_map(
+            |better| {
+                let takes = |other: &&Arc<Lane>| self.takes(other, better);
+                others().find(|o| o.is_idle() && takes(o)).or_else(|| others().find(takes))
+            },
+        )
+    }
+
+    /// Whether messages without a key may go to this lane. A full one opens again at midnight UTC.
+    fn is_open(&self, lane: &Lane) -> bool {
+        self.takes(lane, NodeState::Up)
+    }
+
+    fn takes(&self, lane: &Lane, state: NodeState) -> bool {
+        lane.writer.health.state() == state && lane.is_open(|| self.today().ok())
+    }
+
+    fn lanes_after(&self, index: usize) -> impl Iterator<Item = &Arc<Lane>> {
+        let count = self.lanes.len();
+        (1..count).map(move |step| &self.lanes[(index + step) % count])
+    }
+
+    /// Answers a batch's receipts and gives its room back.
+    pub(crate) fn answer(&self, batch: &Batch, result: Result<MessageId>) {
+        let count = u64::from(batch.len());
+        match &result {
+            Ok(_) => {
+                ::metrics::counter!(names::SENT).increment(count);
+                ::metrics::counter!(names::APPENDED).increment(1);
+            }
+            Err(_) => ::metrics::counter!(names::SEND_FAILED).increment(count),
+        }
+        batch.tickets.complete(result);
+        self.budget.add_permits(batch.cost.min(self.options.buffer_bytes));
+    }
+
+    /// Puts a batch that was another lane's into this one.
+    pub(super) fn hand(&self, lane: &Arc<Lane>, batch: Batch) {
+        if lane.push_batch(batch) {
+            lane.writer.schedule(lane);
+        }
+        // As for a message: after the push.
+        if self.ended.is_cancelled() {
+            self.abandon(lane);
+        }
+    }
+
+    /// While this is held no batch is between two lanes: whoever asks all lanes sees every batch.
+    pub(super) fn moving(&self) -> MutexGuard<'_, ()> {
+        self.moving.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Nothing is sent any more: answers what waits in a lane. How many messages that were.
+    pub(crate) fn abandon(&self, lane: &Lane) -> u64 {
+        let abandoned = lane.abandon();
+        for batch in &abandoned {
+            self.answer(batch, Err(Error::closed("the producer or its cluster")));
+        }
+        abandoned.iter().map(|batch| u64::from(batch.len())).sum()
+    }
+
+    /// A lane's batch is answered: the next may go.
+    pub(crate) fn finish(&self, lane: &Arc<Lane>) {
+        if lane.finish() {
+            lane.writer.schedule(lane);
+        }
+        self.maybe_end();
+    }
+
+    pub(super) fn maybe_end(&self) {
+        if !self.closed.load(Ordering::Acquire) {
+            return;
+        }
+        let _moving = self.moving();
+        if self.lanes.iter().all(|lane| lane.is_idle()) {
+            self.ended.cancel();
+        }
+    }
+}

@@ -1,0 +1,153 @@
+//! What a producer tells about itself: events and a status.
+
+use std::pin::Pin;
+use std::sync::atomic::Ordering;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use futures_util::stream::{self, BoxStream, Stream, StreamExt};
+use serde::{Deserialize, Serialize};
+use tokio::sync::broadcast::{self, error::RecvError};
+
+use crate::error::Error;
+use crate::id::NodeId;
+use crate::producer::health::NodeState;
+use crate::producer::shared::Shared;
+
+/// Something that happened to a producer.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub enum ProducerEvent {
+    /// A node is away: messages without a key go elsewhere.
+    NodeDown {
+        /// Which.
+        node: NodeId,
+        /// Why.
+        error: Error,
+    },
+    /// A node takes messages again.
+    NodeUp {
+        /// Which.
+        node: NodeId,
+        /// How long it did not.
+        after: Duration,
+    },
+    /// The buffer is full, and senders wait.
+    Throttled,
+    /// Nobody waits any more.
+    Resumed,
+    /// Messages were sent elsewhere without knowing whether they were stored before. Each is marked
+    /// ([`Delivery::is_possible_duplicate`](crate::Delivery::is_possible_duplicate)).
+    PossibleDuplicates {
+        /// The node that did not say.
+        node: NodeId,
+        /// How many.
+        messages: u32,
+    },
+}
+
+/// The [events](crate::Producer::events) of a producer, as they happen.
+#[must_use = "a stream does nothing unless polled"]
+pub struct ProducerEvents(BoxStream<'static, ProducerEvent>);
+
+impl ProducerEvents {
+    pub(super) fn new(receiver: broadcast::Receiver<ProducerEvent>) -> Self {
+        let events = stream::unfold(receiver, |mut receiver| async {
+            loop {
+                match receiver.recv().await {
+                    Ok(event) => return Some((event, receiver)),
+                    // Some are missed.
+                    Err(RecvError::Lagged(_)) => {}
+                    Err(RecvError::Closed) => return None,
+                }
+            }
+        });
+        Self(events.boxed())
+    }
+
+    /// The next event; `None` when the producer has ended. Cancel safe.
+    pub async fn next(&mut self) -> Option<ProducerEvent> {
+        self.0.next().await
+    }
+}
+
+impl Stream for ProducerEvents {
+    type Item = ProducerEvent;
+
+    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        self.0.poll_next_unpin(context)
+    }
+}
+
+impl std::fmt::Debug for ProducerEvents {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("ProducerEvents")
+    }
+}
+
+/// How a producer fares.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct ProducerStatus {
+    /// Bytes of messages that are not answered yet; a message counts 64 bytes more than it has.
+    pub buffered_bytes: usize,
+    /// How many bytes they may be.
+    pub buffer_bytes: usize,
+    /// Senders that wait for room.
+    pub waiting: usize,
+    /// The nodes of the topic, by number.
+    pub nodes: Vec<NodeStatus>,
+}
+
+/// How a node fares, as a producer sees it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct NodeStatus {
+    /// Its number.
+    pub node: NodeId,
+    /// How it fares.
+    pub state: NodeState,
+    /// For how many milliseconds.
+    pub for_ms: u64,
+    /// Why it is away, where it is.
+    pub error: Option<String>,
+}
+
+pub(super) fn of(shared: &Shared) -> ProducerStatus {
+    let limit = shared.options.buffer_bytes;
+    let nodes = shared.writers.values().map(|writer| {
+        let (since, why) = writer.health.detail();
+        NodeStatus {
+            node: writer.node,
+            state: writer.health.state(),
+            for_ms: u64::try_from(since.elapsed().as_millis()).unwrap_or(u64::MAX),
+            error: why.map(|error| error.chain()),
+        }
+    });
+    ProducerStatus {
+        buffered_bytes: limit.saturating_sub(shared.budget.available_permits()),
+        buffer_bytes: limit,
+        waiting: shared.waiting.load(Ordering::Relaxed),
+        nodes: nodes.collect(),
+    }
+}
+
+/// A sender that waits for room, until it is dropped.
+pub(super) struct Waiting<'a>(&'a Shared);
+
+impl<'a> Waiting<'a> {
+    pub(super) fn new(shared: &'a Shared) -> Self {
+        if shared.waiting.fetch_add(1, Ordering::AcqRel) == 0 {
+            shared.tell(ProducerEvent::Throttled);
+        }
+        Self(shared)
+    }
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        if self.0.waiting.fetch_sub(1, Ordering::AcqRel) == 1 {
+            self.0.tell(ProducerEvent::Resumed);
+        }
+    }
+}
