@@ -36,7 +36,7 @@ pub use message::{
 };
 pub use name::{GroupName, MAX_NAME_LEN, TopicName};
 pub use producer::{
-    KeyFailover, NodeState, NodeStatus, Producer, ProducerBuilder, ProducerEvent, ProducerEvents,
-    ProducerStatus, Receipt, WhenFull,
+    Balancer, KeyFailover, NodeState, NodeStatus, Outgoing, Producer, ProducerBuilder,
+    ProducerEvent, ProducerEvents, ProducerStatus, Receipt, WhenFull,
 };
 pub use topology::{SLOTS, key_slot};

@@ -11,6 +11,7 @@ use crate::id::MessageId;
 use crate::message::{DEFAULT_MAX_PAYLOAD_LEN, MAX_PAYLOAD_LEN, Message};
 use crate::name::TopicName;
 
+mod balancer;
 mod batch;
 mod failover;
 mod health;
@@ -20,6 +21,8 @@ mod shared;
 mod status;
 mod writer;
 
+use balancer::Own;
+pub use balancer::{Balancer, Outgoing};
 pub use batch::Receipt;
 pub use health::NodeState;
 pub(crate) use shared::Shared;
@@ -59,6 +62,7 @@ pub(crate) struct Options {
     append_timeout: Duration,
     key_failover: KeyFailover,
     probe_interval: (Duration, Duration),
+    balancer: Option<Own>,
     clock: Clock,
 }
 
@@ -91,6 +95,7 @@ impl ProducerBuilder {
             append_timeout: Duration::from_secs(2),
             key_failover: KeyFailover::Wait,
             probe_interval: (Duration::from_secs(1), Duration::from_mins(1)),
+            balancer: None,
             clock: Clock(Arc::new(SystemTime::now)),
         };
         Self { cluster, topic: topic.to_owned(), options }
@@ -124,6 +129,12 @@ impl ProducerBuilder {
     /// How long one attempt may take before its connection is given up: 2 s by default.
     pub fn append_timeout(mut self, timeout: Duration) -> Self {
         self.options.append_timeout = timeout.max(Duration::from_millis(10));
+        self
+    }
+
+    /// Takes partitions by a rule of the caller's own; see [`Balancer`].
+    pub fn balancer(mut self, balancer: impl Balancer) -> Self {
+        self.options.balancer = Some(Own::new(balancer));
         self
     }
 
@@ -210,7 +221,7 @@ impl Producer {
         let receipt = {
             let shared = &self.handle.shared;
             shared.admit(&message).await?;
-            shared.push(&message)
+            shared.push(&message)?
         };
         // Its batch has a copy: nothing is kept twice while it is under way.
         drop(message);
@@ -224,7 +235,7 @@ impl Producer {
     pub async fn enqueue(&self, message: Message) -> Result<Receipt> {
         let shared = &self.handle.shared;
         shared.admit(&message).await?;
-        Ok(shared.push(&message))
+        shared.push(&message)
     }
 
     /// Sends messages and waits for all. One result for each, in the order given; messages of one key

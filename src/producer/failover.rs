@@ -39,7 +39,7 @@ pub(super) async fn watch(shared: Arc<Shared>) {
         }
         for writer in shared.writers.values() {
             if writer.health.look() {
-                shared.changed.notify_waiters();
+                shared.note_change();
             }
             if writer.health.state() != NodeState::Up {
                 shared.evacuate(writer);
@@ -87,7 +87,7 @@ impl Shared {
         let node = writer.node;
         tracing::warn!(%node, topic = %self.topology.topic, error = %error.chain(), "node down");
         self.tell(ProducerEvent::NodeDown { node, error: error.clone() });
-        self.changed.notify_waiters();
+        self.note_change();
         self.evacuate(writer);
     }
 
@@ -101,7 +101,7 @@ impl Shared {
             let node = writer.node;
             tracing::info!(%node, topic = %self.topology.topic, ?after, "node up");
             self.tell(ProducerEvent::NodeUp { node, after });
-            self.changed.notify_waiters();
+            self.note_change();
         }
     }
 

@@ -254,6 +254,7 @@ async fn step(
         Again::Full => {
             if let Some(day) = lane.day() {
                 lane.close(Closed::Full(day));
+                shared.note_change();
             }
             let why = "PartitionFull: it has no room for the batch within 99,999,999 messages of a \
                        day, until midnight UTC";
@@ -261,10 +262,12 @@ async fn step(
         }
         Again::Sealed | Again::WrongGeneration => {
             lane.close(Closed::Sealed);
+            shared.note_change();
             Settled::Elsewhere(refuse(ErrorKind::Unavailable, "it takes no messages any more"))
         }
         Again::WrongTopic => {
             lane.close(Closed::Sealed);
+            shared.note_change();
             Settled::Failed(refuse(ErrorKind::NotFound, "it is not this topic's any more"))
         }
         Again::Refused => Settled::Failed(refuse(ErrorKind::Timeout, "the batch was given up")),

@@ -93,14 +93,18 @@ impl Shared {
     /// Checks a message, and takes room in the buffer for it.
     pub(super) async fn admit(&self, message: &Message) -> Result<()> {
         message.check(self.options.max_payload)?;
-        let cost = batch::cost(message).min(self.options.buffer_bytes);
-        let cost = u32::try_from(cost).unwrap_or(u32::MAX);
+        let cost = u32::try_from(self.cost(message)).unwrap_or(u32::MAX);
         if let Ok(permit) = self.budget.try_acquire_many(cost) {
             permit.forget();
             return Ok(());
         }
         // Boxed, since it is rare: thousands of tasks that send are as large as their futures.
         Box::pin(self.wait_for_room(cost)).await
+    }
+
+    /// The room that a message takes in the buffer.
+    fn cost(&self, message: &Message) -> usize {
+        batch::cost(message).min(self.options.buffer_bytes)
     }
 
     async fn wait_for_room(&self, cost: u32) -> Result<()> {
@@ -118,16 +122,19 @@ impl Shared {
         permit.map(tokio::sync::SemaphorePermit::forget).map_err(|_| Error::closed("the producer"))
     }
 
-    pub(super) fn push(&self, message: &Message) -> Receipt {
-        let lane = match &message.key {
-            Some(key) => self.slots.get(usize::from(key_slot(key))).map_or(0, |i| usize::from(*i)),
-            None => self.current.load(Ordering::Relaxed),
+    /// Puts a message that has room into the batch of its lane. Refused where its balancer chose what
+    /// there is not.
+    pub(super) fn push(&self, message: &Message) -> Result<Receipt> {
+        let own = self.options.balancer.as_ref().map_or(Ok(None), |own| own.choose(self, message));
+        let own = own.inspect_err(|_| self.budget.add_permits(self.cost(message)))?;
+        let lane = match (own, &message.key) {
+            (Some(lane), _) => &self.lanes[lane],
+            (None, Some(key)) => {
+                &self.lanes
+                    [self.slots.get(usize::from(key_slot(key))).map_or(0, |i| usize::from(*i))]
+            }
+            (None, None) => self.lane_in_turn(),
         };
-        let mut lane = &self.lanes[lane];
-        if message.key.is_none() && !self.is_open(lane) {
-            lane = self.open_lane_after(lane.index).unwrap_or(lane);
-            self.current.store(lane.index, Ordering::Relaxed);
-        }
         let pushed = lane.push(message, self.options.send_timeout);
         if pushed.schedule {
             lane.writer.schedule(lane);
@@ -139,7 +146,18 @@ impl Shared {
         if pushed.filled && message.key.is_none() {
             self.passed(lane);
         }
-        pushed.receipt
+        Ok(pushed.receipt)
+    }
+
+    /// The lane that messages without a key fill now.
+    fn lane_in_turn(&self) -> &Arc<Lane> {
+        let lane = &self.lanes[self.current.load(Ordering::Relaxed)];
+        if self.is_open(lane) {
+            return lane;
+        }
+        let lane = self.open_lane_after(lane.index).unwrap_or(lane);
+        self.current.store(lane.index, Ordering::Relaxed);
+        lane
     }
 
     /// A lane's batch has gone, or is full: messages without a key fill the next idle open lane, where
@@ -198,8 +216,9 @@ impl Shared {
             }
             Err(_) => ::metrics::counter!(names::SEND_FAILED).increment(count),
         }
-        batch.tickets.complete(result);
+        // First, so that whoever hears of the answer finds the room.
         self.budget.add_permits(batch.cost.min(self.options.buffer_bytes));
+        batch.tickets.complete(result);
     }
 
     /// Puts a batch that was another lane's into this one.
@@ -211,6 +230,14 @@ impl Shared {
         if self.ended.is_cancelled() {
             self.abandon(lane);
         }
+    }
+
+    /// A node's state is another now, or a lane's.
+    pub(super) fn note_change(&self) {
+        if let Some(own) = &self.options.balancer {
+            own.forget();
+        }
+        self.changed.notify_waiters();
     }
 
     /// While this is held no batch is between two lanes: whoever asks all lanes sees every batch.

@@ -12,6 +12,8 @@ mod arithmetic;
 mod bad_data;
 /// Input outside of the limits: refused before anything is sent, and by the tables too.
 mod bad_input;
+/// Partitions by a rule of the sender's own.
+mod balancer;
 /// What is fetched ahead is bounded by bytes.
 mod bounded_reads;
 /// Several partitions in one commit, without waiting for each other.
