@@ -8,7 +8,6 @@ use futures_util::future::join_all;
 use serde::{Deserialize, Serialize};
 use tokio_postgres::Row;
 use tokio_postgres::error::SqlState;
-use tokio_postgres::types::ToSql;
 
 use crate::cluster::Cluster;
 use crate::error::{Error, ErrorKind, Result};
@@ -17,7 +16,8 @@ use crate::message::{Headers, RESERVED_HEADER_PREFIX};
 use crate::migrate::{self, Schema};
 use crate::name::TopicName;
 use crate::store::connect::{self, refused};
-use crate::store::node::{Connection, Durability, Unfinished, query, write};
+use crate::store::node::{Connection, Durability, Node, Unfinished, query, write};
+use crate::store::param::{Param, typed};
 use crate::store::{control, sql, upkeep};
 use crate::topology::{even_slots, interleave, spread};
 
@@ -185,15 +185,15 @@ impl Cluster {
             .start()
             .await
             .map_err(|error| refused(error, &what))?;
-        let params: [&(dyn ToSql + Sync); 2] = [&self.id(), &i32::from(node.number())];
+        let params: [&dyn Param; 2] = [&self.id(), &i32::from(node.number())];
         transaction
-            .execute(sql::REGISTER_NODE, &params)
+            .execute_typed(sql::REGISTER_NODE, &typed(&params))
             .await
             .map_err(|error| refused(error, &what))?;
         transaction.commit().await.map_err(|error| refused(error, &what))?;
         // What is there now is compared by the pool's check: a stranger is refused.
         let address = connect::without_password(url)?;
-        let check = crate::store::node::Node::new(url, self.id(), node, 1)?;
+        let check = Node::new(url, self.id(), node, self.inner.nodes.options(1))?;
         drop(check.get().await?);
         check.close();
         let connection = self.inner.control.get().await?;
@@ -211,7 +211,8 @@ impl Cluster {
     ) -> Result<()> {
         let what = format!("register node {node}");
         let known = self.inner.nodes.refresh().await?.iter().any(|(id, _)| *id == node);
-        let found = client.query_opt(sql::IDENTITY, &[]).await.map_err(|e| refused(e, &what))?;
+        let found =
+            client.query_typed_opt(sql::IDENTITY, &[]).await.map_err(|e| refused(e, &what))?;
         if known && found.is_none() {
             return Err(Error::new(
                 ErrorKind::Conflict,
@@ -329,7 +330,7 @@ impl Cluster {
     ) -> Result<(NodeId, Vec<PartitionId>)> {
         let connection = self.inner.nodes.node(node).await?.get().await?;
         let (name, wanted) = (topic.as_str(), i32::try_from(count).unwrap_or(i32::MAX));
-        let params: [&(dyn ToSql + Sync); 4] = [&name, &1_i32, &wanted, &version];
+        let params: [&dyn Param; 4] = [&name, &1_i32, &wanted, &version];
         let rows = write(connection, Durability::Durable, sql::CLAIM_PARTITIONS, &params)
             .await
             .map_err(|error| {
@@ -408,7 +409,7 @@ impl Cluster {
         control::begin_change(connection).await.map_err(|error| refused(error, &what))?;
         for partition in &topology.partitions {
             let node = self.inner.nodes.node(partition.node()).await?.get().await?;
-            let params: [&(dyn ToSql + Sync); 2] = [&partition.as_i32(), &name.as_str()];
+            let params: [&dyn Param; 2] = [&partition.as_i32(), &name.as_str()];
             write(node, Durability::Durable, sql::DELETE_PARTITION, &params)
                 .await
                 .map_err(|error| refused(error, &format!("{what}: partition {partition}")))?;

@@ -1,6 +1,6 @@
 //! The way in: a cluster is a control database and the nodes that it knows.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -16,9 +16,10 @@ use crate::id::NodeId;
 use crate::name::TopicName;
 use crate::notifier::{Notifier, PostgresNotifier};
 use crate::producer::ProducerBuilder;
-use crate::store::connect::refused;
+use crate::store::connect::{self, refused};
 use crate::store::control;
-use crate::store::node::Node;
+use crate::store::node::{Node, PoolOptions};
+use crate::store::pooler::PreparedStatements;
 use crate::topology::Topology;
 use crate::upkeep;
 
@@ -42,20 +43,41 @@ pub(crate) struct Inner {
 }
 
 /// Settings of a [`Cluster`].
-#[derive(Debug)]
 #[must_use = "a builder does nothing until connect"]
 pub struct ClusterBuilder {
     url: String,
-    connections: usize,
+    pools: PoolOptions,
+    listen_urls: HashMap<NodeId, String>,
     notifier: Option<Arc<dyn Notifier>>,
     upkeep: bool,
 }
+
+/// Data connections to each node, and to the control database.
+const CONNECTIONS: usize = 2;
 
 impl ClusterBuilder {
     /// Data connections to each node, shared by appending and fetching, and opened when first needed:
     /// 2 by default, 1 to 64.
     pub fn connections_per_node(mut self, connections: usize) -> Self {
-        self.connections = connections.clamp(1, 64);
+        self.pools.connections = connections.clamp(1, 64);
+        self
+    }
+
+    /// Whether statements stay prepared on data connections: by default where an address leads to
+    /// Postgres itself, which is found out. Through a pooler they do not, so that PgBouncer in
+    /// transaction mode will do, of any version.
+    pub fn prepared_statements(mut self, setting: PreparedStatements) -> Self {
+        self.pools.prepared_statements = setting;
+        self
+    }
+
+    /// Where to listen for a node's hints: at the node's own address by default. To be called for each
+    /// node whose address leads to a pooler in transaction mode, since `LISTEN` needs a session. The
+    /// URL must lead to the same database, through Postgres itself or a pooler in session mode.
+    /// Without it consumers of such a node hear no hints, and find messages when they next look, after
+    /// their [poll interval](ConsumerBuilder::poll_interval).
+    pub fn listen_url(mut self, node: NodeId, url: &str) -> Self {
+        self.listen_urls.insert(node, url.to_owned());
         self
     }
 
@@ -75,7 +97,11 @@ impl ClusterBuilder {
     /// Connects to the control database and reads which nodes there are. Nodes are connected when they
     /// are first used. Must be called within a tokio runtime. Cancel safe.
     pub async fn connect(self) -> Result<Cluster> {
-        let control = Arc::new(Node::control(&self.url, 2)?);
+        for url in self.listen_urls.values() {
+            connect::parse(url)?;
+        }
+        let options = PoolOptions { connections: CONNECTIONS, ..self.pools };
+        let control = Arc::new(Node::control(&self.url, options)?);
         let what = "read the topology";
         let connection = control.get().await?;
         let (id, _) = control::cluster(&connection).await.map_err(|e| refused(e, what))?;
@@ -83,7 +109,8 @@ impl ClusterBuilder {
         drop(connection);
         let nodes = Arc::new(Nodes {
             cluster: id,
-            connections: self.connections,
+            pools: self.pools,
+            listen_urls: self.listen_urls,
             control: Arc::clone(&control),
             known: Mutex::default(),
         });
@@ -106,6 +133,13 @@ impl ClusterBuilder {
     }
 }
 
+impl fmt::Debug for ClusterBuilder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // The URLs may have passwords.
+        f.debug_struct("ClusterBuilder").field("pools", &self.pools).finish_non_exhaustive()
+    }
+}
+
 impl Cluster {
     /// Connects to the cluster of this control database (a libpq URL) with default settings.
     pub async fn connect(url: &str) -> Result<Self> {
@@ -114,7 +148,14 @@ impl Cluster {
 
     /// Settings first: the URL of the control database, then [`ClusterBuilder::connect`].
     pub fn builder(url: &str) -> ClusterBuilder {
-        ClusterBuilder { url: url.to_owned(), connections: 2, notifier: None, upkeep: true }
+        let prepared_statements = PreparedStatements::default();
+        ClusterBuilder {
+            url: url.to_owned(),
+            pools: PoolOptions { connections: CONNECTIONS, prepared_statements },
+            listen_urls: HashMap::new(),
+            notifier: None,
+            upkeep: true,
+        }
     }
 
     /// The cluster's id, drawn when its control schema was made.
@@ -213,10 +254,19 @@ fn distance(a: &str, b: &str) -> usize {
     row[b.len()]
 }
 
+/// Where to listen to a node.
+pub(crate) enum ListenAt {
+    /// At its own address, which may lead to a pooler.
+    Node(String),
+    /// At an address that was given for listening.
+    Given(String),
+}
+
 /// The nodes that this process knows, with their pools.
 pub(crate) struct Nodes {
     cluster: Uuid,
-    connections: usize,
+    pools: PoolOptions,
+    listen_urls: HashMap<NodeId, String>,
     control: Arc<Node>,
     known: Mutex<BTreeMap<NodeId, (String, Arc<Node>)>>,
 }
@@ -224,7 +274,12 @@ pub(crate) struct Nodes {
 impl Nodes {
     /// How many data connections each node's pool has.
     pub(crate) fn connections(&self) -> usize {
-        self.connections
+        self.pools.connections
+    }
+
+    /// How a pool of so many connections is made.
+    pub(crate) fn options(&self, connections: usize) -> PoolOptions {
+        PoolOptions { connections, ..self.pools }
     }
 
     /// A node's pool. Asks the control database where the node is not known yet.
@@ -233,8 +288,17 @@ impl Nodes {
     }
 
     /// A node's address.
+    #[cfg(feature = "bench")]
     pub(crate) async fn url(&self, id: NodeId) -> Result<String> {
         self.find(id).await.map(|(url, _)| url)
+    }
+
+    /// Where to listen to a node: at an address that was given for that, or at its own.
+    pub(crate) async fn listen_at(&self, id: NodeId) -> Result<ListenAt> {
+        if let Some(url) = self.listen_urls.get(&id) {
+            return Ok(ListenAt::Given(url.clone()));
+        }
+        self.find(id).await.map(|(url, _)| ListenAt::Node(url))
     }
 
     async fn find(&self, id: NodeId) -> Result<(String, Arc<Node>)> {
@@ -267,7 +331,7 @@ impl Nodes {
         for (id, url) in nodes {
             let same = self.lock().get(&id).is_some_and(|(known, _)| *known == url);
             if !same {
-                let node = Arc::new(Node::new(&url, self.cluster, id, self.connections)?);
+                let node = Arc::new(Node::new(&url, self.cluster, id, self.pools)?);
                 self.lock().insert(id, (url, node));
             }
         }

@@ -39,4 +39,5 @@ pub use producer::{
     Balancer, KeyFailover, NodeState, NodeStatus, Outgoing, Producer, ProducerBuilder,
     ProducerEvent, ProducerEvents, ProducerStatus, Receipt, WhenFull,
 };
+pub use store::pooler::PreparedStatements;
 pub use topology::{SLOTS, key_slot};

@@ -18,6 +18,7 @@
 
 use refinery::Runner;
 use tokio_postgres::Client;
+use tokio_postgres::types::Type;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::connect;
@@ -85,12 +86,13 @@ impl Schema {
 /// Brings a schema up to date. Safe to call in any number of processes at once: they wait for each
 /// other. Returns the names of the migrations that were applied, none where all was done already.
 ///
-/// The URL must lead to Postgres itself or to a pooler in session mode, since the wait is a session's
-/// lock. Fails with [`ErrorKind::Incompatible`] where the schema's oldest library is newer than this.
+/// The URL must lead to Postgres itself, since the wait is a session's lock: through a pooler it fails
+/// with [`ErrorKind::Invalid`], before anything is done. Fails with [`ErrorKind::Incompatible`] where
+/// the schema's oldest library is newer than this.
 pub async fn migrate(url: &str, schema: Schema) -> Result<Vec<String>> {
     let what = format!("migrate schema {}", schema.name());
     let refused = |error| connect::refused(error, &what);
-    let mut client = connect::connect_once(url, "shardmq migrate").await?;
+    let mut client = connect::connect_directly(url, "shardmq migrate").await?;
     client.batch_execute(SESSION).await.map_err(refused)?;
     let lock = "select pg_advisory_lock(1397247313, -1)";
     client.batch_execute(lock).await.map_err(refused)?;
@@ -127,7 +129,7 @@ pub(crate) async fn check(client: &Client, schema: Schema) -> Result<()> {
     }
     check_library(client, schema).await?;
     let sql = format!("select max(version)::bigint from {}.migration", schema.name());
-    let row = client.query_one(&sql, &[]).await.map_err(refused)?;
+    let row = client.query_typed_one(&sql, &[]).await.map_err(refused)?;
     let (found, needed) = (row.get::<_, Option<i64>>(0).unwrap_or(0), schema.version());
     if found < needed {
         return Err(Error::new(
@@ -149,7 +151,8 @@ async fn table_exists(
     table: &str,
 ) -> Result<bool, tokio_postgres::Error> {
     let name = format!("{}.{table}", schema.name());
-    let row = client.query_one("select to_regclass($1) is not null", &[&name]).await?;
+    let sql = "select to_regclass($1) is not null";
+    let row = client.query_typed_one(sql, &[(&name, Type::TEXT)]).await?;
     Ok(row.get(0))
 }
 
@@ -157,7 +160,7 @@ async fn table_exists(
 async fn check_library(client: &Client, schema: Schema) -> Result<()> {
     let refused = |error| connect::refused(error, "read the schema's oldest library");
     let sql = format!("select min_library from {}.compatibility", schema.name());
-    let row = client.query_opt(&sql, &[]).await.map_err(refused)?;
+    let row = client.query_typed_opt(&sql, &[]).await.map_err(refused)?;
     let Some(oldest) = row.map(|row| row.get::<_, String>(0)) else {
         return Ok(());
     };

@@ -9,5 +9,7 @@ pub(crate) mod fetch;
 pub(crate) mod group;
 pub(crate) mod node;
 pub(crate) mod packed;
+pub(crate) mod param;
+pub(crate) mod pooler;
 pub(crate) mod sql;
 pub(crate) mod upkeep;

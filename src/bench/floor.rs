@@ -49,7 +49,8 @@ impl Bare {
 
     async fn open(cluster: &Cluster, of: &Topology, partition: PartitionId) -> Result<Self> {
         let url = cluster.inner.nodes.url(partition.node()).await?;
-        let node = Node::new(&url, cluster.id(), partition.node(), 1)?;
+        let options = cluster.inner.nodes.options(1);
+        let node = Node::new(&url, cluster.id(), partition.node(), options)?;
         Ok(Self {
             day: roll(&node, partition).await?,
             node,

@@ -7,13 +7,14 @@
 //! All statements are queued in one synchronous step, in this order, on one connection. A batch is
 //! appended only if its insert returned a `base_id` *and* every statement, the commit included, was
 //! answered without an error: the commit after a failed statement is answered ROLLBACK, without one.
+//!
+//! Where no statement can be kept prepared, [`function`] takes the place of the pipeline.
 
 use std::time::{Duration, SystemTime};
 
 use futures_util::future::{join_all, join4};
 use tokio::time::timeout;
 use tokio_postgres::error::SqlState;
-use tokio_postgres::types::ToSql;
 use tokio_postgres::{Row, Statement};
 use uuid::Uuid;
 
@@ -23,7 +24,10 @@ use crate::name::TopicName;
 use crate::store::connect::{is_data_error, is_definite, refused};
 use crate::store::node::{Connection, Durability, Unfinished, write};
 use crate::store::packed::Packed;
+use crate::store::param::Param;
 use crate::store::sql;
+
+mod function;
 
 /// The most partitions that one commit carries.
 pub(crate) const MAX_PARTITIONS: usize = 16;
@@ -147,6 +151,9 @@ pub(crate) async fn append(
     batches: &[Append<'_>],
     deadline: Duration,
 ) -> Result<Vec<Inserted>, Failure> {
+    if !connection.keeps_statements() {
+        return function::append(connection, batches, deadline).await;
+    }
     let mut texts = vec![sql::APPEND_LOCK.to_owned()];
     let insert = |b: &Append<'_>| sql::for_day(sql::APPEND_INSERT, b.partition, b.day);
     texts.extend(batches.iter().map(insert));
@@ -173,7 +180,7 @@ async fn prepared(
     let prepare = async {
         let mut statements = Vec::with_capacity(texts.len());
         for text in texts {
-            statements.push(guard.connection().prepare_cached(text).await?);
+            statements.push(guard.connection().prepare(text).await?);
         }
         Ok(statements)
     };
@@ -202,20 +209,20 @@ async fn pipeline(
     // Each sends as it is polled for the first time, in this order.
     let (begun, locked, inserted, committed) = join4(
         connection.batch_execute(sql::APPEND_BEGIN),
-        connection.query_one(lock, &[&partitions, &wait]),
+        connection.query_prepared(lock, &[&partitions, &wait]),
         join_all(inserts),
         connection.batch_execute("commit"),
     )
     .await;
     begun.map_err(Failure::of)?;
-    let held: Option<String> = locked.map_err(Failure::of)?.get(3);
-    let rows: Vec<Option<Row>> =
+    let held: Option<String> = locked.map_err(Failure::of)?.first().and_then(|row| row.get(3));
+    let rows: Vec<Vec<Row>> =
         inserted.into_iter().collect::<Result<_, _>>().map_err(Failure::of)?;
     committed.map_err(Failure::of_commit)?;
     Ok(rows
         .into_iter()
         .zip(batches)
-        .map(|(row, batch)| outcome(row, batch, held.as_deref()))
+        .map(|(rows, batch)| outcome(rows.first(), batch, held.as_deref()))
         .collect())
 }
 
@@ -223,11 +230,11 @@ async fn insert(
     connection: &Connection,
     statement: &Statement,
     batch: &Append<'_>,
-) -> Result<Option<Row>, tokio_postgres::Error> {
+) -> Result<Vec<Row>, tokio_postgres::Error> {
     let topic = batch.topic.as_str();
     let arrays = batch.arrays;
     connection
-        .query_opt(
+        .query_prepared(
             statement,
             &[
                 &arrays.count,
@@ -244,7 +251,7 @@ async fn insert(
         .await
 }
 
-fn outcome(row: Option<Row>, batch: &Append<'_>, held: Option<&str>) -> Inserted {
+fn outcome(row: Option<&Row>, batch: &Append<'_>, held: Option<&str>) -> Inserted {
     if let Some(row) = row {
         return MessageId::try_from(row.get::<_, i64>(0)).map_or(Inserted::No, Inserted::At);
     }
@@ -288,6 +295,9 @@ pub(crate) async fn append_again(
     batch: &Append<'_>,
     deadline: Duration,
 ) -> Result<Again, Failure> {
+    if !connection.keeps_statements() {
+        return function::append_again(connection, batch, deadline).await;
+    }
     let texts = [sql::APPEND_LOCK, sql::APPEND_AGAIN].map(str::to_owned);
     let (guard, statements) = prepared(connection, &texts, deadline).await?;
     let [lock, again] = statements.as_slice() else {
@@ -301,8 +311,8 @@ pub(crate) async fn append_again(
     let pipeline = async {
         join4(
             connection.batch_execute(sql::APPEND_BEGIN),
-            connection.query_one(lock, &[&partitions, &lock_timeout]),
-            connection.query_one(
+            connection.query_prepared(lock, &[&partitions, &lock_timeout]),
+            connection.query_prepared(
                 again,
                 &[
                     &partition,
@@ -322,18 +332,28 @@ pub(crate) async fn append_again(
         )
         .await
     };
-    let Ok((begun, locked, row, committed)) = timeout(deadline, pipeline).await else {
+    let Ok((begun, locked, rows, committed)) = timeout(deadline, pipeline).await else {
         return Err(Failure::Unknown(None));
     };
     guard.finished();
-    begun.map_err(Failure::of)?;
+    check_begun(begun, &rows)?;
     locked.map_err(Failure::of)?;
-    let row = row.map_err(Failure::of)?;
+    let rows = rows.map_err(Failure::of)?;
     committed.map_err(Failure::of_commit)?;
-    Ok(read_again(&row))
+    Ok(read_again(rows.first()))
 }
 
-fn read_again(row: &Row) -> Again {
+/// Where `begin` failed, a statement that did not was committed by itself.
+fn check_begun(
+    begun: Result<(), tokio_postgres::Error>,
+    rows: &Result<Vec<Row>, tokio_postgres::Error>,
+) -> Result<(), Failure> {
+    let undone = rows.as_ref().is_err_and(is_definite);
+    begun.map_err(|error| if undone { Failure::of(error) } else { Failure::Unknown(Some(error)) })
+}
+
+fn read_again(row: Option<&Row>) -> Again {
+    let Some(row) = row else { return Again::WrongTopic };
     let id = || MessageId::try_from(row.get::<_, Option<i64>>(1).unwrap_or(0));
     let day = |index| Day::from_i32(row.get::<_, Option<i32>>(index).unwrap_or(0));
     match row.get(0) {
@@ -357,8 +377,7 @@ pub(crate) async fn fence(
     deadline: Duration,
 ) -> Result<Option<MessageId>, Failure> {
     let (partition, first_day) = (batch.partition.as_i32(), batch.first_day.as_i32());
-    let params: [&(dyn ToSql + Sync); 4] =
-        [&partition, &batch.producer, &batch.sequence, &first_day];
+    let params: [&dyn Param; 4] = [&partition, &batch.producer, &batch.sequence, &first_day];
     let asked = write(connection, Durability::Durable, sql::FENCE, &params);
     let rows =
         timeout(deadline, asked).await.map_err(|_| Failure::Unknown(None))?.map_err(Failure::of)?;
@@ -401,7 +420,7 @@ pub(crate) async fn make_days_ahead(
     days: i32,
 ) -> Result<(), Error> {
     let what = format!("make day tables ahead for partition {partition}");
-    let params: [&(dyn ToSql + Sync); 2] = [&partition.as_i32(), &days];
+    let params: [&dyn Param; 2] = [&partition.as_i32(), &days];
     short(connection, sql::MAKE_DAYS_AHEAD, &params, &what).await.map(drop)
 }
 
@@ -415,7 +434,7 @@ pub(crate) async fn probe(connection: Connection, node: NodeId) -> Result<(), Er
 async fn short(
     connection: Connection,
     statement: &str,
-    params: &[&(dyn ToSql + Sync)],
+    params: &[&dyn Param],
     what: &str,
 ) -> Result<Vec<Row>, Error> {
     let asked = write(connection, Durability::Durable, statement, params);

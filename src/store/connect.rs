@@ -2,11 +2,13 @@
 
 use std::time::Duration;
 
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_postgres::config::{Host, SslMode};
 use tokio_postgres::error::{Severity, SqlState};
-use tokio_postgres::{Client, Config, NoTls};
+use tokio_postgres::{Client, Config, Connection, NoTls};
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::store::pooler::Marker;
 
 /// How long opening a connection may take unless the URL says otherwise (`connect_timeout`).
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
@@ -96,12 +98,38 @@ pub(crate) async fn connect_once(url: &str, application: &str) -> Result<Client>
     let what = format!("connect to {}", describe(&config));
     let (client, connection) =
         config.connect(NoTls).await.map_err(|error| refused(error, &what))?;
-    tokio::spawn(async move {
-        if let Err(error) = connection.await {
-            tracing::debug!(error = %crate::error::chain(&error), "connection ended");
-        }
-    });
+    tokio::spawn(drive(connection));
     Ok(client)
+}
+
+/// The same, to Postgres itself: for what needs a session of its own.
+pub(crate) async fn connect_directly(url: &str, application: &str) -> Result<Client> {
+    let mut config = parse(url)?;
+    config.application_name(application);
+    let what = format!("connect to {}", describe(&config));
+    let marker = Marker::new();
+    let (client, connection, sent) =
+        marker.connect(&config).await.map_err(|error| refused(error, &what))?;
+    tokio::spawn(drive(connection));
+    if sent && marker.is_there(&client).await.map_err(|error| refused(error, &what))? {
+        return Ok(client);
+    }
+    Err(Error::invalid(format!(
+        "the address {} leads to a pooler; this needs a session of its own: give the address of \
+         Postgres itself",
+        describe(&config)
+    )))
+}
+
+/// Drives a connection until it ends.
+pub(crate) async fn drive<S, T>(connection: Connection<S, T>)
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+    T: AsyncRead + AsyncWrite + Unpin,
+{
+    if let Err(error) = connection.await {
+        tracing::debug!(error = %crate::error::chain(&error), "connection ended");
+    }
 }
 
 /// Whether the server answered with an error, so that a transaction that had not been asked to commit

@@ -3,19 +3,19 @@
 use std::collections::HashMap;
 use std::time::SystemTime;
 
-use tokio_postgres::types::ToSql;
 use tokio_postgres::{Error, Row};
 use uuid::Uuid;
 
 use crate::id::{NodeId, PartitionId};
 use crate::name::{GroupName, TopicName};
 use crate::store::group::StartAt;
-use crate::store::node::{Connection, Durability, query, write};
+use crate::store::node::{Connection, Durability, query, query_one, write};
+use crate::store::param::Param;
 use crate::store::sql;
 
 /// The cluster's id and the version of its topology.
 pub(crate) async fn cluster(connection: &Connection) -> Result<(Uuid, i64), Error> {
-    let row = connection.query_one(sql::CONTROL_CLUSTER, &[]).await?;
+    let row = query_one(connection, sql::CONTROL_CLUSTER, &[]).await?;
     Ok((row.get(0), row.get(1)))
 }
 
@@ -118,7 +118,7 @@ pub(crate) async fn begin_change(connection: &Connection) -> Result<(Uuid, i64),
     connection.batch_execute(sql::BEGIN_DURABLE).await?;
     // Nodes are asked meanwhile: the silence is ours, not a lost client's.
     connection.batch_execute("set local idle_in_transaction_session_timeout = '60s'").await?;
-    let row = connection.query_one(sql::CONTROL_LOCK, &[]).await?;
+    let row = query_one(connection, sql::CONTROL_LOCK, &[]).await?;
     Ok((row.get(0), row.get::<_, i64>(1) + 1))
 }
 
@@ -137,7 +137,7 @@ pub(crate) async fn record_topic(
     let partitions: Vec<i32> = slots.iter().map(|slot| slot.2.as_i32()).collect();
     let first: Vec<i32> = slots.iter().map(|slot| i32::from(slot.0)).collect();
     let last: Vec<i32> = slots.iter().map(|slot| i32::from(slot.1)).collect();
-    let params: [&(dyn ToSql + Sync); 4] = [&topic.as_str(), &partitions, &first, &last];
+    let params: [&dyn Param; 4] = [&topic.as_str(), &partitions, &first, &last];
     query(connection, sql::CONTROL_CREATE_TOPIC, &params).await.map(drop)
 }
 
@@ -152,7 +152,7 @@ pub(crate) async fn group_start(
     topic: &TopicName,
     group: &GroupName,
 ) -> Result<Option<(StartAt, bool)>, Error> {
-    let params: [&(dyn ToSql + Sync); 2] = [&topic.as_str(), &group.as_str()];
+    let params: [&dyn Param; 2] = [&topic.as_str(), &group.as_str()];
     let rows = query(connection, sql::CONTROL_GROUP_START, &params).await?;
     let read = |row: &Row| (StartAt { at: Some(row.get(0)), id: row.get(1) }, row.get(2));
     Ok(rows.first().map(read))
@@ -166,7 +166,7 @@ pub(crate) async fn make_group(
     start: StartAt,
 ) -> Result<(), Error> {
     let (topic, group) = (topic.as_str(), group.as_str());
-    let params: [&(dyn ToSql + Sync); 4] = [&topic, &group, &start.at, &start.id];
+    let params: [&dyn Param; 4] = [&topic, &group, &start.at, &start.id];
     write(connection, Durability::Durable, sql::CONTROL_MAKE_GROUP, &params).await.map(drop)
 }
 
@@ -180,7 +180,7 @@ pub(crate) async fn heartbeat(
 ) -> Result<Vec<Uuid>, Error> {
     let (topic, group) = (topic.as_str(), group.as_str());
     let pid = i32::try_from(std::process::id()).unwrap_or(0);
-    let params: [&(dyn ToSql + Sync); 6] = [&member, &topic, &group, &host, &pid, &lease_secs];
+    let params: [&dyn Param; 6] = [&member, &topic, &group, &host, &pid, &lease_secs];
     let rows = write(connection, Durability::Relaxed, sql::CONTROL_HEARTBEAT, &params).await?;
     Ok(rows.iter().map(|row| row.get(0)).collect())
 }

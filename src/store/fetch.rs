@@ -195,8 +195,7 @@ pub(crate) async fn look(
         .iter()
         .map(|(partition, day, _)| sql::for_day(sql::LOOK, *partition, *day))
         .collect();
-    let rows = connection.prepare_cached(&parts.join("\nunion all\n")).await?;
-    let rows = connection.query(&rows, &[]).await?;
+    let rows = query(connection, &parts.join("\nunion all\n"), &[]).await?;
     let changed = |row: &Row| {
         let partition = PartitionId::from_i32(row.get(0)).ok()?;
         let (_, day, position) = partitions.iter().find(|(id, ..)| *id == partition)?;

@@ -8,6 +8,7 @@ use uuid::Uuid;
 use crate::id::PartitionId;
 use crate::name::{GroupName, TopicName};
 use crate::store::node::{Connection, Durability, query, write};
+use crate::store::param::Param;
 use crate::store::sql;
 
 /// Where a group starts: at a time (none: by the server's clock), or exactly at an id in that id's
@@ -44,8 +45,7 @@ pub(crate) async fn knows_start(
     topic: &TopicName,
     group: &GroupName,
 ) -> Result<bool, Error> {
-    let params: [&(dyn tokio_postgres::types::ToSql + Sync); 2] =
-        [&topic.as_str(), &group.as_str()];
+    let params: [&dyn Param; 2] = [&topic.as_str(), &group.as_str()];
     Ok(!query(connection, sql::GROUP_START_READ, &params).await?.is_empty())
 }
 
@@ -57,8 +57,7 @@ pub(crate) async fn write_start(
     start: StartAt,
 ) -> Result<(), Error> {
     let (topic, group) = (topic.as_str(), group.as_str());
-    let params: [&(dyn tokio_postgres::types::ToSql + Sync); 4] =
-        [&topic, &group, &start.at, &start.id];
+    let params: [&dyn Param; 4] = [&topic, &group, &start.at, &start.id];
     write(connection, Durability::Durable, sql::GROUP_START_WRITE, &params).await.map(drop)
 }
 
@@ -92,8 +91,7 @@ pub(crate) async fn renew(
     incarnation: Option<SystemTime>,
 ) -> Result<Renewed, Error> {
     let group = group.as_str();
-    let params: [&(dyn tokio_postgres::types::ToSql + Sync); 4] =
-        [&member, &group, &lease_secs, &incarnation];
+    let params: [&dyn Param; 4] = [&member, &group, &lease_secs, &incarnation];
     let rows = write(connection, Durability::Relaxed, sql::RENEW, &params).await?;
     let owned = rows.iter().filter_map(|row| {
         let partition = PartitionId::from_i32(row.get::<_, Option<i32>>(2)?).ok()?;
@@ -118,8 +116,7 @@ pub(crate) async fn acquire(
     partitions: &[i32],
 ) -> Result<Vec<Acquired>, Error> {
     let (topic, group) = (topic.as_str(), group.as_str());
-    let params: [&(dyn tokio_postgres::types::ToSql + Sync); 6] =
-        [&topic, &group, &member, &most, &ended_too, &partitions];
+    let params: [&dyn Param; 6] = [&topic, &group, &member, &most, &ended_too, &partitions];
     let rows = write(connection, Durability::Durable, sql::ACQUIRE, &params).await?;
     let acquired = rows.iter().filter_map(|row| {
         Some(Acquired {
@@ -173,7 +170,7 @@ pub(crate) async fn flush(
     let ahead: Vec<String> = moves.iter().map(|m| format_ranges(&m.acked_ahead)).collect();
     let servers: Vec<SystemTime> = moves.iter().map(|m| m.incarnation).collect();
     let group = group.as_str();
-    let params: [&(dyn tokio_postgres::types::ToSql + Sync); 8] =
+    let params: [&dyn Param; 8] =
         [&group, &partitions, &owners, &epochs, &resets, &acked, &ahead, &servers];
     let rows = write(connection, Durability::Durable, sql::FLUSH, &params).await?;
     let outcomes = rows.iter().filter_map(|row| {

@@ -8,14 +8,16 @@ use deadpool_postgres::{
     Hook, HookError, Manager, ManagerConfig, Object, Pool, PoolError, RecyclingMethod, Runtime,
 };
 use futures_util::future::{BoxFuture, join3};
-use tokio_postgres::types::ToSql;
-use tokio_postgres::{Client, NoTls, Row};
+use tokio_postgres::types::{ToSql, Type};
+use tokio_postgres::{Client, Row, Statement};
 use uuid::Uuid;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::NodeId;
 use crate::migrate::{self, Schema};
 use crate::store::connect::{self, refused};
+use crate::store::param::{Param, typed, values};
+use crate::store::pooler::{Connector, PreparedStatements, Way};
 use crate::store::sql;
 
 /// How long getting a connection may take, a wait for a free one included.
@@ -23,32 +25,75 @@ const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(3);
 /// Prepared statements that a connection keeps: day tables come and go.
 const MAX_STATEMENTS: usize = 512;
 
-/// A pooled connection.
-pub(crate) type Connection = Object;
+/// A connection of a pool. Statements go through this module, so that none is kept prepared where a
+/// pooler stands in between.
+pub(crate) struct Connection {
+    object: Object,
+    keeps_statements: bool,
+}
+
+impl Connection {
+    /// Whether statements may be kept prepared on it.
+    pub(crate) fn keeps_statements(&self) -> bool {
+        self.keeps_statements
+    }
+
+    /// Runs statements without parameters and rows, sent as one message.
+    pub(crate) async fn batch_execute(
+        &self,
+        statements: &str,
+    ) -> Result<(), tokio_postgres::Error> {
+        self.object.batch_execute(statements).await
+    }
+
+    /// A statement that is kept: only where they are.
+    pub(crate) async fn prepare(&self, text: &str) -> Result<Statement, tokio_postgres::Error> {
+        self.object.prepare_cached(text).await
+    }
+
+    /// Runs a statement that is kept.
+    pub(crate) async fn query_prepared(
+        &self,
+        statement: &Statement,
+        params: &[&(dyn ToSql + Sync)],
+    ) -> Result<Vec<Row>, tokio_postgres::Error> {
+        self.object.query(statement, params).await
+    }
+
+    /// Parses and runs a statement that is not kept.
+    pub(crate) async fn query_typed(
+        &self,
+        text: &str,
+        params: &[(&(dyn ToSql + Sync), Type)],
+    ) -> Result<Vec<Row>, tokio_postgres::Error> {
+        self.object.query_typed(text, params).await
+    }
+}
 
 /// One database that stores messages, or the control database: its pool, and the check that it is
 /// what it should be.
 pub(crate) struct Node {
     what: String,
     pool: Pool,
+    way: Arc<Way>,
     /// Why the last new connection was turned away, since the pool has no room for our error.
     refusal: Arc<Mutex<Option<Error>>>,
 }
 
 impl Node {
     /// A node's pool. Nothing is connected yet.
-    pub(crate) fn new(url: &str, cluster: Uuid, id: NodeId, connections: usize) -> Result<Self> {
+    pub(crate) fn new(url: &str, cluster: Uuid, id: NodeId, options: PoolOptions) -> Result<Self> {
         let check: Check = Arc::new(move |client| Box::pin(check_node(client, cluster, id)));
-        Self::open(url, &format!("node {id}"), connections, check)
+        Self::open(url, &format!("node {id}"), options, check)
     }
 
     /// The control database's pool.
-    pub(crate) fn control(url: &str, connections: usize) -> Result<Self> {
+    pub(crate) fn control(url: &str, options: PoolOptions) -> Result<Self> {
         let check: Check = Arc::new(|client| Box::pin(migrate::check(client, Schema::Control)));
-        Self::open(url, "the control database", connections, check)
+        Self::open(url, "the control database", options, check)
     }
 
-    fn open(url: &str, name: &str, connections: usize, check: Check) -> Result<Self> {
+    fn open(url: &str, name: &str, options: PoolOptions, check: Check) -> Result<Self> {
         let mut config = connect::parse(url)?;
         if config.get_application_name().is_none() {
             config.application_name("shardmq");
@@ -56,10 +101,11 @@ impl Node {
         let what = format!("connect to {name} at {}", connect::describe(&config));
         let refusal = Arc::new(Mutex::new(None));
         let recycling = ManagerConfig { recycling_method: RecyclingMethod::Fast };
-        let manager = Manager::from_config(config, NoTls, recycling);
+        let way = Arc::new(Way::new(options.prepared_statements));
+        let manager = Manager::from_connect(config, Connector(Arc::clone(&way)), recycling);
         let kept = Arc::clone(&refusal);
         let pool = Pool::builder(manager)
-            .max_size(connections)
+            .max_size(options.connections)
             .runtime(Runtime::Tokio1)
             .wait_timeout(Some(ACQUIRE_TIMEOUT))
             .create_timeout(Some(ACQUIRE_TIMEOUT))
@@ -74,23 +120,23 @@ impl Node {
             }))
             .build()
             .map_err(|error| Error::with_source(ErrorKind::Invalid, what.clone(), error))?;
-        Ok(Self { what, pool, refusal })
+        Ok(Self { what, pool, way, refusal })
     }
 
     /// A connection, opened where none is idle. Cancel safe.
     pub(crate) async fn get(&self) -> Result<Connection> {
         // The pool bounds the wait for a free connection and the making of one, but not its check.
         let got = tokio::time::timeout(ACQUIRE_TIMEOUT * 2, self.pool.get()).await;
-        let connection = got
+        let object = got
             .map_err(|_| {
                 let why = format!("{}: the server is silent", self.what);
                 Error::new(ErrorKind::Unavailable, why)
             })?
             .map_err(|error| self.explain(error))?;
-        if connection.statement_cache.size() > MAX_STATEMENTS {
-            connection.statement_cache.clear();
+        if object.statement_cache.size() > MAX_STATEMENTS {
+            object.statement_cache.clear();
         }
-        Ok(connection)
+        Ok(Connection { object, keeps_statements: self.way.keeps_statements() })
     }
 
     fn explain(&self, error: PoolError) -> Error {
@@ -115,6 +161,13 @@ impl fmt::Debug for Node {
     }
 }
 
+/// How a pool is made.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct PoolOptions {
+    pub(crate) connections: usize,
+    pub(crate) prepared_statements: PreparedStatements,
+}
+
 type Check = Arc<dyn Fn(&Client) -> BoxFuture<'_, Result<()>> + Send + Sync>;
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
@@ -125,7 +178,8 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 async fn check_node(client: &Client, cluster: Uuid, id: NodeId) -> Result<()> {
     migrate::check(client, Schema::Node).await?;
     let what = format!("ask node {id} who it is");
-    let row = client.query_opt(sql::IDENTITY, &[]).await.map_err(|error| refused(error, &what))?;
+    let row = client.query_typed_opt(sql::IDENTITY, &[]).await;
+    let row = row.map_err(|error| refused(error, &what))?;
     let found: Option<(Uuid, i32)> = row.map(|row| (row.get(0), row.get(1)));
     match found {
         Some((uuid, number)) if uuid == cluster && number == i32::from(id.number()) => Ok(()),
@@ -161,29 +215,61 @@ impl Durability {
     }
 }
 
-/// Runs one prepared statement that reads.
+/// Runs one statement that reads, prepared where that may be kept.
 pub(crate) async fn query(
     connection: &Connection,
     statement: &str,
-    params: &[&(dyn ToSql + Sync)],
+    params: &[&dyn Param],
 ) -> Result<Vec<Row>, tokio_postgres::Error> {
-    let prepared = connection.prepare_cached(statement).await?;
-    connection.query(&prepared, params).await
+    let kept = prepared(connection, statement).await?;
+    run(connection, statement, kept.as_ref(), params).await
 }
 
-/// Runs one prepared statement in a transaction of its own that does not depend on the database's
+/// The same, for a statement that has one row.
+pub(crate) async fn query_one(
+    connection: &Connection,
+    statement: &str,
+    params: &[&dyn Param],
+) -> Result<Row, tokio_postgres::Error> {
+    match prepared(connection, statement).await? {
+        Some(kept) => connection.object.query_one(&kept, &values(params)).await,
+        None => connection.object.query_typed_one(statement, &typed(params)).await,
+    }
+}
+
+async fn prepared(
+    connection: &Connection,
+    text: &str,
+) -> Result<Option<Statement>, tokio_postgres::Error> {
+    if connection.keeps_statements() { connection.prepare(text).await.map(Some) } else { Ok(None) }
+}
+
+/// Sends when it is polled for the first time.
+async fn run(
+    connection: &Connection,
+    text: &str,
+    kept: Option<&Statement>,
+    params: &[&dyn Param],
+) -> Result<Vec<Row>, tokio_postgres::Error> {
+    match kept {
+        Some(statement) => connection.query_prepared(statement, &values(params)).await,
+        None => connection.query_typed(text, &typed(params)).await,
+    }
+}
+
+/// Runs one statement, prepared where that may be kept, in a transaction of its own that does not depend on the database's
 /// defaults, in one round trip. Where an error comes back, `is_definite` tells whether the statement
 /// may have been committed all the same. A connection that was left in the middle is closed.
 pub(crate) async fn write(
     connection: Connection,
     durability: Durability,
     statement: &str,
-    params: &[&(dyn ToSql + Sync)],
+    params: &[&dyn Param],
 ) -> Result<Vec<Row>, tokio_postgres::Error> {
     let guard = Unfinished::new(connection);
     let connection = guard.connection();
-    let prepared = match connection.prepare_cached(statement).await {
-        Ok(prepared) => prepared,
+    let kept = match prepared(connection, statement).await {
+        Ok(kept) => kept,
         Err(error) => {
             guard.finished();
             return Err(error);
@@ -192,7 +278,7 @@ pub(crate) async fn write(
     // Each sends as it is polled for the first time, in this order.
     let (begun, rows, committed) = join3(
         connection.batch_execute(durability.begin()),
-        connection.query(&prepared, params),
+        run(connection, statement, kept.as_ref(), params),
         connection.batch_execute("commit"),
     )
     .await;
@@ -226,7 +312,7 @@ impl Unfinished {
 impl Drop for Unfinished {
     fn drop(&mut self) {
         if let Some(connection) = self.0.take() {
-            drop(Object::take(connection));
+            drop(Object::take(connection.object));
         }
     }
 }

@@ -17,6 +17,7 @@ statements! {
     APPENDED_AT = "appended_at";
     APPEND_AGAIN = "append_again";
     APPEND_BEGIN = "append_begin";
+    APPEND_FUNCTION = "append_function";
     APPEND_INSERT = "append_insert";
     APPEND_LOCK = "append_lock";
     BEGIN_DURABLE = "begin_durable";
@@ -49,6 +50,7 @@ statements! {
     GROUP_START_READ = "group_start_read";
     GROUP_START_WRITE = "group_start_write";
     IDENTITY = "identity";
+    IS_DIRECT = "is_direct";
     KEEP_UP = "keep_up";
     LAG = "lag";
     LEAVE = "leave";

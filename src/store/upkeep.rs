@@ -6,6 +6,7 @@ use uuid::Uuid;
 use crate::id::{Day, PartitionId};
 use crate::name::TopicName;
 use crate::store::node::{Connection, Durability, Unfinished, query, write};
+use crate::store::param::Param;
 use crate::store::sql;
 
 /// Takes or keeps the upkeep of a node; false where it is another's.
@@ -71,8 +72,7 @@ pub(crate) async fn drop_day(
     partition: PartitionId,
     day: Day,
 ) -> Result<Dropped, Error> {
-    let params: [&(dyn tokio_postgres::types::ToSql + Sync); 2] =
-        [&partition.as_i32(), &day.as_i32()];
+    let params: [&dyn Param; 2] = [&partition.as_i32(), &day.as_i32()];
     let rows = write(connection, Durability::Durable, sql::DROP_DAY, &params).await?;
     Ok(rows.first().map_or(Dropped::Nothing, |row| match row.get(0) {
         "dropped" => Dropped::Yes,
@@ -111,8 +111,7 @@ pub(crate) async fn day_frozen(
     partition: PartitionId,
     day: Day,
 ) -> Result<(), Error> {
-    let params: [&(dyn tokio_postgres::types::ToSql + Sync); 2] =
-        [&partition.as_i32(), &day.as_i32()];
+    let params: [&dyn Param; 2] = [&partition.as_i32(), &day.as_i32()];
     write(connection, Durability::Relaxed, sql::DAY_FROZEN, &params).await.map(drop)
 }
 
@@ -134,6 +133,6 @@ pub(crate) async fn set_retention(
     drop_unread: bool,
 ) -> Result<(), Error> {
     let topic = topic.as_str();
-    let params: [&(dyn tokio_postgres::types::ToSql + Sync); 3] = [&topic, &days, &drop_unread];
+    let params: [&dyn Param; 3] = [&topic, &days, &drop_unread];
     write(connection, Durability::Durable, sql::SET_RETENTION, &params).await.map(drop)
 }

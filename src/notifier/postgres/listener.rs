@@ -5,23 +5,27 @@
 //! a while sends a heartbeat through the channel itself, which all listeners of the node hear: one of
 //! them beats for all. Where it does not come back in time, the connection is given up, 11 s after the
 //! last word at most. Meanwhile consumers look by themselves.
+//!
+//! A pooler in transaction mode would let its own connection listen, for anybody. So where the node's
+//! address leads to a pooler, nobody listens.
 
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures_util::future::OptionFuture;
+use futures_util::future::{BoxFuture, OptionFuture};
 use futures_util::{Stream, StreamExt, stream};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_postgres::{AsyncMessage, Client, NoTls};
 
 use super::{CHANNEL, Channel};
-use crate::cluster::Nodes;
+use crate::cluster::{ListenAt, Nodes};
 use crate::consumer::jitter;
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::PartitionId;
 use crate::metrics as names;
 use crate::notifier::Hint;
+use crate::store::pooler::Marker;
 use crate::store::{connect, sql};
 
 /// How long it may be silent before it is asked, give or take a fifth.
@@ -30,13 +34,29 @@ const QUIET: Duration = Duration::from_secs(5);
 const ANSWER: Duration = Duration::from_secs(5);
 /// Between attempts to listen again.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(5));
+/// Between looks at an address that led to a pooler: the node may have another by then.
+const POOLED: Duration = Duration::from_mins(1);
 
 /// Listens to a node, again after every failure.
 pub(super) async fn listen(nodes: Arc<Nodes>, channel: Arc<Channel>) {
-    let mut backoff = BACKOFF.0;
+    let (mut backoff, mut told) = (BACKOFF.0, false);
     loop {
         match listen_once(&nodes, &channel, &mut backoff).await {
-            Ok(()) => tracing::info!(node = %channel.node, "the listening connection ended"),
+            Ok(End::Closed) => {
+                tracing::info!(node = %channel.node, "the listening connection ended");
+            }
+            Ok(End::Pooled) => {
+                if !std::mem::replace(&mut told, true) {
+                    tracing::error!(
+                        node = %channel.node,
+                        "the node's address leads to a pooler, which can't listen: its hints are not \
+                         heard, and messages come when consumers next look; give the address of \
+                         Postgres itself for listening (ClusterBuilder::listen_url)"
+                    );
+                }
+                sleep(jitter(POOLED)).await;
+                continue;
+            }
             Err(error) => {
                 tracing::warn!(node = %channel.node, error = %error.chain(), "listening failed");
             }
@@ -49,17 +69,33 @@ pub(super) async fn listen(nodes: Arc<Nodes>, channel: Arc<Channel>) {
 
 type Messages = Pin<Box<dyn Stream<Item = Result<AsyncMessage, tokio_postgres::Error>> + Send>>;
 
+/// How a listening connection ended.
+enum End {
+    Closed,
+    /// A pooler stands before the server.
+    Pooled,
+}
+
+/// What a statement found; false where a pooler answered, which was not asked to listen.
+type Answer<'a> = BoxFuture<'a, Result<bool, tokio_postgres::Error>>;
+
 /// One life of a listening connection.
-async fn listen_once(nodes: &Nodes, channel: &Channel, backoff: &mut Duration) -> Result<()> {
-    let (client, mut messages) = open(&nodes.url(channel.node).await?).await?;
+async fn listen_once(nodes: &Nodes, channel: &Channel, backoff: &mut Duration) -> Result<End> {
+    let Some((client, mut messages, marker)) = open(nodes.listen_at(channel.node).await?).await?
+    else {
+        return Ok(End::Pooled);
+    };
     // The connection is driven while statements are answered; what is heard meanwhile goes out too.
-    let mut statement = OptionFuture::from(Some(Box::pin(client.batch_execute("listen shardmq"))));
+    let begin: Answer<'_> = Box::pin(begin(&client, marker.as_ref()));
+    let mut statement = OptionFuture::from(Some(begin));
     let (mut answered, mut listening) = (false, false);
     let mut pulse = Pulse::new();
     loop {
         tokio::select! {
             Some(answer) = &mut statement => {
-                answer.map_err(|error| connect::refused(error, "listen for hints"))?;
+                if !answer.map_err(|error| connect::refused(error, "listen for hints"))? {
+                    return Ok(End::Pooled);
+                }
                 statement = None.into();
                 answered = true;
                 if !std::mem::replace(&mut listening, true) {
@@ -70,28 +106,55 @@ async fn listen_once(nodes: &Nodes, channel: &Channel, backoff: &mut Duration) -
             }
             message = messages.next() => match message {
                 Some(message) => hear(channel, message, &mut pulse)?,
-                None => return Ok(()),
+                None => return Ok(End::Closed),
             },
             () = pulse.due() => {
                 pulse.ask()?;
                 if std::mem::replace(&mut answered, false) {
-                    statement = Some(Box::pin(client.batch_execute(sql::NOTIFY_BEAT))).into();
+                    let beat: Answer<'_> = Box::pin(beat(&client));
+                    statement = Some(beat).into();
                 }
             }
         }
     }
 }
 
-async fn open(url: &str) -> Result<(Client, Messages)> {
+/// A connection, with what the session must have if no pooler opened it; none where that is known to
+/// be one. At an address that was given for listening nothing is looked for.
+async fn open(address: ListenAt) -> Result<Option<(Client, Messages, Option<Marker>)>> {
+    let (ListenAt::Node(url) | ListenAt::Given(url)) = &address;
     let mut config = connect::parse(url)?;
     config.application_name("shardmq listen");
     let what = "connect to listen for hints";
-    let opened = timeout(ANSWER, config.connect(NoTls)).await;
-    let opened =
-        opened.map_err(|_| Error::new(ErrorKind::Unavailable, format!("{what}: no answer")))?;
-    let (client, mut connection) = opened.map_err(|error| connect::refused(error, what))?;
+    let marker = matches!(address, ListenAt::Node(_)).then(Marker::new);
+    let opened = timeout(ANSWER, async {
+        match &marker {
+            Some(marker) => marker.connect(&config).await,
+            None => config.connect(NoTls).await.map(|(client, messages)| (client, messages, true)),
+        }
+    });
+    let opened = opened
+        .await
+        .map_err(|_| Error::new(ErrorKind::Unavailable, format!("{what}: no answer")))?;
+    let (client, mut connection, direct) = opened.map_err(|error| connect::refused(error, what))?;
     let messages = stream::poll_fn(move |context| connection.poll_message(context));
-    Ok((client, Box::pin(messages)))
+    Ok(direct.then_some((client, Box::pin(messages), marker)))
+}
+
+/// Asks to hear of everything, unless a pooler answers.
+async fn begin(client: &Client, marker: Option<&Marker>) -> Result<bool, tokio_postgres::Error> {
+    if let Some(marker) = marker
+        && !marker.is_there(client).await?
+    {
+        return Ok(false);
+    }
+    client.batch_execute("listen shardmq").await?;
+    Ok(true)
+}
+
+async fn beat(client: &Client) -> Result<bool, tokio_postgres::Error> {
+    client.batch_execute(sql::NOTIFY_BEAT).await?;
+    Ok(true)
 }
 
 fn hear(

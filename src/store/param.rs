@@ -1,0 +1,62 @@
+//! Parameters that know their types, so that a statement needs no round trip to learn them: where none
+//! can be kept prepared, types travel with each.
+
+use std::time::SystemTime;
+
+use tokio_postgres::types::{ToSql, Type};
+use uuid::Uuid;
+
+/// A parameter of a statement.
+pub(crate) trait Param: ToSql + Sync {
+    /// The type that the statement has in its place.
+    fn of_type(&self) -> Type;
+}
+
+macro_rules! params {
+    ($($rust:ty = $one:ident, $many:ident;)*) => {$(
+        impl Param for $rust {
+            fn of_type(&self) -> Type {
+                Type::$one
+            }
+        }
+
+        impl Param for Option<$rust> {
+            fn of_type(&self) -> Type {
+                Type::$one
+            }
+        }
+
+        impl Param for Vec<$rust> {
+            fn of_type(&self) -> Type {
+                Type::$many
+            }
+        }
+
+        impl Param for &[$rust] {
+            fn of_type(&self) -> Type {
+                Type::$many
+            }
+        }
+    )*};
+}
+
+params! {
+    bool = BOOL, BOOL_ARRAY;
+    i32 = INT4, INT4_ARRAY;
+    i64 = INT8, INT8_ARRAY;
+    f64 = FLOAT8, FLOAT8_ARRAY;
+    &str = TEXT, TEXT_ARRAY;
+    String = TEXT, TEXT_ARRAY;
+    Uuid = UUID, UUID_ARRAY;
+    SystemTime = TIMESTAMPTZ, TIMESTAMPTZ_ARRAY;
+}
+
+/// The values alone.
+pub(crate) fn values<'a>(params: &[&'a dyn Param]) -> Vec<&'a (dyn ToSql + Sync)> {
+    params.iter().map(|param| *param as &(dyn ToSql + Sync)).collect()
+}
+
+/// The values with their types.
+pub(crate) fn typed<'a>(params: &[&'a dyn Param]) -> Vec<(&'a (dyn ToSql + Sync), Type)> {
+    params.iter().map(|param| (*param as &(dyn ToSql + Sync), param.of_type())).collect()
+}
