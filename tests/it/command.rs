@@ -30,7 +30,7 @@ use crate::support::within;
 const LONG: Duration = Duration::from_mins(1);
 
 /// What a run of the program left behind.
-struct Finished {
+pub struct Finished {
     code: Option<i32>,
     stdout: Vec<u8>,
     stderr: String,
@@ -38,7 +38,7 @@ struct Finished {
 
 impl Finished {
     /// Fails where the program did.
-    fn good(self) -> Self {
+    pub fn good(self) -> Self {
         assert_eq!(self.code, Some(0), "{}", self.stderr);
         self
     }
@@ -70,7 +70,7 @@ async fn run(url: &str, arguments: &str) -> Finished {
 }
 
 /// Runs the program to its end with this on its stdin.
-async fn run_with(url: &str, arguments: &str, input: &[u8]) -> Finished {
+pub async fn run_with(url: &str, arguments: &str, input: &[u8]) -> Finished {
     let mut child = command(url, arguments).stdin(Stdio::piped()).spawn().unwrap();
     let mut stdin = child.stdin.take().unwrap();
     let input = input.to_vec();

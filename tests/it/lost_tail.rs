@@ -1,44 +1,16 @@
 //! A server comes back without the end of its log, as an asynchronous standby does that was promoted:
 //! ids are used again, and nobody skips what is new under them.
 
-use std::path::PathBuf;
-use std::process::Command;
 use std::time::Duration;
 
 use shardmq::embedded::{Server, StopMode};
-use shardmq::{Error, ErrorKind, Message, Messages, Producer, TopicOptions};
+use shardmq::{Cluster, Error, ErrorKind, Message, Messages, Producer, TopicOptions};
 
+use crate::support::put_back::{put_back, snapshot};
+use crate::support::reading::cursor;
 use crate::support::{TestCluster, own_server, within};
 
 const SECOND: Duration = Duration::from_secs(1);
-
-/// What a server will be put back to.
-struct Snapshot(PathBuf);
-
-/// Stops a server at once and keeps a copy of its data.
-async fn snapshot(server: &Server) -> Snapshot {
-    server.stop_server(StopMode::Immediate).await.unwrap();
-    let copy = server.data_dir().with_extension("copy");
-    shell(&["cp", "-a", path(&server.data_dir()), path(&copy)]);
-    server.start_server().await.unwrap();
-    Snapshot(copy)
-}
-
-/// Puts a server back to a copy: what was written since is gone.
-async fn put_back(server: &Server, snapshot: &Snapshot) {
-    server.stop_server(StopMode::Immediate).await.unwrap();
-    shell(&["rm", "-rf", path(&server.data_dir())]);
-    shell(&["cp", "-a", path(&snapshot.0), path(&server.data_dir())]);
-    server.start_server().await.unwrap();
-}
-
-fn path(path: &std::path::Path) -> &str {
-    path.to_str().unwrap()
-}
-
-fn shell(words: &[&str]) {
-    assert!(Command::new(words[0]).args(&words[1..]).status().unwrap().success(), "{words:?}");
-}
 
 /// A flush tells of acknowledgements that were void, once, and has committed the others.
 fn told_once(flushed: shardmq::Result<()>) {
@@ -198,6 +170,46 @@ async fn a_producer_that_repeats_its_batch_onto_the_same_id_hides_nothing() {
 
 fn uuid_text(number: u128) -> String {
     format!("00000000-0000-0000-0000-{number:012}")
+}
+
+/// The server is put back to before the owner took the partition, and another takes it: the epoch is
+/// the same number again. All that was read is still there, so that nothing but the owner tells.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_epoch_that_was_rolled_back_and_raised_again_by_another_lets_no_old_owner_in() {
+    let server = own_server().await;
+    let (test, producer) = start(&server).await;
+    let partition = test.cluster.topic("orders").await.unwrap().partitions[0].partition;
+    send(&producer, "kept", 3).await;
+    let before = snapshot(&server).await;
+    let quiet = |cluster: &Cluster| {
+        let consumer = cluster.consumer("orders", "g").partitions([partition]);
+        consumer.lease(600 * SECOND).flush_interval(60 * SECOND)
+    };
+    let mut old = quiet(&test.cluster).stream().await.unwrap();
+    let read_before = read(&mut old, "kept", 3).await;
+    let owned = cursor(&test.sql(0).await, "g", partition).await;
+    put_back(&server, &before).await;
+
+    let other = Cluster::builder(&test.control_url).upkeep(false).connect().await.unwrap();
+    let mut new = quiet(&other).stream().await.unwrap();
+    read(&mut new, "kept", 3).await.remove(0).ack().unwrap();
+    within(10 * SECOND, "the new owner's flush", new.flush()).await.unwrap();
+    let sql = test.sql(0).await;
+    let held = cursor(&sql, "g", partition).await;
+    assert_eq!((held.epoch, held.reset_epoch), (owned.epoch, owned.reset_epoch));
+    assert_ne!(held.owner, owned.owner);
+    for delivery in read_before {
+        // Refused at once where it has noticed already.
+        if let Err(error) = delivery.ack() {
+            assert_eq!(error.kind(), ErrorKind::LeaseLost);
+        }
+    }
+    let flushed = within(10 * SECOND, "the old owner's flush", old.flush()).await;
+    assert_eq!(cursor(&sql, "g", partition).await, held, "{flushed:?}");
+    assert_eq!(flushed.unwrap_err().kind(), ErrorKind::LeaseLost);
+    let _ = old.shutdown(SECOND).await;
+    assert_eq!(cursor(&sql, "g", partition).await, held, "after the old owner's end");
+    new.shutdown(SECOND).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

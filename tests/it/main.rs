@@ -50,6 +50,8 @@ mod migrations;
 mod notifications;
 /// Every statement is one that the server takes, and the hot ones go by indexes only.
 mod plans;
+/// PgBouncer in transaction mode stands before everything.
+mod pooler;
 /// A position anywhere in a batch: exactly the rest comes.
 mod positions;
 /// Batches that are repeated since their answer was lost: one copy, in every order of events.

@@ -1,131 +1,17 @@
 //! Batches that are repeated since their answer was lost: one copy, whichever of original and repeat
 //! comes first, over midnight, and when the partition is sealed or full meanwhile.
 
-use std::sync::Arc;
 use std::time::Duration;
 
-use shardmq::{ErrorKind, Message, MessageId, PartitionId, Producer, ProducerBuilder};
-use tokio::task::JoinHandle;
-use tokio_postgres::Client;
+use shardmq::{ErrorKind, Message};
 
 use crate::support::clocks::Clocks;
-use crate::support::proxy::{Link, Proxy, Rule, cluster_behind_proxy};
-use crate::support::stored::{
-    Stored, all_stored, assert_acknowledged, assert_dense, number, stored, table, topic, waiting,
-};
-use crate::support::{TestCluster, eventually, within};
+use crate::support::held::Way;
+use crate::support::proxy::{Rule, cluster_behind_proxy};
+use crate::support::stored::{all_stored, assert_acknowledged, stored, table, topic, waiting};
+use crate::support::{eventually, within};
 
 const SECOND: Duration = Duration::from_secs(1);
-
-/// A producer behind a proxy, with its connection made and its statements prepared.
-struct Way {
-    test: TestCluster,
-    proxy: Proxy,
-    clocks: Clocks,
-    sql: Client,
-    partition: PartitionId,
-    producer: Producer,
-}
-
-impl Way {
-    async fn new(settings: impl FnOnce(ProducerBuilder) -> ProducerBuilder) -> Self {
-        let (test, proxy) = cluster_behind_proxy().await;
-        let clocks = Clocks::of(&test).await;
-        clocks.set("23:50").await;
-        let partition = topic(&test, "orders", 1).await[0];
-        let builder = test.cluster.producer("orders");
-        let builder = builder.append_timeout(Duration::from_millis(400));
-        let producer = clocks.on(settings(builder)).build().await.unwrap();
-        producer.send(Message::new("first")).await.unwrap();
-        let sql = test.sql(0).await;
-        Self { test, proxy, clocks, sql, partition, producer }
-    }
-
-    fn send(&self, text: &str) -> JoinHandle<shardmq::Result<MessageId>> {
-        let (producer, message) = (self.producer.clone(), Message::new(text.to_owned()).key("k"));
-        tokio::spawn(async move { producer.send(message).await })
-    }
-
-    async fn stored(&self) -> Vec<Stored> {
-        let all = stored(&self.sql, self.partition).await;
-        assert_dense(&all);
-        all
-    }
-
-    async fn eventually_stored(&self, count: usize) {
-        let there = || async { self.stored().await.len() == count };
-        eventually("the batch is stored", 5 * SECOND, there).await;
-    }
-
-    /// Sends a message whose pipeline is held on its way, as are its repeats.
-    async fn send_held(&self) -> (JoinHandle<shardmq::Result<MessageId>>, Arc<Link>) {
-        self.proxy.to_server(Rule::HoldLarge(8_000));
-        let send = self.send(&"m".repeat(12_000));
-        let held = || self.proxy.links().into_iter().find(|link| link.to_server.kept() > 8_000);
-        let is_held = || async { held().is_some() };
-        eventually("the original is held", 5 * SECOND, is_held).await;
-        (send, held().unwrap())
-    }
-
-    /// Waits until the client has given a pipeline up, of which nothing has reached the server.
-    async fn given_up(&self, original: &Link) {
-        let ended = || async { original.to_server.ended() };
-        eventually("the client gives up", 5 * SECOND, ended).await;
-    }
-
-    /// Lets everything pass but the original; what was held of its repeats is lost.
-    fn free_all_but(&self, original: &Arc<Link>) {
-        for link in self.proxy.links() {
-            if !Arc::ptr_eq(&link, original) && link.to_server.kept() > 0 {
-                link.cut();
-            }
-        }
-        self.proxy.to_server_but_on(Rule::Pass, Some(original));
-    }
-
-    /// Lets an original go and waits until the server has dealt with it.
-    async fn release(&self, original: &Link) {
-        original.to_server.set(Rule::Pass);
-        let through = || async { original.to_server.kept() == 0 };
-        eventually("the original is through", 5 * SECOND, through).await;
-        let idle = "select count(*) from pg_stat_activity where datname = current_database()
-                        and state <> 'idle' and pid <> pg_backend_pid()";
-        let idle = || async { self.sql.query_one(idle, &[]).await.unwrap().get::<_, i64>(0) == 0 };
-        eventually("the server is idle", 5 * SECOND, idle).await;
-    }
-
-    async fn set_state(&self, change: &str) {
-        let text = format!(
-            "begin; select shardmq.lock_partition({0});
-             update shardmq.partition set {change} where partition = {0}; commit",
-            self.partition
-        );
-        self.sql.batch_execute(&text).await.unwrap();
-    }
-
-    async fn roll(&self) {
-        let roll = format!("select shardmq.roll({}, null)", self.partition);
-        self.sql.batch_execute(&roll).await.unwrap();
-    }
-
-    async fn fill(&self) {
-        let day = self.clocks.day(0).await;
-        let insert = format!(
-            "insert into {} (base_id, count, bytes, appended_at, producer, sequence, payloads)
-             values (shardmq.first_id({}, {day}) + 99999998, 1, 4, shardmq.clock(),
-                     gen_random_uuid(), 1, array['fill'::bytea])",
-            table(self.partition, day),
-            self.partition
-        );
-        self.sql.batch_execute(&insert).await.unwrap();
-    }
-
-    async fn refused(&self) -> i64 {
-        let count = "select count(*) from shardmq.refused where partition = $1";
-        let params = [number(self.partition)];
-        self.sql.query_one(count, &[&params[0]]).await.unwrap().get(0)
-    }
-}
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_original_that_comes_after_its_repeat_is_not_stored_again() {

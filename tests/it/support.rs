@@ -13,7 +13,10 @@ use tokio::sync::OnceCell;
 use tokio_postgres::{Client, NoTls};
 
 pub mod clocks;
+pub mod held;
+pub mod pgbouncer;
 pub mod proxy;
+pub mod put_back;
 pub mod reading;
 pub mod stored;
 
@@ -68,6 +71,13 @@ pub async fn database(server: &Server) -> String {
     let admin = client(&server.url("postgres")).await;
     admin.batch_execute(&format!("create database {name} template {TEMPLATE}")).await.unwrap();
     server.url(&name)
+}
+
+/// The same database, through another port.
+pub fn through(url: &str, port: u16) -> String {
+    let (before, rest) = url.split_once("127.0.0.1:").unwrap();
+    let (_, database) = rest.split_once('/').unwrap();
+    format!("{before}127.0.0.1:{port}/{database}")
 }
 
 /// A cluster of its own for one test: the control schema in the first node's database.

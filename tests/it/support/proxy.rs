@@ -16,7 +16,7 @@ use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
-use super::{TestCluster, client, database, shared_server};
+use super::{TestCluster, client, database, shared_server, through};
 use shardmq::{Cluster, NodeId};
 
 /// What happens to bytes on their way.
@@ -163,11 +163,13 @@ impl Proxy {
         Self { port, shared, _accept: AbortOnDropHandle::new(accept) }
     }
 
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
     /// A URL that leads to the server, as one that leads here.
     pub fn url(&self, url: &str) -> String {
-        let (before, rest) = url.split_once("127.0.0.1:").unwrap();
-        let (_, database) = rest.split_once('/').unwrap();
-        format!("{before}127.0.0.1:{}/{database}", self.port)
+        through(url, self.port)
     }
 
     /// A rule for what goes to the server, on connections that are open and those to come.
