@@ -114,8 +114,57 @@ need_postgres() {
     say "PostgreSQL $major in $dir"
 }
 
-# Redis and PgBouncer go here when tests need them.
-need_test_servers() { :; }
+# Debian's package also sets up a service, which is not for us: tests start a PgBouncer of their own.
+apt_install_without_service() {
+    local policy=/usr/sbin/policy-rc.d made= outcome=0
+    if [ ! -e "$policy" ]; then
+        printf '#!/bin/sh\nexit 101\n' | as_root tee "$policy" >/dev/null || return 1
+        as_root chmod 755 "$policy"
+        made=yes
+    fi
+    apt_install "$1" || outcome=1
+    if [ -n "$made" ]; then as_root rm "$policy"; fi
+    if have systemctl; then as_root systemctl disable --quiet "$1" >&2 || true; fi
+    return "$outcome"
+}
+
+# Prints nothing where there is none. The tests look in the same places.
+pgbouncer_program() {
+    local program
+    for program in /usr/sbin/pgbouncer /opt/homebrew/bin/pgbouncer /usr/local/bin/pgbouncer; do
+        if [ -x "$program" ]; then
+            echo "$program"
+            return
+        fi
+    done
+    command -v pgbouncer || true
+}
+
+need_pgbouncer() {
+    local program hint="install PgBouncer, 1.18 or later"
+    program=$(pgbouncer_program)
+    if [ -z "$program" ]; then
+        case "$(uname -s)" in
+            Linux)
+                have apt-get || die "there is no apt-get here: $hint"
+                apt_install_without_service pgbouncer || die "apt-get did not install it: $hint"
+                ;;
+            Darwin)
+                have brew || die "there is no Homebrew here: $hint"
+                brew install pgbouncer >&2
+                ;;
+            *) die "this system is not known here: $hint" ;;
+        esac
+        program=$(pgbouncer_program)
+    fi
+    [ -n "$program" ] || die "PgBouncer was installed, but is not to be found"
+    say "$("$program" --version | sed -n 1p) in $program"
+}
+
+# Redis goes here when tests need it.
+need_test_servers() {
+    need_pgbouncer
+}
 
 case "${1:-}" in
     demo)
