@@ -13,25 +13,19 @@ use crate::cluster::Cluster;
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::{MessageId, NodeId, PartitionId};
 use crate::message::{Headers, RESERVED_HEADER_PREFIX};
-use crate::migrate::{self, Schema};
 use crate::name::TopicName;
-use crate::store::connect::{self, refused};
-use crate::store::node::{Connection, Durability, Node, Unfinished, query, write};
-use crate::store::param::{Param, typed};
+use crate::store::connect::refused;
+use crate::store::node::{Connection, Durability, Unfinished, query, write};
+use crate::store::param::Param;
 use crate::store::{control, sql, upkeep};
 use crate::topology::{even_slots, interleave, spread};
 
+mod nodes;
+
+pub use nodes::NodeInfo;
+
 /// The most partitions of a cluster: 99 nodes of 99.
 pub const MAX_PARTITIONS: usize = 9_801;
-
-/// A node as the control database has it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct NodeInfo {
-    /// Its number.
-    pub node: NodeId,
-    /// Its address, a libpq URL without password.
-    pub url: String,
-}
 
 /// How a topic is made.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -167,69 +161,6 @@ pub struct StoredMessage {
 }
 
 impl Cluster {
-    /// Registers a database as a node, or changes a node's address. Its schema must be up to date
-    /// ([`migrate()`](migrate::migrate)). The password is not stored: every process takes it from
-    /// `PGPASSWORD`.
-    ///
-    /// # Errors
-    /// [`ErrorKind::Conflict`] where the database is another node already, or another cluster's, or
-    /// where it is empty and there is a node of this number.
-    pub async fn add_node(&self, node: NodeId, url: &str) -> Result<()> {
-        let what = format!("register node {node}");
-        let mut client = connect::connect_once(url, "shardmq node add").await?;
-        migrate::check(&client, Schema::Node).await?;
-        self.refuse_in_place_of(node, &client).await?;
-        let transaction = client
-            .build_transaction()
-            .read_only(false)
-            .start()
-            .await
-            .map_err(|error| refused(error, &what))?;
-        let params: [&dyn Param; 2] = [&self.id(), &i32::from(node.number())];
-        transaction
-            .execute_typed(sql::REGISTER_NODE, &typed(&params))
-            .await
-            .map_err(|error| refused(error, &what))?;
-        transaction.commit().await.map_err(|error| refused(error, &what))?;
-        // What is there now is compared by the pool's check: a stranger is refused.
-        let address = connect::without_password(url)?;
-        let check = Node::new(url, self.id(), node, self.inner.nodes.options(1))?;
-        drop(check.get().await?);
-        check.close();
-        let connection = self.inner.control.get().await?;
-        control::add_node(connection, node, &address).await.map_err(|e| refused(e, &what))?;
-        let connection = self.inner.control.get().await?;
-        control::bump(connection).await.map_err(|error| refused(error, &what))?;
-        self.inner.nodes.refresh().await.map(drop)
-    }
-
-    /// An empty database in the place of a node would hide all that the node has.
-    async fn refuse_in_place_of(
-        &self,
-        node: NodeId,
-        client: &tokio_postgres::Client,
-    ) -> Result<()> {
-        let what = format!("register node {node}");
-        let known = self.inner.nodes.refresh().await?.iter().any(|(id, _)| *id == node);
-        let found =
-            client.query_typed_opt(sql::IDENTITY, &[]).await.map_err(|e| refused(e, &what))?;
-        if known && found.is_none() {
-            return Err(Error::new(
-                ErrorKind::Conflict,
-                format!(
-                    "node {node} is registered already, and this database is not it: it is empty"
-                ),
-            ));
-        }
-        Ok(())
-    }
-
-    /// All nodes, by number.
-    pub async fn nodes(&self) -> Result<Vec<NodeInfo>> {
-        let nodes = self.inner.nodes.refresh().await?;
-        Ok(nodes.into_iter().map(|(node, url)| NodeInfo { node, url }).collect())
-    }
-
     /// Makes a topic: its partitions are taken on their nodes first, then recorded in the control
     /// database. One that was cut off in between is taken up again by the next call.
     ///

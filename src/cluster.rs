@@ -1,9 +1,9 @@
 //! The way in: a cluster is a control database and the nodes that it knows.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::fmt;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
@@ -22,6 +22,10 @@ use crate::store::node::{Node, PoolOptions};
 use crate::store::pooler::PreparedStatements;
 use crate::topology::Topology;
 use crate::upkeep;
+
+mod nodes;
+
+pub(crate) use nodes::{ListenAt, Nodes};
 
 /// A cluster: makes producers and consumers, and looks after topics. Cheap to clone; all clones share
 /// their connections, at most three for each node: two for data, and one that listens where something
@@ -104,18 +108,15 @@ impl ClusterBuilder {
         let control = Arc::new(Node::control(&self.url, options)?);
         let what = "read the topology";
         let connection = control.get().await?;
-        let (id, _) = control::cluster(&connection).await.map_err(|e| refused(e, what))?;
+        // The version first: what is read after it is of that version, or of a later one.
+        let (id, version) = control::cluster(&connection).await.map_err(|e| refused(e, what))?;
         let known = control::nodes(&connection).await.map_err(|e| refused(e, what))?;
         drop(connection);
-        let nodes = Arc::new(Nodes {
-            cluster: id,
-            pools: self.pools,
-            listen_urls: self.listen_urls,
-            control: Arc::clone(&control),
-            known: Mutex::default(),
-        });
-        nodes.learn(known)?;
+        let nodes = Nodes::new(id, self.pools, self.listen_urls, Arc::clone(&control));
+        nodes.learn(version, known)?;
+        let nodes = Arc::new(nodes);
         let (shutdown, tasks) = (CancellationToken::new(), TaskTracker::new());
+        tasks.spawn(nodes::follow(Arc::clone(&nodes), shutdown.child_token()));
         let notifier = self.notifier.unwrap_or_else(|| {
             let nodes = Arc::clone(&nodes);
             Arc::new(PostgresNotifier::new(nodes, shutdown.child_token(), tasks.clone()))
@@ -252,107 +253,6 @@ fn distance(a: &str, b: &str) -> usize {
         }
     }
     row[b.len()]
-}
-
-/// Where to listen to a node.
-pub(crate) enum ListenAt {
-    /// At its own address, which may lead to a pooler.
-    Node(String),
-    /// At an address that was given for listening.
-    Given(String),
-}
-
-/// The nodes that this process knows, with their pools.
-pub(crate) struct Nodes {
-    cluster: Uuid,
-    pools: PoolOptions,
-    listen_urls: HashMap<NodeId, String>,
-    control: Arc<Node>,
-    known: Mutex<BTreeMap<NodeId, (String, Arc<Node>)>>,
-}
-
-impl Nodes {
-    /// How many data connections each node's pool has.
-    pub(crate) fn connections(&self) -> usize {
-        self.pools.connections
-    }
-
-    /// How a pool of so many connections is made.
-    pub(crate) fn options(&self, connections: usize) -> PoolOptions {
-        PoolOptions { connections, ..self.pools }
-    }
-
-    /// A node's pool. Asks the control database where the node is not known yet.
-    pub(crate) async fn node(&self, id: NodeId) -> Result<Arc<Node>> {
-        self.find(id).await.map(|(_, node)| node)
-    }
-
-    /// A node's address.
-    #[cfg(feature = "bench")]
-    pub(crate) async fn url(&self, id: NodeId) -> Result<String> {
-        self.find(id).await.map(|(url, _)| url)
-    }
-
-    /// Where to listen to a node: at an address that was given for that, or at its own.
-    pub(crate) async fn listen_at(&self, id: NodeId) -> Result<ListenAt> {
-        if let Some(url) = self.listen_urls.get(&id) {
-            return Ok(ListenAt::Given(url.clone()));
-        }
-        self.find(id).await.map(|(url, _)| ListenAt::Node(url))
-    }
-
-    async fn find(&self, id: NodeId) -> Result<(String, Arc<Node>)> {
-        if let Some(found) = self.lock().get(&id).cloned() {
-            return Ok(found);
-        }
-        self.refresh().await?;
-        self.lock()
-            .get(&id)
-            .cloned()
-            .ok_or_else(|| Error::new(ErrorKind::NotFound, format!("node {id} is not registered")))
-    }
-
-    /// The nodes that this process has heard of.
-    pub(crate) fn known(&self) -> Vec<NodeId> {
-        self.lock().keys().copied().collect()
-    }
-
-    /// All nodes, as the control database has them now.
-    pub(crate) async fn refresh(&self) -> Result<Vec<(NodeId, String)>> {
-        let connection = self.control.get().await?;
-        let nodes =
-            control::nodes(&connection).await.map_err(|error| refused(error, "read the nodes"))?;
-        self.learn(nodes.clone())?;
-        Ok(nodes)
-    }
-
-    /// Takes over addresses; a node whose address is another gets a new pool.
-    fn learn(&self, nodes: Vec<(NodeId, String)>) -> Result<()> {
-        for (id, url) in nodes {
-            let same = self.lock().get(&id).is_some_and(|(known, _)| *known == url);
-            if !same {
-                let node = Arc::new(Node::new(&url, self.cluster, id, self.pools)?);
-                self.lock().insert(id, (url, node));
-            }
-        }
-        Ok(())
-    }
-
-    fn close(&self) {
-        for (_, node) in self.lock().values() {
-            node.close();
-        }
-    }
-
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<NodeId, (String, Arc<Node>)>> {
-        self.known.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl fmt::Debug for Nodes {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Nodes").field("cluster", &self.cluster).finish_non_exhaustive()
-    }
 }
 
 #[cfg(test)]

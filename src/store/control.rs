@@ -35,6 +35,19 @@ pub(crate) async fn add_node(connection: Connection, node: NodeId, dsn: &str) ->
     write(connection, Durability::Durable, sql::CONTROL_ADD_NODE, &[&number, &dsn]).await.map(drop)
 }
 
+/// The topics that have partitions on a node.
+pub(crate) async fn topics_on(connection: &Connection, node: NodeId) -> Result<Vec<String>, Error> {
+    let number = i32::from(node.number());
+    let rows = query(connection, sql::CONTROL_TOPICS_ON, &[&number]).await?;
+    Ok(rows.iter().map(|row| row.get(0)).collect())
+}
+
+/// Removes a node, inside a change.
+pub(crate) async fn forget_node(connection: &Connection, node: NodeId) -> Result<(), Error> {
+    let number = i32::from(node.number());
+    query(connection, sql::CONTROL_FORGET_NODE, &[&number]).await.map(drop)
+}
+
 /// Raises the version of the topology.
 pub(crate) async fn bump(connection: Connection) -> Result<(), Error> {
     write(connection, Durability::Durable, sql::CONTROL_BUMP, &[]).await.map(drop)

@@ -28,6 +28,7 @@ statements! {
     CONTROL_CLUSTER = "control_cluster";
     CONTROL_CREATE_TOPIC = "control_create_topic";
     CONTROL_DELETE_TOPIC = "control_delete_topic";
+    CONTROL_FORGET_NODE = "control_forget_node";
     CONTROL_GROUP_START = "control_group_start";
     CONTROL_HEARTBEAT = "control_heartbeat";
     CONTROL_LEAVE = "control_leave";
@@ -39,6 +40,7 @@ statements! {
     CONTROL_SLOTS = "control_slots";
     CONTROL_TOPIC = "control_topic";
     CONTROL_TOPICS = "control_topics";
+    CONTROL_TOPICS_ON = "control_topics_on";
     DAY_FROZEN = "day_frozen";
     DELETE_PARTITION = "delete_partition";
     DROP_DAY = "drop_day";
@@ -73,6 +75,7 @@ statements! {
     SET_RETENTION = "set_retention";
     SWEEP_MEMBERS = "sweep_members";
     UNFROZEN_DAYS = "unfrozen_days";
+    UNREGISTER_NODE = "unregister_node";
     UPKEEP_PARTITIONS = "upkeep_partitions";
 }
 

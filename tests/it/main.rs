@@ -70,6 +70,8 @@ mod sql_functions;
 mod starts;
 /// Topics and nodes come and go.
 mod topics;
+/// Nodes that move, go, or are another's, under running clients.
+mod topology;
 
 /// The benches run, and say what they found.
 mod bench;

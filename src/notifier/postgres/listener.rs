@@ -81,8 +81,10 @@ type Answer<'a> = BoxFuture<'a, Result<bool, tokio_postgres::Error>>;
 
 /// One life of a listening connection.
 async fn listen_once(nodes: &Nodes, channel: &Channel, backoff: &mut Duration) -> Result<End> {
-    let Some((client, mut messages, marker)) = open(nodes.listen_at(channel.node).await?).await?
-    else {
+    let at = nodes.listen_at(channel.node).await?;
+    let (ListenAt::Node(from) | ListenAt::Given(from)) = &at;
+    let from = from.clone();
+    let Some((client, mut messages, marker)) = open(at).await? else {
         return Ok(End::Pooled);
     };
     // The connection is driven while statements are answered; what is heard meanwhile goes out too.
@@ -108,6 +110,8 @@ async fn listen_once(nodes: &Nodes, channel: &Channel, backoff: &mut Duration) -
                 Some(message) => hear(channel, message, &mut pulse)?,
                 None => return Ok(End::Closed),
             },
+            // What it was may still be there, and send hints to nobody else.
+            () = nodes.moved(channel.node, &from) => return Ok(End::Closed),
             () = pulse.due() => {
                 pulse.ask()?;
                 if std::mem::replace(&mut answered, false) {

@@ -1,0 +1,137 @@
+//! Looking after nodes: registered, moved to another address, removed.
+
+use serde::{Deserialize, Serialize};
+
+use crate::cluster::Cluster;
+use crate::error::{Error, ErrorKind, Result};
+use crate::id::NodeId;
+use crate::migrate::{self, Schema};
+use crate::store::connect::{self, refused};
+use crate::store::node::{Durability, Node, Unfinished, write};
+use crate::store::param::{Param, typed};
+use crate::store::{control, sql};
+
+/// A node as the control database has it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NodeInfo {
+    /// Its number.
+    pub node: NodeId,
+    /// Its address, a libpq URL without password.
+    pub url: String,
+}
+
+impl Cluster {
+    /// Registers a database as a node, or changes a node's address. Its schema must be up to date
+    /// ([`migrate()`](migrate::migrate)). The password is not stored: every process takes it from
+    /// `PGPASSWORD`.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Conflict`] where the database is another node already, or another cluster's, or
+    /// where it is empty and there is a node of this number.
+    pub async fn add_node(&self, node: NodeId, url: &str) -> Result<()> {
+        let what = format!("register node {node}");
+        let mut client = connect::connect_once(url, "shardmq node add").await?;
+        migrate::check(&client, Schema::Node).await?;
+        self.refuse_in_place_of(node, &client).await?;
+        let transaction = client
+            .build_transaction()
+            .read_only(false)
+            .start()
+            .await
+            .map_err(|error| refused(error, &what))?;
+        let params: [&dyn Param; 2] = [&self.id(), &i32::from(node.number())];
+        transaction
+            .execute_typed(sql::REGISTER_NODE, &typed(&params))
+            .await
+            .map_err(|error| refused(error, &what))?;
+        transaction.commit().await.map_err(|error| refused(error, &what))?;
+        // What is there now is compared by the pool's check: a stranger is refused.
+        let address = connect::without_password(url)?;
+        let check = Node::new(url, self.id(), node, self.inner.nodes.options(1))?;
+        drop(check.get().await?);
+        check.close();
+        let connection = self.inner.control.get().await?;
+        control::add_node(connection, node, &address).await.map_err(|e| refused(e, &what))?;
+        let connection = self.inner.control.get().await?;
+        control::bump(connection).await.map_err(|error| refused(error, &what))?;
+        self.inner.nodes.refresh().await.map(drop)
+    }
+
+    /// Gives a node another address: that of the same database elsewhere, such as a standby that was
+    /// promoted. Running clients use it within about 5 s.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] where there is no node of this number, [`ErrorKind::Conflict`] where the
+    /// address leads to something else; the message says to what.
+    pub async fn replace_node(&self, node: NodeId, url: &str) -> Result<()> {
+        self.refuse_unknown(node).await?;
+        self.add_node(node, url).await
+    }
+
+    /// Forgets a node that has no partitions. Its database stays as it is, but is nobody's node any
+    /// more, where it can be reached.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] where there is no node of this number, [`ErrorKind::Conflict`] where it
+    /// has partitions; the message names their topics.
+    pub async fn remove_node(&self, node: NodeId) -> Result<()> {
+        self.refuse_unknown(node).await?;
+        let what = format!("remove node {node}");
+        let refused = |error| refused(error, &what);
+        // While it is known: afterwards nobody finds it.
+        let reached = self.inner.nodes.node(node).await?.get().await;
+        let change = Unfinished::new(self.inner.control.get().await?);
+        control::begin_change(change.connection()).await.map_err(refused)?;
+        let topics = control::topics_on(change.connection(), node).await.map_err(refused)?;
+        if !topics.is_empty() {
+            change.connection().batch_execute("rollback").await.map_err(refused)?;
+            change.finished();
+            let what = format!("node {node} has partitions of {}", topics.join(", "));
+            return Err(Error::new(ErrorKind::Conflict, what));
+        }
+        control::forget_node(change.connection(), node).await.map_err(refused)?;
+        control::commit_change(change.connection()).await.map_err(refused)?;
+        change.finished();
+        if let Ok(connection) = reached {
+            let params: [&dyn Param; 2] = [&self.id(), &i32::from(node.number())];
+            write(connection, Durability::Durable, sql::UNREGISTER_NODE, &params)
+                .await
+                .map_err(refused)?;
+        }
+        self.inner.nodes.refresh().await.map(drop)
+    }
+
+    async fn refuse_unknown(&self, node: NodeId) -> Result<()> {
+        if self.inner.nodes.refresh().await?.iter().any(|(known, _)| *known == node) {
+            return Ok(());
+        }
+        Err(Error::new(ErrorKind::NotFound, format!("node {node} is not registered")))
+    }
+
+    /// An empty database in the place of a node would hide all that the node has.
+    async fn refuse_in_place_of(
+        &self,
+        node: NodeId,
+        client: &tokio_postgres::Client,
+    ) -> Result<()> {
+        let what = format!("register node {node}");
+        let known = self.inner.nodes.refresh().await?.iter().any(|(id, _)| *id == node);
+        let found =
+            client.query_typed_opt(sql::IDENTITY, &[]).await.map_err(|e| refused(e, &what))?;
+        if known && found.is_none() {
+            return Err(Error::new(
+                ErrorKind::Conflict,
+                format!(
+                    "node {node} is registered already, and this database is not it: it is empty"
+                ),
+            ));
+        }
+        Ok(())
+    }
+
+    /// All nodes, by number.
+    pub async fn nodes(&self) -> Result<Vec<NodeInfo>> {
+        let nodes = self.inner.nodes.refresh().await?;
+        Ok(nodes.into_iter().map(|(node, url)| NodeInfo { node, url }).collect())
+    }
+}

@@ -1,0 +1,211 @@
+//! The nodes that a process knows, kept up with the control database.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fmt;
+use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::Notify;
+use tokio::time::sleep;
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+use crate::consumer::jitter;
+use crate::error::{Error, ErrorKind, Result};
+use crate::id::NodeId;
+use crate::store::connect::refused;
+use crate::store::control;
+use crate::store::node::{Node, PoolOptions};
+
+/// How often the version of the topology is looked at, give or take a fifth.
+const LOOK_EVERY: Duration = Duration::from_secs(5);
+
+/// Keeps up with the control database until it is told to stop. While that can't be reached, all goes on
+/// with what is known.
+pub(super) async fn follow(nodes: Arc<Nodes>, stop: CancellationToken) {
+    let mut told = None;
+    loop {
+        tokio::select! {
+            () = sleep(jitter(LOOK_EVERY)) => {}
+            () = stop.cancelled() => return,
+        }
+        let trouble = nodes.look().await.err();
+        let kind = trouble.as_ref().map(Error::kind);
+        if let Some(error) = trouble.filter(|_| kind != told) {
+            if error.is_transient() {
+                tracing::warn!(error = %error.chain(), "no look at the topology, going on with what is known");
+            } else {
+                tracing::error!(alert = "topology", error = %error.chain(), "the topology is not taken over");
+            }
+        }
+        told = kind;
+    }
+}
+
+/// Where to listen to a node.
+pub(crate) enum ListenAt {
+    /// At its own address, which may lead to a pooler.
+    Node(String),
+    /// At an address that was given for listening.
+    Given(String),
+}
+
+/// The nodes that this process knows, with their pools.
+pub(crate) struct Nodes {
+    cluster: Uuid,
+    pools: PoolOptions,
+    listen_urls: HashMap<NodeId, String>,
+    control: Arc<Node>,
+    known: Mutex<BTreeMap<NodeId, (String, Arc<Node>)>>,
+    /// The version of the topology that `known` is of, or an earlier one.
+    version: AtomicI64,
+    /// Some address is another now.
+    changed: Notify,
+}
+
+impl Nodes {
+    pub(super) fn new(
+        cluster: Uuid,
+        pools: PoolOptions,
+        listen_urls: HashMap<NodeId, String>,
+        control: Arc<Node>,
+    ) -> Self {
+        let (known, version) = (Mutex::default(), AtomicI64::new(0));
+        Self { cluster, pools, listen_urls, control, known, version, changed: Notify::new() }
+    }
+
+    /// How many data connections each node's pool has.
+    pub(crate) fn connections(&self) -> usize {
+        self.pools.connections
+    }
+
+    /// How a pool of so many connections is made.
+    pub(crate) fn options(&self, connections: usize) -> PoolOptions {
+        PoolOptions { connections, ..self.pools }
+    }
+
+    /// A node's pool. Asks the control database where the node is not known yet.
+    pub(crate) async fn node(&self, id: NodeId) -> Result<Arc<Node>> {
+        self.find(id).await.map(|(_, node)| node)
+    }
+
+    /// A node's address.
+    #[cfg(feature = "bench")]
+    pub(crate) async fn url(&self, id: NodeId) -> Result<String> {
+        self.find(id).await.map(|(url, _)| url)
+    }
+
+    /// Where to listen to a node: at an address that was given for that, or at its own.
+    pub(crate) async fn listen_at(&self, id: NodeId) -> Result<ListenAt> {
+        if let Some(url) = self.listen_urls.get(&id) {
+            return Ok(ListenAt::Given(url.clone()));
+        }
+        self.find(id).await.map(|(url, _)| ListenAt::Node(url))
+    }
+
+    async fn find(&self, id: NodeId) -> Result<(String, Arc<Node>)> {
+        if let Some(found) = self.lock().get(&id).cloned() {
+            return Ok(found);
+        }
+        self.refresh().await?;
+        self.lock()
+            .get(&id)
+            .cloned()
+            .ok_or_else(|| Error::new(ErrorKind::NotFound, format!("node {id} is not registered")))
+    }
+
+    /// The nodes that this process has heard of.
+    pub(crate) fn known(&self) -> Vec<NodeId> {
+        self.lock().keys().copied().collect()
+    }
+
+    /// All nodes, as the control database has them now.
+    pub(crate) async fn refresh(&self) -> Result<Vec<(NodeId, String)>> {
+        let what = "read the nodes";
+        let connection = self.control.get().await?;
+        let (_, version) = control::cluster(&connection).await.map_err(|e| refused(e, what))?;
+        let nodes = control::nodes(&connection).await.map_err(|e| refused(e, what))?;
+        self.learn(version, nodes.clone())?;
+        Ok(nodes)
+    }
+
+    /// Looks whether the topology has another version, and takes it over.
+    async fn look(&self) -> Result<()> {
+        let what = "look at the topology";
+        let connection = self.control.get().await?;
+        let (cluster, version) =
+            control::cluster(&connection).await.map_err(|e| refused(e, what))?;
+        if cluster != self.cluster {
+            let what = format!("the control database is that of cluster {cluster} now");
+            return Err(Error::new(ErrorKind::Conflict, what));
+        }
+        if version == self.version.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        let nodes = control::nodes(&connection).await.map_err(|e| refused(e, what))?;
+        self.learn(version, nodes)
+    }
+
+    /// Takes over the addresses of a version of the topology. A node whose address is another gets a
+    /// new pool; one that is not there any more is forgotten. Where the version is lower than one that
+    /// was seen, the control database was restored from a backup, and nothing is taken over.
+    pub(super) fn learn(&self, version: i64, nodes: Vec<(NodeId, String)>) -> Result<()> {
+        let mut known = self.lock();
+        let seen = self.version.load(Ordering::Acquire);
+        if version < seen {
+            let what = format!(
+                "the control database has version {version} of the topology, and {seen} was seen \
+                 before: was it restored from a backup?"
+            );
+            return Err(Error::new(ErrorKind::Conflict, what));
+        }
+        let mut next = BTreeMap::new();
+        for (id, url) in nodes {
+            let node = match known.get(&id) {
+                Some((before, node)) if *before == url => Arc::clone(node),
+                _ => Arc::new(Node::new(&url, self.cluster, id, self.pools)?),
+            };
+            next.insert(id, (url, node));
+        }
+        for (id, (_, before)) in known.iter() {
+            if next.get(id).is_none_or(|(_, node)| !Arc::ptr_eq(node, before)) {
+                before.close();
+            }
+        }
+        *known = next;
+        self.version.store(version, Ordering::Release);
+        drop(known);
+        self.changed.notify_waiters();
+        Ok(())
+    }
+
+    /// Returns when a node has another address to listen at than this one.
+    pub(crate) async fn moved(&self, id: NodeId, from: &str) {
+        loop {
+            let changed = self.changed.notified();
+            let given = self.listen_urls.contains_key(&id);
+            let at = self.lock().get(&id).map(|(url, _)| url.clone());
+            if !given && at.is_some_and(|at| at != from) {
+                return;
+            }
+            changed.await;
+        }
+    }
+
+    pub(super) fn close(&self) {
+        for (_, node) in self.lock().values() {
+            node.close();
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<NodeId, (String, Arc<Node>)>> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl fmt::Debug for Nodes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Nodes").field("cluster", &self.cluster).finish_non_exhaustive()
+    }
+}

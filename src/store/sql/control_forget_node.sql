@@ -1,0 +1,3 @@
+-- Removes a node from the index.
+-- $1 node
+delete from shardmq_control.node where node = $1
