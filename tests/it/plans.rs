@@ -6,7 +6,9 @@ use shardmq::{Message, PartitionId};
 use tokio_postgres::Client;
 
 use crate::support::stored::{number, table, topic};
-use crate::support::{TestCluster, client};
+use crate::support::{TestCluster, client, eventually};
+
+const SECOND: std::time::Duration = std::time::Duration::from_secs(1);
 
 /// The statements of src/store/sql by name, for one partition and day.
 fn statements(partition: PartitionId, day: i32) -> Vec<(String, String)> {
@@ -106,6 +108,12 @@ async fn appends_and_fetches_go_by_indexes_in_a_large_day() {
     }
 }
 
+/// Has the session's counts told at once; Postgres 14 can't, and tells them soon.
+const TELL: &str = "do $$ begin
+    if to_regproc('pg_stat_force_next_flush') is not null then
+        execute 'select pg_stat_force_next_flush()';
+    end if; end $$";
+
 async fn scans(sql: &Client, table: &str) -> (i64, i64) {
     let scans =
         "select seq_scan, idx_scan from pg_stat_user_tables where relid = $1::text::regclass";
@@ -122,7 +130,7 @@ async fn nothing_on_the_way_of_a_message_scans_a_day() {
     let day = today(&sql).await;
     fill(&sql, partition, day).await;
     let table = table(partition, day);
-    sql.batch_execute("select pg_stat_force_next_flush()").await.unwrap();
+    sql.batch_execute(TELL).await.unwrap();
     let before = scans(&sql, &table).await;
     let producer = test.cluster.producer("orders").build().await.unwrap();
     for n in 0..10 {
@@ -149,10 +157,11 @@ async fn nothing_on_the_way_of_a_message_scans_a_day() {
         "create or replace function shardmq.clock() returns timestamptz language sql volatile
             as 'select clock_timestamp() + interval ''24 hours''';
          select outcome from shardmq.roll({p}, shardmq.clock());
-         select pg_stat_force_next_flush()"
+         {TELL}"
     );
     other.batch_execute(&roll).await.unwrap();
+    let told = || async { scans(&sql, &table).await.1 > before.1 + 50 };
+    eventually("the scans are counted", 20 * SECOND, told).await;
     let after = scans(&sql, &table).await;
-    assert!(after.1 > before.1 + 50, "{before:?} {after:?}");
     assert!(after.0 <= 2, "more than when its two indexes were made: {after:?}");
 }

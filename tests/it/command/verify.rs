@@ -55,7 +55,33 @@ impl Random {
     }
 }
 
-/// Kills or stops a random server at random times.
+/// Suspends or resumes a server with all its processes: to its clients it hangs.
+async fn suspend(server: &Server, name: &str) {
+    let pid = server.pid().unwrap();
+    signal(pid, name).await;
+    // Linux only; elsewhere just the main process, which takes no new connections then.
+    for entry in std::fs::read_dir("/proc").into_iter().flatten().flatten() {
+        let Some(child) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok())
+        else {
+            continue;
+        };
+        let stat = std::fs::read_to_string(entry.path().join("stat")).unwrap_or_default();
+        // Behind the name in parentheses: state, then the parent.
+        let parent = stat.rsplit_once(") ").and_then(|(_, rest)| rest.split(' ').nth(1));
+        if parent == Some(pid.to_string().as_str()) {
+            signal_if_there(child, name).await;
+        }
+    }
+}
+
+/// It may have ended since.
+async fn signal_if_there(pid: u32, name: &str) {
+    let mut kill = tokio::process::Command::new("kill");
+    kill.args([format!("-{name}"), pid.to_string()]).stderr(std::process::Stdio::null());
+    let _ = kill.status().await.unwrap();
+}
+
+/// Kills, stops or suspends a random server at random times.
 async fn break_at_random(servers: &[Server], seconds: u64) -> u32 {
     let (mut random, mut broken) = (Random::new(), 0);
     let until = tokio::time::Instant::now() + Duration::from_secs(seconds);
@@ -63,15 +89,21 @@ async fn break_at_random(servers: &[Server], seconds: u64) -> u32 {
         // What is being tested is when: the pause is the point.
         tokio::time::sleep(Duration::from_millis(500 + random.below(2_500))).await;
         let server = &servers[usize::try_from(random.below(servers.len() as u64)).unwrap()];
-        if random.below(2) == 0 {
-            signal(server.pid().unwrap(), "KILL").await;
-            server.exited().await;
-        } else {
-            server.stop_server(StopMode::Immediate).await.unwrap();
+        let how = random.below(3);
+        match how {
+            0 => {
+                signal(server.pid().unwrap(), "KILL").await;
+                server.exited().await;
+            }
+            1 => server.stop_server(StopMode::Immediate).await.unwrap(),
+            _ => suspend(server, "STOP").await,
         }
-        let away = Duration::from_millis(random.below(1_500));
-        tokio::time::sleep(away).await;
-        server.start_server().await.unwrap();
+        let away = if how == 2 { 4_000 } else { 1_500 };
+        tokio::time::sleep(Duration::from_millis(random.below(away))).await;
+        match how {
+            2 => suspend(server, "CONT").await,
+            _ => server.start_server().await.unwrap(),
+        }
         broken += 1;
     }
     broken
@@ -83,7 +115,7 @@ fn seconds() -> u64 {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn nodes_that_are_killed_at_random_cost_nothing() {
+async fn nodes_that_are_killed_and_suspended_at_random_cost_nothing() {
     let (servers, test) = two_servers().await;
     let seconds = seconds();
     let arguments = format!("verify --seconds {seconds} --rate 4000 --keys 100 --json");
@@ -99,6 +131,9 @@ async fn nodes_that_are_killed_at_random_cost_nothing() {
         assert!(report[field].is_u64(), "{field}");
     }
     assert!(broken > 0 && report["acknowledged"].as_u64() > Some(1_000), "{broken}: {report}");
+    // One node is there at any time, and takes what has no key.
+    let stall = report["longest_send_stall_ms"].as_u64().unwrap();
+    assert!(stall < 4_000, "{report}");
     let delivered = report["delivered"].as_u64().unwrap();
     assert!(delivered >= report["acknowledged"].as_u64().unwrap(), "{report}");
 }
