@@ -1,7 +1,7 @@
 //! What a server is started with.
 
 use std::ffi::OsString;
-use std::fmt::Write;
+use std::fmt::{self, Write};
 use std::path::Path;
 
 use super::account::Account;
@@ -15,6 +15,17 @@ use crate::{Error, Result};
 const RESERVED: [&str; 5] =
     ["port", "listen_addresses", "unix_socket_directories", "data_directory", "logging_collector"];
 
+/// What belongs to the server alone, beside the folders that `initdb` made.
+const RESERVED_FILES: [&str; 5] =
+    ["postgresql.conf", "postgresql.auto.conf", "postmaster.pid", "postmaster.opts", "PG_VERSION"];
+
+/// What is written into the folder of a new cluster.
+pub(super) struct Files {
+    /// Lines for `postgresql.conf`.
+    pub(super) settings: String,
+    pub(super) others: Vec<DataFile>,
+}
+
 /// The options of a [`Server`]. Made by [`Server::builder`].
 #[derive(Debug, Clone, Default)]
 #[must_use = "does nothing until it is started"]
@@ -22,7 +33,21 @@ pub struct ServerBuilder {
     binaries: Option<Binaries>,
     settings: Vec<(String, String)>,
     variables: Vec<(OsString, OsString)>,
+    files: Vec<DataFile>,
     volatile: bool,
+}
+
+/// A file for the cluster's folder. What is in it may be a secret.
+#[derive(Clone)]
+pub(super) struct DataFile {
+    pub(super) name: String,
+    pub(super) text: String,
+}
+
+impl fmt::Debug for DataFile {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("DataFile").field("name", &self.name).finish_non_exhaustive()
+    }
 }
 
 impl ServerBuilder {
@@ -41,6 +66,17 @@ impl ServerBuilder {
     /// does not like ends it at its start.
     pub fn setting(mut self, name: impl Into<String>, value: impl Into<String>) -> Self {
         self.settings.push((name.into(), value.into()));
+        self
+    }
+
+    /// A file in the folder of the cluster, which only the user of the server may read: certificates
+    /// for the setting `ssl`, say, or `pg_hba.conf` in place of the one that trusts everybody. There
+    /// from the first start on.
+    ///
+    /// The name has only ASCII letters, digits, `_`, `-` and `.`, and is neither `postgresql.conf` nor
+    /// that of another file that the server keeps for itself. Checked by [`start`](Self::start).
+    pub fn file(mut self, name: impl Into<String>, text: impl Into<String>) -> Self {
+        self.files.push(DataFile { name: name.into(), text: text.into() });
         self
     }
 
@@ -70,6 +106,7 @@ impl ServerBuilder {
     /// was begun is stopped and removed soon after.
     pub async fn start(self) -> Result<Server> {
         let settings = self.settings()?;
+        self.files.iter().try_for_each(|file| check_file(&file.name))?;
         let binaries = match self.binaries {
             Some(binaries) => binaries,
             None => blocking(Binaries::find).await?,
@@ -77,7 +114,8 @@ impl ServerBuilder {
         let account = Account::find().await?;
         let folder = Folder::create(account).await?;
         let settings = format!("{}{settings}", of_folder(&folder.run())?);
-        Server::start(folder, binaries, account, self.variables, &settings).await
+        let files = Files { settings, others: self.files };
+        Server::start(folder, binaries, account, self.variables, files).await
     }
 
     /// The lines that don't depend on where the server is.
@@ -109,6 +147,17 @@ fn check(name: &str) -> Result<()> {
     }
     if RESERVED.iter().any(|reserved| name.eq_ignore_ascii_case(reserved)) {
         return Err(Error::invalid(format!("the embedded server sets {name} itself")));
+    }
+    Ok(())
+}
+
+fn check_file(name: &str) -> Result<()> {
+    let good = |c: char| c.is_ascii_alphanumeric() || "_-.".contains(c);
+    if name.is_empty() || name.starts_with('.') || !name.chars().all(good) {
+        return Err(Error::invalid(format!("{name:?} is not the name of a file for the server")));
+    }
+    if RESERVED_FILES.contains(&name) {
+        return Err(Error::invalid(format!("the embedded server keeps {name} for itself")));
     }
     Ok(())
 }
@@ -150,6 +199,21 @@ mod tests {
             let refused = Server::builder().setting(name, "1").settings();
             assert_eq!(refused.unwrap_err().kind(), ErrorKind::Invalid, "{name:?}");
         }
+    }
+
+    #[test]
+    fn files_of_the_servers_own_and_elsewhere_are_refused() {
+        for name in ["", "..", "../x", "a/b", ".hidden", "postgresql.conf", "postmaster.pid", "a b"]
+        {
+            assert_eq!(check_file(name).unwrap_err().kind(), ErrorKind::Invalid, "{name:?}");
+        }
+        assert!(check_file("pg_hba.conf").is_ok());
+    }
+
+    #[test]
+    fn what_is_in_a_file_is_not_shown() {
+        let builder = Server::builder().file("server.key", "secret");
+        assert!(!format!("{builder:?}").contains("secret"));
     }
 
     #[test]

@@ -8,6 +8,7 @@ use std::process::Stdio;
 use tempfile::TempDir;
 
 use super::account::{self, Account};
+use super::builder::DataFile;
 use super::{blocking, failed};
 use crate::Result;
 
@@ -61,6 +62,14 @@ impl Folder {
     pub(super) async fn configure(&self, lines: &str) -> Result<()> {
         let path = self.data().join("postgresql.conf");
         self.append(&path, lines).await
+    }
+
+    /// Writes a file into the cluster, in place of one of that name.
+    pub(super) async fn put(&self, file: &DataFile) -> Result<()> {
+        let path = self.data().join(&file.name);
+        let command = self.account.shell("umask 077; cat >\"$1\"", &[&path]);
+        let doing = format!("write {} for the embedded server", file.name);
+        account::run(command, &file.text, &doing).await.map(drop)
     }
 
     pub(super) async fn append(&self, path: &Path, text: &str) -> Result<()> {

@@ -11,7 +11,7 @@ use tokio::time::Instant;
 
 use super::account::{self, Account};
 use super::binaries::Binaries;
-use super::builder::ServerBuilder;
+use super::builder::{Files, ServerBuilder};
 use super::folder::Folder;
 use super::postmaster::{Failure, LockFile, Postmaster};
 use super::watchdog::Watchdog;
@@ -171,12 +171,15 @@ impl Server {
         binaries: Binaries,
         account: Account,
         variables: Vec<(OsString, OsString)>,
-        settings: &str,
+        files: Files,
     ) -> Result<Self> {
         // First of all: from here on nothing is left behind, whatever happens.
         let watchdog = Watchdog::start(&mut folder, &binaries, account)?;
         super::cluster::create(&folder, &binaries, account).await?;
-        folder.configure(settings).await?;
+        folder.configure(&files.settings).await?;
+        for file in &files.others {
+            folder.put(file).await?;
+        }
         let (postmaster, turn) = (SyncMutex::new(None), Mutex::new(()));
         let port = 0;
         let mut server =
