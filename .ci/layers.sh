@@ -28,6 +28,8 @@ forbid 'LISTEN or NOTIFY outside of the notifier' \
     'src/notifier/|src/store/sql/notify(_beat)?\.sql'
 forbid 'a notification inside the appending transaction' 'pg_notify|\bnotify [a-z]+' \
     'src/[^:]*\.rs|src/store/sql/notify(_beat)?\.sql'
+forbid 'a connection that is opened elsewhere' 'tokio_postgres::connect|\bconfig\.connect\(|NoTls' \
+    'src/store/(target|tls)\.rs'
 forbid 'a crate of the command in the library' '\b(clap|comfy_table|indicatif|jiff|axum|redis)::' \
     'src/bin/'
 

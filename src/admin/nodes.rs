@@ -23,7 +23,8 @@ pub struct NodeInfo {
 impl Cluster {
     /// Registers a database as a node, or changes a node's address. Its schema must be up to date
     /// ([`migrate()`](migrate::migrate)). The password is not stored: every process takes it from
-    /// `PGPASSWORD`.
+    /// `PGPASSWORD` or its password file. Files that the address names are looked for by every process
+    /// on its own machine.
     ///
     /// # Errors
     /// [`ErrorKind::Conflict`] where the database is another node already, or another cluster's, or

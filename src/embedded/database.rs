@@ -2,9 +2,9 @@
 
 use std::fmt::Write;
 
-use tokio_postgres::NoTls;
 use tokio_postgres::error::SqlState;
 
+use crate::store::connect::connect_once;
 use crate::{Error, ErrorKind, Result};
 
 /// Postgres cuts longer names, with no more than a notice.
@@ -20,14 +20,9 @@ pub(super) async fn create(port: u16, name: &str) -> Result<()> {
     }
     let error =
         |kind, cause| Error::with_source(kind, format!("create the database {name}"), cause);
-    let (client, connection) = tokio_postgres::connect(&url(port, "postgres"), NoTls)
-        .await
-        .map_err(|cause| error(ErrorKind::Unavailable, cause))?;
+    let client = connect_once(&url(port, "postgres"), "shardmq embedded").await?;
     let statement = format!("CREATE DATABASE \"{}\"", name.replace('"', "\"\""));
-    // The connection ends when the client is gone.
-    let create = async move { client.batch_execute(&statement).await };
-    let (created, _) = tokio::join!(create, connection);
-    created.map_err(|cause| match cause.code() {
+    client.batch_execute(&statement).await.map_err(|cause| match cause.code() {
         // The second is what the slower of two at once gets.
         Some(&(SqlState::DUPLICATE_DATABASE | SqlState::UNIQUE_VIOLATION)) => {
             error(ErrorKind::Conflict, cause)

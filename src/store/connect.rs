@@ -2,47 +2,69 @@
 
 use std::time::Duration;
 
-use tokio::io::{AsyncRead, AsyncWrite};
-use tokio_postgres::config::{Host, SslMode};
+use tokio_postgres::config::{Host, TargetSessionAttrs};
 use tokio_postgres::error::{Severity, SqlState};
-use tokio_postgres::{Client, Config, Connection, NoTls};
+use tokio_postgres::{Client, Config};
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::store::dsn::{self, Parameters};
+use crate::store::passfile;
 use crate::store::pooler::Marker;
+use crate::store::target::{self, Opened, Target};
+use crate::store::tls::Tls;
 
 /// How long opening a connection may take unless the URL says otherwise (`connect_timeout`).
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 /// After how long without a word a connection is probed, and after how long given up.
 const KEEPALIVE: Duration = Duration::from_secs(10);
 
-/// Parses a libpq URL or key-value string. A password that it lacks is taken from `PGPASSWORD`.
-pub(crate) fn parse(url: &str) -> Result<Config> {
-    let mut config: Config = url.parse().map_err(|error: tokio_postgres::Error| {
-        // The source could quote a piece of the URL, and so of the password.
-        let _ = error;
-        Error::invalid(
-            "the database URL is not of the form postgresql://user@host:port/database, or has a \
-             parameter that is not known",
-        )
-    })?;
-    if config.get_hosts().is_empty() {
-        return Err(Error::invalid("the database URL names no host"));
-    }
-    if config.get_ssl_mode() == SslMode::Require {
-        return Err(Error::invalid(
-            "the database URL asks for sslmode=require, and this build has no TLS",
-        ));
-    }
-    if config.get_password().is_none()
+/// Parses a libpq URL or key-value string. A password that it lacks is taken from `PGPASSWORD`, and
+/// where that is missing too, from the password file, at each connection.
+pub(crate) fn parse(url: &str) -> Result<Target> {
+    let (mut config, parameters) = split(url)?;
+    check_hosts(&config)?;
+    let parameters = parameters.or_from(|name| std::env::var(name).ok());
+    let tls = Tls::new(&parameters)?;
+    if !target::has_password(&config)
         && let Ok(password) = std::env::var("PGPASSWORD")
     {
         config.password(password);
+    }
+    if config.get_hosts().len() > 1 && !parameters.names_session {
+        // Everything here writes: a standby is of no use.
+        config.target_session_attrs(TargetSessionAttrs::ReadWrite);
     }
     if config.get_connect_timeout().is_none() {
         config.connect_timeout(CONNECT_TIMEOUT);
     }
     config.keepalives(true).keepalives_idle(KEEPALIVE).tcp_user_timeout(KEEPALIVE);
-    Ok(config)
+    Ok(Target::new(config, tls, passfile::path(parameters.passfile.as_deref())))
+}
+
+fn split(url: &str) -> Result<(Config, Parameters)> {
+    // The parser's error is left out: it could quote a piece of the URL, and so of the password.
+    let parsed = dsn::split(url)
+        .and_then(|(rest, parameters)| rest.parse().ok().map(|config| (config, parameters)));
+    parsed.ok_or_else(|| {
+        Error::invalid(
+            "the database URL is not of the form postgresql://user@host:port/database, or has a \
+             parameter that is not known",
+        )
+    })
+}
+
+fn check_hosts(config: &Config) -> Result<()> {
+    let (hosts, addresses) = (config.get_hosts().len(), config.get_hostaddrs().len());
+    let ports = config.get_ports().len();
+    if hosts == 0 {
+        return Err(Error::invalid("the database URL names no host"));
+    }
+    if addresses > 0 && addresses != hosts || ports > 1 && ports != hosts {
+        return Err(Error::invalid(format!(
+            "the database URL names {hosts} hosts, {addresses} addresses for them and {ports} ports"
+        )));
+    }
+    Ok(())
 }
 
 /// `host:port/database`, for people and errors: never a password.
@@ -51,10 +73,8 @@ pub(crate) fn describe(config: &Config) -> String {
         Host::Tcp(name) => name.clone(),
         Host::Unix(path) => path.display().to_string(),
     });
-    let ports = config.get_ports();
-    let port_of = |index: usize| ports.get(index).or(ports.first()).copied().unwrap_or(5432);
-    let addresses: Vec<String> =
-        hosts.enumerate().map(|(index, host)| format!("{host}:{}", port_of(index))).collect();
+    let with_port = |(index, host)| format!("{host}:{}", target::port(config, index));
+    let addresses: Vec<String> = hosts.enumerate().map(with_port).collect();
     format!("{}/{}", addresses.join(","), config.get_dbname().unwrap_or_default())
 }
 
@@ -85,51 +105,38 @@ pub(crate) fn without_password(url: &str) -> Result<String> {
     };
     let stripped = format!("{scheme}://{authority}{path}");
     // However it was written: what is left must say none.
-    match stripped.parse::<Config>() {
-        Ok(config) if config.get_password().is_none() => Ok(stripped),
+    match split(&stripped) {
+        Ok((config, _)) if config.get_password().is_none() => Ok(stripped),
         _ => Err(Error::invalid("the password could not be taken out of the node's address")),
     }
 }
 
 /// One connection outside of any pool, driven by a task that ends with it.
 pub(crate) async fn connect_once(url: &str, application: &str) -> Result<Client> {
-    let mut config = parse(url)?;
-    config.application_name(application);
-    let what = format!("connect to {}", describe(&config));
-    let (client, connection) =
-        config.connect(NoTls).await.map_err(|error| refused(error, &what))?;
-    tokio::spawn(drive(connection));
-    Ok(client)
+    let mut target = parse(url)?;
+    target.config.application_name(application);
+    let what = format!("connect to {}", describe(&target.config));
+    let opened = target.connect(&what, None).await?;
+    tokio::spawn(target::drive(opened.messages));
+    Ok(opened.client)
 }
 
 /// The same, to Postgres itself: for what needs a session of its own.
 pub(crate) async fn connect_directly(url: &str, application: &str) -> Result<Client> {
-    let mut config = parse(url)?;
-    config.application_name(application);
-    let what = format!("connect to {}", describe(&config));
+    let mut target = parse(url)?;
+    target.config.application_name(application);
+    let what = format!("connect to {}", describe(&target.config));
     let marker = Marker::new();
-    let (client, connection, sent) =
-        marker.connect(&config).await.map_err(|error| refused(error, &what))?;
-    tokio::spawn(drive(connection));
-    if sent && marker.is_there(&client).await.map_err(|error| refused(error, &what))? {
+    let Opened { client, messages, marked } = target.connect(&what, Some(&marker)).await?;
+    tokio::spawn(target::drive(messages));
+    if marked && marker.is_there(&client).await.map_err(|error| refused(error, &what))? {
         return Ok(client);
     }
     Err(Error::invalid(format!(
         "the address {} leads to a pooler; this needs a session of its own: give the address of \
          Postgres itself",
-        describe(&config)
+        describe(&target.config)
     )))
-}
-
-/// Drives a connection until it ends.
-pub(crate) async fn drive<S, T>(connection: Connection<S, T>)
-where
-    S: AsyncRead + AsyncWrite + Unpin,
-    T: AsyncRead + AsyncWrite + Unpin,
-{
-    if let Err(error) = connection.await {
-        tracing::debug!(error = %crate::error::chain(&error), "connection ended");
-    }
 }
 
 /// Whether the server answered with an error, so that a transaction that had not been asked to commit
@@ -184,6 +191,10 @@ mod tests {
                 "postgresql://h/d?password=secret&connect_timeout=3",
                 "postgresql://h/d?connect_timeout=3",
             ),
+            (
+                "postgresql://u:secret@h/d?sslrootcert=/ca.pem&password=secret&passfile=/p",
+                "postgresql://u@h/d?sslrootcert=/ca.pem&passfile=/p",
+            ),
         ];
         for (url, expected) in cases {
             assert_eq!(without_password(url).unwrap(), expected);
@@ -204,13 +215,26 @@ mod tests {
     fn errors_and_descriptions_never_show_a_password() {
         let error = parse("postgresql://u:secret@h:port/d").unwrap_err();
         assert!(!format!("{error:?}").contains("secret"));
-        let config = parse("postgresql://u:secret@h:1,i:2/d").unwrap();
-        assert_eq!(describe(&config), "h:1,i:2/d");
+        let error = parse("postgresql://u:secret@h/d?sslmode=secretive").unwrap_err();
+        assert!(!format!("{error:?}").contains("secret"));
+        let target = parse("postgresql://u:secret@h:1,i:2/d?passfile=/p").unwrap();
+        assert_eq!(describe(&target.config), "h:1,i:2/d");
+        assert!(!format!("{target:?}").contains("secret"));
     }
 
     #[test]
-    fn tls_that_this_build_lacks_is_a_clear_error() {
-        let error = parse("postgresql://u@h/d?sslmode=require").unwrap_err();
-        assert!(error.to_string().contains("sslmode=require"));
+    fn of_several_hosts_one_that_writes_is_wanted_unless_the_url_says_otherwise() {
+        let wanted = |url: &str| parse(url).unwrap().config.get_target_session_attrs();
+        assert_eq!(wanted("postgresql://a/d"), TargetSessionAttrs::Any);
+        assert_eq!(wanted("postgresql://a,b/d"), TargetSessionAttrs::ReadWrite);
+        assert_eq!(wanted("postgresql://a,b/d?target_session_attrs=any"), TargetSessionAttrs::Any);
+    }
+
+    #[test]
+    fn hosts_ports_and_addresses_must_fit() {
+        for url in ["host=a,b port=1,2,3", "host=a,b hostaddr=::1", "user=u"] {
+            assert_eq!(parse(url).unwrap_err().kind(), ErrorKind::Invalid, "{url}");
+        }
+        assert!(parse("host=a,b hostaddr=::1,::2 port=1").is_ok());
     }
 }

@@ -1,13 +1,11 @@
 //! A node: its number, its address and its connections.
 
 use std::fmt;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
-use deadpool_postgres::{
-    Hook, HookError, Manager, ManagerConfig, Object, Pool, PoolError, RecyclingMethod, Runtime,
-};
-use futures_util::future::{BoxFuture, join3};
+use deadpool::managed::PoolError;
+use futures_util::future::join3;
 use tokio_postgres::types::{ToSql, Type};
 use tokio_postgres::{Client, Row, Statement};
 use uuid::Uuid;
@@ -17,10 +15,11 @@ use crate::id::NodeId;
 use crate::migrate::{self, Schema};
 use crate::store::connect::{self, refused};
 use crate::store::param::{Param, typed, values};
-use crate::store::pooler::{Connector, PreparedStatements, Way};
+use crate::store::pool::{self, Check, Manager, Object, Pool};
+use crate::store::pooler::{PreparedStatements, Way};
 use crate::store::sql;
 
-/// How long getting a connection may take, a wait for a free one included.
+/// How long a wait for a free connection may take, and for a new one what comes after its making.
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(3);
 /// Prepared statements that a connection keeps: day tables come and go.
 const MAX_STATEMENTS: usize = 512;
@@ -76,8 +75,8 @@ pub(crate) struct Node {
     what: String,
     pool: Pool,
     way: Arc<Way>,
-    /// Why the last new connection was turned away, since the pool has no room for our error.
-    refusal: Arc<Mutex<Option<Error>>>,
+    /// How long getting a connection may take.
+    patience: Duration,
 }
 
 impl Node {
@@ -94,39 +93,22 @@ impl Node {
     }
 
     fn open(url: &str, name: &str, options: PoolOptions, check: Check) -> Result<Self> {
-        let mut config = connect::parse(url)?;
-        if config.get_application_name().is_none() {
-            config.application_name("shardmq");
+        let mut target = connect::parse(url)?;
+        if target.config.get_application_name().is_none() {
+            target.config.application_name("shardmq");
         }
-        let what = format!("connect to {name} at {}", connect::describe(&config));
-        let refusal = Arc::new(Mutex::new(None));
-        let recycling = ManagerConfig { recycling_method: RecyclingMethod::Fast };
+        let what = format!("connect to {name} at {}", connect::describe(&target.config));
+        let patience = ACQUIRE_TIMEOUT + target.patience();
         let way = Arc::new(Way::new(options.prepared_statements));
-        let manager = Manager::from_connect(config, Connector(Arc::clone(&way)), recycling);
-        let kept = Arc::clone(&refusal);
-        let pool = Pool::builder(manager)
-            .max_size(options.connections)
-            .runtime(Runtime::Tokio1)
-            .wait_timeout(Some(ACQUIRE_TIMEOUT))
-            .create_timeout(Some(ACQUIRE_TIMEOUT))
-            .post_create(Hook::async_fn(move |client, _| {
-                let (kept, check) = (Arc::clone(&kept), Arc::clone(&check));
-                Box::pin(async move {
-                    let outcome = check(client).await;
-                    let refused = outcome.is_err();
-                    *lock(&kept) = outcome.err();
-                    if refused { Err(HookError::message("not what it should be")) } else { Ok(()) }
-                })
-            }))
-            .build()
-            .map_err(|error| Error::with_source(ErrorKind::Invalid, what.clone(), error))?;
-        Ok(Self { what, pool, way, refusal })
+        let manager = Manager { target, what: what.clone(), way: Arc::clone(&way), check };
+        let pool = pool::build(manager, options.connections, ACQUIRE_TIMEOUT)?;
+        Ok(Self { what, pool, way, patience })
     }
 
     /// A connection, opened where none is idle. Cancel safe.
     pub(crate) async fn get(&self) -> Result<Connection> {
-        // The pool bounds the wait for a free connection and the making of one, but not its check.
-        let got = tokio::time::timeout(ACQUIRE_TIMEOUT * 2, self.pool.get()).await;
+        // The pool bounds the wait for a free connection, but not the making of one.
+        let got = tokio::time::timeout(self.patience, self.pool.get()).await;
         let object = got
             .map_err(|_| {
                 let why = format!("{}: the server is silent", self.what);
@@ -139,12 +121,9 @@ impl Node {
         Ok(Connection { object, keeps_statements: self.way.keeps_statements() })
     }
 
-    fn explain(&self, error: PoolError) -> Error {
+    fn explain(&self, error: PoolError<Error>) -> Error {
         match error {
-            PoolError::Backend(error) => refused(error, &self.what),
-            PoolError::PostCreateHook(_) => lock(&self.refusal)
-                .clone()
-                .unwrap_or_else(|| Error::new(ErrorKind::Unavailable, self.what.clone())),
+            PoolError::Backend(error) => error,
             other => Error::with_source(ErrorKind::Unavailable, self.what.clone(), other),
         }
     }
@@ -166,12 +145,6 @@ impl fmt::Debug for Node {
 pub(crate) struct PoolOptions {
     pub(crate) connections: usize,
     pub(crate) prepared_statements: PreparedStatements,
-}
-
-type Check = Arc<dyn Fn(&Client) -> BoxFuture<'_, Result<()>> + Send + Sync>;
-
-fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Refuses a database that is not this cluster's node of this number.

@@ -18,19 +18,18 @@
 //! through a pooler is right everywhere. A node with another address gets another pool, and it is found
 //! out again.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use deadpool_postgres::Connect;
-use futures_util::future::BoxFuture;
 use tokio::task::JoinHandle;
 use tokio_postgres::error::SqlState;
-use tokio_postgres::tls::NoTlsStream;
 use tokio_postgres::types::Type;
-use tokio_postgres::{Client, Config, Connection, Error, NoTls, Socket};
+use tokio_postgres::{Client, Config, Error};
 use uuid::Uuid;
 
-use crate::store::{connect, sql};
+use crate::error::Result;
+use crate::store::connect::{self, refused};
+use crate::store::sql;
+use crate::store::target::{Opened, Target, drive};
 
 /// Whether statements stay prepared on data connections, which makes each of them cheaper.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -60,26 +59,11 @@ impl Marker {
     }
 
     /// The same address, with this setting behind the user's own.
-    fn added_to(&self, config: &Config) -> Config {
+    pub(super) fn added_to(&self, config: &Config) -> Config {
         let own = config.get_options().map(|options| format!("{options} ")).unwrap_or_default();
         let mut marked = config.clone();
         marked.options(format!("{own}-c shardmq.direct={}", self.0));
         marked
-    }
-
-    /// Connects with this setting, or without it (then false) where it is refused.
-    pub(crate) async fn connect(
-        &self,
-        config: &Config,
-    ) -> Result<(Client, Connection<Socket, NoTlsStream>, bool), Error> {
-        match self.added_to(config).connect(NoTls).await {
-            Ok((client, connection)) => Ok((client, connection, true)),
-            Err(error) if refuses_options(&error) => {
-                let (client, connection) = config.connect(NoTls).await?;
-                Ok((client, connection, false))
-            }
-            Err(error) => Err(error),
-        }
     }
 
     /// Whether it is in the session that answers.
@@ -90,7 +74,7 @@ impl Marker {
 }
 
 /// Whether a connection was refused for its startup parameters, by whoever does not know them.
-fn refuses_options(error: &Error) -> bool {
+pub(super) fn refuses_options(error: &Error) -> bool {
     let refusals = [&SqlState::PROTOCOL_VIOLATION, &SqlState::FEATURE_NOT_SUPPORTED];
     error.code().is_some_and(|code| refusals.contains(&code))
 }
@@ -118,31 +102,25 @@ impl Way {
     }
 
     /// A connection, driven by a task. Before it returns, it is known whether that may keep statements.
-    async fn connect(&self, config: &Config) -> Result<(Client, JoinHandle<()>), Error> {
-        if self.setting != PreparedStatements::Auto || !self.keeps_statements() {
-            let (client, connection) = config.connect(NoTls).await?;
-            return Ok((client, tokio::spawn(connect::drive(connection))));
-        }
-        let (client, connection, sent) = self.marker.connect(config).await?;
-        let task = tokio::spawn(connect::drive(connection));
-        if !(sent && self.marker.is_there(&client).await?) {
+    pub(super) async fn connect(
+        &self,
+        target: &Target,
+        what: &str,
+    ) -> Result<(Client, JoinHandle<()>)> {
+        let is_open = self.setting == PreparedStatements::Auto && self.keeps_statements();
+        let marker = is_open.then_some(&self.marker);
+        let Opened { client, messages, marked } = target.connect(what, marker).await?;
+        let task = tokio::spawn(drive(messages));
+        if let Some(marker) = marker
+            && !(marked && marker.is_there(&client).await.map_err(|error| refused(error, what))?)
+        {
             self.pooled.store(true, Ordering::Release);
             tracing::info!(
-                address = %connect::describe(config),
+                address = %connect::describe(&target.config),
                 "a pooler stands before the server: no statements are kept prepared"
             );
         }
         Ok((client, task))
-    }
-}
-
-/// Opens a pool's connections.
-pub(crate) struct Connector(pub(crate) Arc<Way>);
-
-impl Connect for Connector {
-    fn connect(&self, config: &Config) -> BoxFuture<'_, Result<(Client, JoinHandle<()>), Error>> {
-        let config = config.clone();
-        Box::pin(async move { self.0.connect(&config).await })
     }
 }
 

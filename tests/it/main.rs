@@ -34,6 +34,8 @@ mod fence;
 mod full;
 /// A client that falls silent in the middle, or goes away: no lock stays, nobody is harmed.
 mod half_pipeline;
+/// Addresses with several hosts: the one that takes writes is found, and followed.
+mod hosts;
 /// A transaction that appends and commits late: no gap, nothing skipped.
 mod late_commit;
 /// Who owns a partition, through joins, crashes, pauses and restarts.
@@ -48,6 +50,8 @@ mod midnight;
 mod migrations;
 /// With hints a message comes at once, without them within the poll interval.
 mod notifications;
+/// Where a password comes from, that it can be replaced, and that nobody shows it.
+mod passwords;
 /// Every statement is one that the server takes, and the hot ones go by indexes only.
 mod plans;
 /// PgBouncer in transaction mode stands before everything.
@@ -68,6 +72,8 @@ mod shutdown;
 mod sql_functions;
 /// Where a group starts: earliest, latest, a time, an id.
 mod starts;
+/// Encrypted connections: who is talked to is who it should be, or nobody.
+mod tls;
 /// Topics and nodes come and go.
 mod topics;
 /// Nodes that move, go, or are another's, under running clients.

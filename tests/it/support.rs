@@ -12,6 +12,7 @@ use shardmq::{Cluster, NodeId};
 use tokio::sync::OnceCell;
 use tokio_postgres::{Client, NoTls};
 
+pub mod authority;
 pub mod clocks;
 pub mod held;
 pub mod pgbouncer;

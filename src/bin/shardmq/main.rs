@@ -35,7 +35,7 @@ use failure::Failure;
 #[derive(Parser)]
 #[command(name = "shardmq", version, after_help = EXIT_CODES)]
 struct Cli {
-    /// The control database, a libpq URL. Its password may come from PGPASSWORD.
+    /// The control database, a libpq URL. Its password may come from PGPASSWORD or ~/.pgpass.
     #[arg(long, global = true, env = "SHARDMQ_URL", hide_env_values = true, help_heading = GLOBAL)]
     url: Option<String>,
     /// Print JSON, one object per line.

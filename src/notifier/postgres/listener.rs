@@ -9,14 +9,13 @@
 //! A pooler in transaction mode would let its own connection listen, for anybody. So where the node's
 //! address leads to a pooler, nobody listens.
 
-use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::StreamExt;
 use futures_util::future::{BoxFuture, OptionFuture};
-use futures_util::{Stream, StreamExt, stream};
-use tokio::time::{Instant, sleep, sleep_until, timeout};
-use tokio_postgres::{AsyncMessage, Client, NoTls};
+use tokio::time::{Instant, sleep, sleep_until};
+use tokio_postgres::{AsyncMessage, Client};
 
 use super::{CHANNEL, Channel};
 use crate::cluster::{ListenAt, Nodes};
@@ -26,6 +25,7 @@ use crate::id::PartitionId;
 use crate::metrics as names;
 use crate::notifier::Hint;
 use crate::store::pooler::Marker;
+use crate::store::target::Messages;
 use crate::store::{connect, sql};
 
 /// How long it may be silent before it is asked, give or take a fifth.
@@ -66,8 +66,6 @@ pub(super) async fn listen(nodes: Arc<Nodes>, channel: Arc<Channel>) {
         backoff = (backoff * 2).min(BACKOFF.1);
     }
 }
-
-type Messages = Pin<Box<dyn Stream<Item = Result<AsyncMessage, tokio_postgres::Error>> + Send>>;
 
 /// How a listening connection ended.
 enum End {
@@ -127,22 +125,12 @@ async fn listen_once(nodes: &Nodes, channel: &Channel, backoff: &mut Duration) -
 /// be one. At an address that was given for listening nothing is looked for.
 async fn open(address: ListenAt) -> Result<Option<(Client, Messages, Option<Marker>)>> {
     let (ListenAt::Node(url) | ListenAt::Given(url)) = &address;
-    let mut config = connect::parse(url)?;
-    config.application_name("shardmq listen");
-    let what = "connect to listen for hints";
+    let mut target = connect::parse(url)?;
+    target.config.application_name("shardmq listen");
     let marker = matches!(address, ListenAt::Node(_)).then(Marker::new);
-    let opened = timeout(ANSWER, async {
-        match &marker {
-            Some(marker) => marker.connect(&config).await,
-            None => config.connect(NoTls).await.map(|(client, messages)| (client, messages, true)),
-        }
-    });
-    let opened = opened
-        .await
-        .map_err(|_| Error::new(ErrorKind::Unavailable, format!("{what}: no answer")))?;
-    let (client, mut connection, direct) = opened.map_err(|error| connect::refused(error, what))?;
-    let messages = stream::poll_fn(move |context| connection.poll_message(context));
-    Ok(direct.then_some((client, Box::pin(messages), marker)))
+    let opened = target.connect("connect to listen for hints", marker.as_ref()).await?;
+    let direct = opened.marked || marker.is_none();
+    Ok(direct.then_some((opened.client, opened.messages, marker)))
 }
 
 /// Asks to hear of everything, unless a pooler answers.

@@ -1,0 +1,57 @@
+//! Pools of connections to one target, each looked at before it is used.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use deadpool::Runtime;
+use deadpool::managed::{self, Metrics, RecycleError, RecycleResult};
+use deadpool_postgres::ClientWrapper;
+use futures_util::future::BoxFuture;
+use tokio_postgres::Client;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::store::pooler::Way;
+use crate::store::target::Target;
+
+/// A pooled connection, given back when dropped.
+pub(super) type Object = managed::Object<Manager>;
+pub(super) type Pool = managed::Pool<Manager>;
+
+/// Whether a new connection leads to what it should.
+pub(super) type Check = Arc<dyn Fn(&Client) -> BoxFuture<'_, Result<()>> + Send + Sync>;
+
+/// Makes a pool's connections. deadpool's own manager has no room for our errors, and opens
+/// connections by itself.
+pub(super) struct Manager {
+    pub(super) target: Target,
+    pub(super) what: String,
+    pub(super) way: Arc<Way>,
+    pub(super) check: Check,
+}
+
+impl managed::Manager for Manager {
+    type Type = ClientWrapper;
+    type Error = Error;
+
+    async fn create(&self) -> Result<ClientWrapper> {
+        let (client, task) = self.way.connect(&self.target, &self.what).await?;
+        let client = ClientWrapper::new(client, task);
+        (self.check)(&client).await?;
+        Ok(client)
+    }
+
+    async fn recycle(&self, client: &mut ClientWrapper, _: &Metrics) -> RecycleResult<Error> {
+        if client.is_closed() { Err(RecycleError::message("it is closed")) } else { Ok(()) }
+    }
+}
+
+/// A pool of at most so many connections, in which a wait for a free one is bounded.
+pub(super) fn build(manager: Manager, connections: usize, wait: Duration) -> Result<Pool> {
+    let what = manager.what.clone();
+    Pool::builder(manager)
+        .max_size(connections)
+        .runtime(Runtime::Tokio1)
+        .wait_timeout(Some(wait))
+        .build()
+        .map_err(|error| Error::with_source(ErrorKind::Invalid, what, error))
+}
