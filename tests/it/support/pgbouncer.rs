@@ -1,6 +1,5 @@
 //! A private PgBouncer in transaction mode: it gives each transaction any of its server connections.
 
-use std::collections::BTreeSet;
 use std::fs::Permissions;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
@@ -48,7 +47,7 @@ impl PgBouncer {
     pub async fn start(server: &Server, pool_size: u8, unknown: Unknown) -> Self {
         loop {
             let port = free_port();
-            let mut started = Self::launch(server.port(), port, pool_size, unknown);
+            let started = Self::launch(server.port(), port, pool_size, unknown);
             if started.is_up().await {
                 return started;
             }
@@ -81,20 +80,22 @@ impl PgBouncer {
     }
 
     /// Waits until it takes connections; false where another took the port.
-    async fn is_up(&mut self) -> bool {
-        let log = self.dir.join("log");
-        let text = || std::fs::read_to_string(&log).unwrap_or_default();
+    async fn is_up(&self) -> bool {
         let decided = || async {
-            let up = text().contains("process up");
-            text().contains("Address already in use")
+            let up = self.log().contains("process up");
+            self.log().contains("Address already in use")
                 || up && TcpStream::connect(("127.0.0.1", self.port)).await.is_ok()
         };
         eventually("the pooler takes connections", Duration::from_secs(10), decided).await;
-        !text().contains("Address already in use")
+        !self.log().contains("Address already in use")
     }
 
     pub fn port(&self) -> u16 {
         self.port
+    }
+
+    fn log(&self) -> String {
+        std::fs::read_to_string(self.dir.join("log")).unwrap_or_default()
     }
 
     /// A URL that leads to the server, as one that leads here.
@@ -107,12 +108,20 @@ impl PgBouncer {
         client(&format!("postgresql://shardmq@127.0.0.1:{}/pgbouncer", self.port)).await
     }
 
-    /// The connections of clients, each by its address and the time when it was made.
-    pub async fn clients(&self) -> BTreeSet<String> {
+    /// How many connections of clients there are.
+    pub async fn clients(&self) -> usize {
         let rows = rows(&self.console().await, "show clients").await;
-        let users = rows.iter().filter(|row| row.get("database") != Some("pgbouncer"));
-        let column = |row: &SimpleQueryRow, name| row.get(name).unwrap().to_owned();
-        users.map(|row| column(row, "port") + " " + &column(row, "connect_time")).collect()
+        rows.iter().filter(|row| row.get("database") != Some("pgbouncer")).count()
+    }
+
+    /// Connections of clients that it has ended, and not they, with its reasons.
+    pub fn ended(&self) -> Vec<String> {
+        let by_itself = |line: &&str| {
+            let reason = line.split_once(" closing because: ").map_or("client", |parts| parts.1);
+            line.contains(" C-")
+                && !["client", "unsupported startup"].iter().any(|by| reason.starts_with(by))
+        };
+        self.log().lines().filter(by_itself).map(str::to_owned).collect()
     }
 
     /// How many server connections there are.
@@ -200,7 +209,7 @@ async fn a_pooler_shares_its_server_connections_and_ends_with_its_folder() {
         rows[0].get(0).unwrap().to_owned()
     };
     assert_eq!(pid(&one).await, pid(&other).await);
-    assert_eq!((pooler.clients().await.len(), pooler.servers().await), (2, 1));
+    assert_eq!((pooler.clients().await, pooler.servers().await), (2, 1));
     let dir = pooler.dir.clone();
     drop(pooler);
     assert!(!dir.exists());
