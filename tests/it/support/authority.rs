@@ -80,6 +80,18 @@ fn named(name: &str, hosts: &[&str]) -> CertificateParams {
     params
 }
 
+/// Starts a server that is to speak TLS. None where its programs were built without: there is nothing
+/// to test then.
+pub async fn started(builder: ServerBuilder) -> Option<Server> {
+    match builder.start().await {
+        Err(error) if error.chain().contains("SSL is not supported by this build") => {
+            eprintln!("skipped: this Postgres was built without TLS");
+            None
+        }
+        server => Some(server.unwrap()),
+    }
+}
+
 /// A server that speaks TLS with this certificate.
 pub fn tls_server(signed: &Signed) -> ServerBuilder {
     Server::builder()
