@@ -135,9 +135,8 @@ async fn until_held(pair: &Pair, producer: &Producer) -> (Vec<Receipt>, Arc<Link
     pair.proxy.to_server(Rule::HoldLarge(8_000));
     let mut receipts = Vec::new();
     loop {
-        let links = pair.proxy.links();
-        if let Some(held) = links.iter().find(|link| link.to_server.kept() > 0) {
-            return (receipts, Arc::clone(held));
+        if let Some(held) = pair.proxy.holding(8_000) {
+            return (receipts, held);
         }
         receipts.push(producer.enqueue(large(&format!("l{}", receipts.len()))).await.unwrap());
         tokio::time::sleep(Duration::from_millis(1)).await;
@@ -336,8 +335,8 @@ async fn a_producer_that_is_dropped_says_what_it_did_not_send() {
     producer.send(Message::new("before")).await.unwrap();
     pair.proxy.to_server(Rule::HoldLarge(8_000));
     let under_way = producer.enqueue(large("under way")).await.unwrap();
-    let kept = || async { pair.proxy.links().iter().any(|link| link.to_server.kept() > 0) };
-    eventually("it is under way", 5 * SECOND, kept).await;
+    let held = || async { pair.proxy.holding(8_000).is_some() };
+    eventually("it is under way", 5 * SECOND, held).await;
     let mut unsent = Vec::new();
     for n in 0..10 {
         unsent.push(producer.enqueue(Message::new(format!("m{n}"))).await.unwrap());

@@ -68,10 +68,9 @@ impl Way {
     pub async fn send_held(&self) -> (JoinHandle<shardmq::Result<MessageId>>, Arc<Link>) {
         self.proxy.to_server(Rule::HoldLarge(8_000));
         let send = self.send(&"m".repeat(12_000));
-        let held = || self.proxy.links().into_iter().find(|link| link.to_server.kept() > 8_000);
-        let is_held = || async { held().is_some() };
+        let is_held = || async { self.proxy.holding(8_000).is_some() };
         eventually("the original is held", 5 * SECOND, is_held).await;
-        (send, held().unwrap())
+        (send, self.proxy.holding(8_000).unwrap())
     }
 
     /// Waits until the client has given a pipeline up, of which nothing has reached the server.

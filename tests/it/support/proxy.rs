@@ -68,7 +68,9 @@ impl Way {
 
     /// How many bytes wait here, or were swallowed.
     pub fn kept(&self) -> u64 {
-        self.received.load(Ordering::SeqCst) - self.bytes()
+        // In this order: what comes and passes between the two is not kept.
+        let passed = self.bytes();
+        self.received.load(Ordering::SeqCst) - passed
     }
 
     /// Whether whoever sends here has closed its end.
@@ -196,6 +198,12 @@ impl Proxy {
     /// All that were opened since the proxy started or was cut, also those whose client has gone.
     pub fn links(&self) -> Vec<Arc<Link>> {
         self.shared.links.lock().unwrap().clone()
+    }
+
+    /// A connection that holds at least so many bytes back on their way to the server: more than what
+    /// is about to pass at any moment.
+    pub fn holding(&self, bytes: u64) -> Option<Arc<Link>> {
+        self.links().into_iter().find(|link| link.to_server.kept() >= bytes)
     }
 
     /// Cuts all open connections. New ones are taken.
