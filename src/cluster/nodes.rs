@@ -123,8 +123,11 @@ impl Nodes {
     /// All nodes, as the control database has them now.
     pub(crate) async fn refresh(&self) -> Result<Vec<(NodeId, String)>> {
         let what = "read the nodes";
+        // Before it is asked for: another task may learn of a later version meanwhile.
+        let seen = self.version.load(Ordering::Acquire);
         let connection = self.control.get().await?;
         let (_, version) = control::cluster(&connection).await.map_err(|e| refused(e, what))?;
+        refuse_older(version, seen)?;
         let nodes = control::nodes(&connection).await.map_err(|e| refused(e, what))?;
         self.learn(version, nodes.clone())?;
         Ok(nodes)
@@ -133,6 +136,7 @@ impl Nodes {
     /// Looks whether the topology has another version, and takes it over.
     async fn look(&self) -> Result<()> {
         let what = "look at the topology";
+        let seen = self.version.load(Ordering::Acquire);
         let connection = self.control.get().await?;
         let (cluster, version) =
             control::cluster(&connection).await.map_err(|e| refused(e, what))?;
@@ -140,25 +144,20 @@ impl Nodes {
             let what = format!("the control database is that of cluster {cluster} now");
             return Err(Error::new(ErrorKind::Conflict, what));
         }
-        if version == self.version.load(Ordering::Acquire) {
+        refuse_older(version, seen)?;
+        if version == seen {
             return Ok(());
         }
         let nodes = control::nodes(&connection).await.map_err(|e| refused(e, what))?;
         self.learn(version, nodes)
     }
 
-    /// Takes over the addresses of a version of the topology. A node whose address is another gets a
-    /// new pool; one that is not there any more is forgotten. Where the version is lower than one that
-    /// was seen, the control database was restored from a backup, and nothing is taken over.
+    /// Takes over the addresses of a version of the topology, unless a later one is known. A node whose
+    /// address is another gets a new pool; one that is not there any more is forgotten.
     pub(super) fn learn(&self, version: i64, nodes: Vec<(NodeId, String)>) -> Result<()> {
         let mut known = self.lock();
-        let seen = self.version.load(Ordering::Acquire);
-        if version < seen {
-            let what = format!(
-                "the control database has version {version} of the topology, and {seen} was seen \
-                 before: was it restored from a backup?"
-            );
-            return Err(Error::new(ErrorKind::Conflict, what));
+        if version < self.version.load(Ordering::Acquire) {
+            return Ok(());
         }
         let mut next = BTreeMap::new();
         for (id, url) in nodes {
@@ -202,6 +201,19 @@ impl Nodes {
     fn lock(&self) -> MutexGuard<'_, BTreeMap<NodeId, (String, Arc<Node>)>> {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// A version lower than one that was seen before it was asked for is that of a control database that was
+/// restored from a backup.
+fn refuse_older(version: i64, seen: i64) -> Result<()> {
+    if version >= seen {
+        return Ok(());
+    }
+    let what = format!(
+        "the control database has version {version} of the topology, and {seen} was seen before: was it \
+         restored from a backup?"
+    );
+    Err(Error::new(ErrorKind::Conflict, what))
 }
 
 impl fmt::Debug for Nodes {
