@@ -135,3 +135,23 @@ async fn the_tables_have_the_limits_too() {
         assert_eq!(outcome, Err("23514".to_owned()), "{values:.200}");
     }
 }
+
+/// A message that used its headers up gets ShardMQ's own where it is stored a second time.
+#[tokio::test]
+async fn headers_of_our_own_have_room_beside_a_senders_and_are_short() {
+    let test = TestCluster::new(1).await;
+    let partition = topic(&test, "orders", 1).await[0];
+    let sql = test.sql(0).await;
+    let append = |own: &str| {
+        let headers = format!("jsonb_build_object('h', repeat('v', 65535)) || '{{{own}}}'::jsonb");
+        format!("select shardmq.append({partition}, array['x'::bytea], null, array[{headers}])")
+    };
+    let uid = format!("{}:{}:999", uuid::Uuid::nil(), i64::MAX);
+    let marks = format!(r#""shardmq.uid": "{uid}", "shardmq.duplicate": "possible""#);
+    sql.batch_execute(&append(&marks)).await.unwrap();
+    let long = format!(r#""shardmq.uid": "{}""#, "u".repeat(101));
+    for refused in [long.as_str(), r#""other": "x""#] {
+        let error = sql.batch_execute(&append(refused)).await.unwrap_err();
+        assert_eq!(error.code().unwrap().code(), "23514");
+    }
+}
