@@ -37,6 +37,8 @@ pub(super) async fn watch(shared: Arc<Shared>) {
             _ = ticks.tick() => {}
             () = shared.ended.cancelled() => return,
         }
+        // A partition that was full is open again after midnight.
+        shared.look_anew();
         for writer in shared.writers.values() {
             if writer.health.look() {
                 shared.note_change();

@@ -143,6 +143,10 @@ impl Health {
     /// A probe was not answered, or with an error: the next one comes later.
     pub(crate) fn unanswered(&self, why: &Error) {
         let mut detail = self.lock();
+        if self.state() != NodeState::Down {
+            // An append has worked meanwhile.
+            return;
+        }
         detail.why = Some(why.clone());
         detail.interval = (detail.interval * 2).min(detail.bounds.1);
         detail.probe_at = Some(Instant::now() + detail.interval);

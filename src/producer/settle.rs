@@ -208,7 +208,6 @@ enum Trouble {
 
 async fn again(shared: &Shared, lane: &Lane, batch: &mut Batch) -> Result<Again, Trouble> {
     let what = format!("append to partition {}", lane.partition);
-    let _under_way = lane.writer.health.attempt();
     let limit = shared.options.append_timeout;
     let connection =
         async { shared.cluster.inner.nodes.node(lane.partition.node()).await?.get().await };

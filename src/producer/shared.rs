@@ -234,10 +234,15 @@ impl Shared {
 
     /// A node's state is another now, or a lane's.
     pub(super) fn note_change(&self) {
+        self.look_anew();
+        self.changed.notify_waiters();
+    }
+
+    /// Which partitions are open is found out again, for the sender's own balancer.
+    pub(super) fn look_anew(&self) {
         if let Some(own) = &self.options.balancer {
             own.forget();
         }
-        self.changed.notify_waiters();
     }
 
     /// While this is held no batch is between two lanes: whoever asks all lanes sees every batch.

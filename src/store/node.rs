@@ -230,9 +230,10 @@ async fn run(
     }
 }
 
-/// Runs one statement, prepared where that may be kept, in a transaction of its own that does not depend on the database's
-/// defaults, in one round trip. Where an error comes back, `is_definite` tells whether the statement
-/// may have been committed all the same. A connection that was left in the middle is closed.
+/// Runs one statement, prepared where that may be kept, in a transaction of its own that does not
+/// depend on the database's defaults, in one round trip. Where an error comes back, `is_definite` tells
+/// whether the statement may have been committed all the same. A connection that was left in the middle
+/// is closed.
 pub(crate) async fn write(
     connection: Connection,
     durability: Durability,
