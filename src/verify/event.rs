@@ -146,7 +146,8 @@ pub enum Event {
         holding: Holding,
         /// The cursor: every message up to here is finished.
         upto: MessageId,
-        /// When it was asked for, on the clock of the history.
+        /// When it was asked for, on the clock of the history. Where it may have been committed before
+        /// that, as by a library that commits by itself: when `upto` was acknowledged.
         asked: Duration,
     },
     /// A group's position is about to be moved, or the group begins elsewhere than at the first

@@ -63,10 +63,11 @@ impl Members {
     }
 }
 
-/// How far each partition is acknowledged, and under which acquisition.
-type Positions = HashMap<PartitionId, (Holding, MessageId)>;
-/// A commit under way: what it covers, when it was asked for, and whether it was confirmed.
-type Commit = Pin<Box<dyn Future<Output = (Positions, Duration, Result<()>)> + Send>>;
+/// How far each partition is acknowledged, under which acquisition, and since when: the library commits
+/// by itself too, at any time from then on.
+type Positions = HashMap<PartitionId, (Holding, MessageId, Duration)>;
+/// A commit under way: what it covers, and whether it was confirmed.
+type Commit = Pin<Box<dyn Future<Output = (Positions, Result<()>)> + Send>>;
 
 struct Member {
     run: Arc<Run>,
@@ -106,10 +107,11 @@ impl Member {
             Holding { group: GROUP_NUMBER, member: self.number, token: delivery.fencing_token() };
         let delivered = Event::Delivered { holding, id, uid, value: value_of(&delivery) };
         self.recorder.record(self.run.now(), &delivered)?;
-        self.recorder.record(self.run.now(), &Event::Acked { holding, id })?;
+        let now = self.run.now();
+        self.recorder.record(now, &Event::Acked { holding, id })?;
         // Refused where the partition went to another member meanwhile, which is handed it too.
         if delivery.ack().is_ok() {
-            self.acked.insert(id.partition(), (holding, id));
+            self.acked.insert(id.partition(), (holding, id, now));
         }
         Ok(())
     }
@@ -117,25 +119,21 @@ impl Member {
     /// Asks for a commit of what was acknowledged since the last one.
     fn commit(&mut self, handle: &ConsumerHandle) -> Option<Commit> {
         let (covered, handle) = (std::mem::take(&mut self.acked), handle.clone());
-        let asked = self.run.now();
         (!covered.is_empty()).then(|| -> Commit {
             Box::pin(async move {
                 let outcome = handle.flush().await;
-                (covered, asked, outcome)
+                (covered, outcome)
             })
         })
     }
 
-    fn committed(
-        &mut self,
-        (covered, asked, outcome): (Positions, Duration, Result<()>),
-    ) -> Result<()> {
+    fn committed(&mut self, (covered, outcome): (Positions, Result<()>)) -> Result<()> {
         if let Err(error) = outcome {
             // Of some partition; which others were committed is not known.
             tracing::debug!(error = %error.chain(), "a commit failed");
             return Ok(());
         }
-        for (holding, upto) in covered.into_values() {
+        for (holding, upto, asked) in covered.into_values() {
             let committed = Event::CursorCommitted { holding, upto, asked };
             self.recorder.record(self.run.now(), &committed)?;
         }
