@@ -23,11 +23,11 @@ forbid 'SQL outside of the store' "\"[[:space:]]*($verbs)" \
 forbid 'a table or function by name outside of the store' \
     '"[^"]*\bshardmq(_control|_log)?\.[a-z_]+\b *(\(|where|set|from|for|order|limit)' \
     'src/store/|src/migrate\.rs|migrations/'
-forbid 'LISTEN or NOTIFY outside of the notifier' \
-    '"(un)?listen [a-z_]+[";]|"notify [a-z_]+[",;]|pg_notify' \
-    'src/notifier/|src/store/sql/notify(_beat)?\.sql'
+notifying='src/store/sql/(notify|notify_beat|control_bump)\.sql'
+forbid 'LISTEN or NOTIFY elsewhere' '"(un)?listen ([a-z_]+[";]|\{)|"notify [a-z_]+[",;]|pg_notify' \
+    "src/store/listen\.rs|$notifying"
 forbid 'a notification inside the appending transaction' 'pg_notify|\bnotify [a-z]+' \
-    'src/[^:]*\.rs|src/store/sql/notify(_beat)?\.sql'
+    "src/[^:]*\.rs|$notifying"
 forbid 'a connection that is opened elsewhere' 'tokio_postgres::connect|\bconfig\.connect\(|NoTls' \
     'src/store/(target|tls)\.rs'
 forbid 'a crate of the command in the library' '\b(clap|comfy_table|indicatif|jiff|axum|redis)::' \

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::fmt;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -11,21 +12,25 @@ use tokio_util::task::TaskTracker;
 use uuid::Uuid;
 
 use crate::consumer::ConsumerBuilder;
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::Result;
 use crate::id::NodeId;
 use crate::name::TopicName;
 use crate::notifier::{Notifier, PostgresNotifier};
 use crate::producer::ProducerBuilder;
-use crate::store::connect::{self, refused};
-use crate::store::control;
+use crate::store::connect;
 use crate::store::node::{Node, PoolOptions};
 use crate::store::pooler::PreparedStatements;
 use crate::topology::Topology;
 use crate::upkeep;
 
+mod cache;
+mod follow;
 mod nodes;
+mod topology_file;
 
+use cache::Cache;
 pub(crate) use nodes::{ListenAt, Nodes};
+use topology_file::TopologyFile;
 
 /// A cluster: makes producers and consumers, and looks after topics. Cheap to clone; all clones share
 /// their connections, at most three for each node: two for data, and one that listens where something
@@ -39,6 +44,7 @@ pub(crate) struct Inner {
     pub(crate) control: Arc<Node>,
     pub(crate) id: Uuid,
     pub(crate) nodes: Arc<Nodes>,
+    topology: Arc<Cache>,
     pub(crate) notifier: Arc<dyn Notifier>,
     pub(crate) shutdown: CancellationToken,
     pub(crate) tasks: TaskTracker,
@@ -54,6 +60,8 @@ pub struct ClusterBuilder {
     listen_urls: HashMap<NodeId, String>,
     notifier: Option<Arc<dyn Notifier>>,
     upkeep: bool,
+    topology_file: Option<PathBuf>,
+    look_interval: Duration,
 }
 
 /// Data connections to each node, and to the control database.
@@ -98,25 +106,48 @@ impl ClusterBuilder {
         self
     }
 
+    /// Keeps the topology in this file too, as JSON: the nodes' addresses (without passwords), and the
+    /// topics that are used here. Where the control database can't be reached at the start, the file is
+    /// what is known of the cluster, and producing and consuming begin all the same. Processes may share
+    /// it. It is replaced as a whole, in its folder, which must be there.
+    pub fn topology_file(mut self, path: impl Into<PathBuf>) -> Self {
+        self.topology_file = Some(path.into());
+        self
+    }
+
+    /// How often the control database is asked whether the topology has changed, where no notification
+    /// says so: for tests.
+    #[doc(hidden)]
+    pub fn look_interval(mut self, interval: Duration) -> Self {
+        self.look_interval = interval;
+        self
+    }
+
     /// Connects to the control database and reads which nodes there are. Nodes are connected when they
     /// are first used. Must be called within a tokio runtime. Cancel safe.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unavailable`] where the control database can't be reached and no
+    /// [topology file](Self::topology_file) was kept before.
     pub async fn connect(self) -> Result<Cluster> {
         for url in self.listen_urls.values() {
             connect::parse(url)?;
         }
         let options = PoolOptions { connections: CONNECTIONS, ..self.pools };
         let control = Arc::new(Node::control(&self.url, options)?);
-        let what = "read the topology";
-        let connection = control.get().await?;
-        // The version first: what is read after it is of that version, or of a later one.
-        let (id, version) = control::cluster(&connection).await.map_err(|e| refused(e, what))?;
-        let known = control::nodes(&connection).await.map_err(|e| refused(e, what))?;
-        drop(connection);
-        let nodes = Nodes::new(id, self.pools, self.listen_urls, Arc::clone(&control));
-        nodes.learn(version, known)?;
+        let file = self.topology_file.map(TopologyFile::new);
+        let address = connect::describe(&connect::parse(&self.url)?.config);
+        let start = cache::start(&control, address, file.as_ref()).await?;
+        let nodes = Nodes::new(start.cluster, self.pools, self.listen_urls, Arc::clone(&control));
+        nodes.learn(start.version, start.nodes.clone().into_iter().collect())?;
         let nodes = Arc::new(nodes);
         let (shutdown, tasks) = (CancellationToken::new(), TaskTracker::new());
-        tasks.spawn(nodes::follow(Arc::clone(&nodes), shutdown.child_token()));
+        let id = start.cluster;
+        let (known, there) = (Arc::clone(&control), Arc::clone(&nodes));
+        let topology = Arc::new(Cache::new(start, known, there, file, tasks.clone()));
+        topology.keep();
+        let follow = follow::run(Arc::clone(&topology), self.url, self.look_interval);
+        tasks.spawn(shutdown.child_token().run_until_cancelled_owned(follow));
         let notifier = self.notifier.unwrap_or_else(|| {
             let nodes = Arc::clone(&nodes);
             Arc::new(PostgresNotifier::new(nodes, shutdown.child_token(), tasks.clone()))
@@ -126,6 +157,7 @@ impl ClusterBuilder {
             control,
             id,
             nodes,
+            topology,
             notifier,
             shutdown,
             tasks,
@@ -156,6 +188,8 @@ impl Cluster {
             listen_urls: HashMap::new(),
             notifier: None,
             upkeep: true,
+            topology_file: None,
+            look_interval: follow::LOOK_EVERY,
         }
     }
 
@@ -200,20 +234,7 @@ impl Cluster {
 
     /// What producers and consumers need to know of a topic.
     pub(crate) async fn topology(&self, topic: &TopicName) -> Result<Topology> {
-        let what = format!("look up topic {topic}");
-        let connection = self.inner.control.get().await?;
-        let found = control::topic(&connection, topic).await.map_err(|e| refused(e, &what))?;
-        let Some(found) = found else {
-            let names = control::topics(&connection).await.map_err(|e| refused(e, &what))?;
-            let names = names.into_iter().map(|row| row.topic).collect();
-            return Err(unknown_topic(topic, names));
-        };
-        Ok(Topology {
-            topic: topic.clone(),
-            generation: found.generation,
-            partitions: found.partitions,
-            slots: found.slots,
-        })
+        self.inner.topology.topic(topic).await
     }
 }
 
@@ -226,45 +247,5 @@ impl fmt::Debug for Cluster {
 impl Drop for Inner {
     fn drop(&mut self) {
         self.shutdown.cancel();
-    }
-}
-
-/// Says that there is no such topic, and which ones have the nearest names.
-fn unknown_topic(topic: &TopicName, mut names: Vec<String>) -> Error {
-    names.sort_by_key(|name| distance(name, topic.as_str()));
-    names.truncate(3);
-    let hint = match names.as_slice() {
-        [] => "there is none yet".to_owned(),
-        names => format!("the nearest are {}", names.join(", ")),
-    };
-    Error::new(ErrorKind::NotFound, format!("topic {topic} does not exist; {hint}"))
-}
-
-/// How many letters must change to make one name of another (Levenshtein).
-fn distance(a: &str, b: &str) -> usize {
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, x) in a.bytes().enumerate() {
-        let mut diagonal = row[0];
-        row[0] = i + 1;
-        for (j, y) in b.bytes().enumerate() {
-            let replaced = diagonal + usize::from(x != y);
-            diagonal = row[j + 1];
-            row[j + 1] = replaced.min(diagonal + 1).min(row[j] + 1);
-        }
-    }
-    row[b.len()]
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn an_unknown_topic_names_the_nearest() {
-        let topic = TopicName::new("order").unwrap();
-        let names = ["payments", "orders", "border", "x"].map(String::from).to_vec();
-        let text = unknown_topic(&topic, names).to_string();
-        assert!(text.contains("the nearest are orders, border"), "{text}");
-        assert!(unknown_topic(&topic, Vec::new()).to_string().contains("there is none yet"));
     }
 }

@@ -158,14 +158,17 @@ impl ConsumerBuilder {
     ///
     /// # Errors
     /// [`ErrorKind::NotFound`] where there is no such topic, [`ErrorKind::Unavailable`] where the
-    /// control database can't be reached. Nodes that can't be reached are no error: their messages come
-    /// when they are back.
+    /// control database can't be reached and the topic is known neither here nor from a
+    /// [topology file](crate::ClusterBuilder::topology_file), or the group on no node. Nodes that can't
+    /// be reached are no error: their messages come when they are back.
     pub async fn stream(self) -> Result<Messages> {
         let topic = TopicName::new(&self.topic)?;
         let group = GroupName::new(&self.group)?;
         let topology = self.cluster.topology(&topic).await?;
         check_partitions(&topology, self.options.only.as_deref())?;
-        let start = start::resolve(&self.cluster, &topology, &group, self.options.start).await?;
+        // Boxed, as the rest is: whoever consumes carries it.
+        let start = start::resolve(&self.cluster, &topology, &group, self.options.start);
+        let start = Box::pin(start).await?;
         let (events, receiver) = mpsc::unbounded_channel();
         let shared = Arc::new(Shared {
             budget: Budget::new(self.options.prefetch_bytes),
@@ -185,7 +188,7 @@ impl ConsumerBuilder {
             options: self.options,
         });
         shared.cluster.keep_up();
-        shared.launch().await;
+        Box::pin(shared.launch()).await;
         Ok(Messages::new(receiver, topic, ConsumerHandle { shared }))
     }
 }
@@ -336,7 +339,8 @@ pub(crate) struct Shared {
 impl Shared {
     /// Registers, then starts the roster and one member for each node.
     async fn launch(self: &Arc<Self>) {
-        roster::beat(self).await;
+        // Where that fails it has every partition that is free, until a heartbeat says what its share is.
+        let _ = roster::beat(self).await;
         let tasks = &self.cluster.inner.tasks;
         tasks.spawn(roster::run(Arc::clone(self)));
         let mut members = Vec::new();

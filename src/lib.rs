@@ -6,6 +6,7 @@ pub mod bench;
 mod cluster;
 mod codec;
 mod consumer;
+mod deadline;
 #[cfg(feature = "embedded")]
 pub mod embedded;
 mod error;

@@ -4,44 +4,15 @@ use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
 
 use tokio::sync::Notify;
-use tokio::time::sleep;
-use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-use crate::consumer::jitter;
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::NodeId;
 use crate::store::connect::refused;
 use crate::store::control;
 use crate::store::node::{Node, PoolOptions};
-
-/// How often the version of the topology is looked at, give or take a fifth.
-const LOOK_EVERY: Duration = Duration::from_secs(5);
-
-/// Keeps up with the control database until it is told to stop. While that can't be reached, all goes on
-/// with what is known.
-pub(super) async fn follow(nodes: Arc<Nodes>, stop: CancellationToken) {
-    let mut told = None;
-    loop {
-        tokio::select! {
-            () = sleep(jitter(LOOK_EVERY)) => {}
-            () = stop.cancelled() => return,
-        }
-        let trouble = nodes.look().await.err();
-        let kind = trouble.as_ref().map(Error::kind);
-        if let Some(error) = trouble.filter(|_| kind != told) {
-            if error.is_transient() {
-                tracing::warn!(error = %error.chain(), "no look at the topology, going on with what is known");
-            } else {
-                tracing::error!(alert = "topology", error = %error.chain(), "the topology is not taken over");
-            }
-        }
-        told = kind;
-    }
-}
 
 /// Where to listen to a node.
 pub(crate) enum ListenAt {
@@ -134,7 +105,7 @@ impl Nodes {
     }
 
     /// Looks whether the topology has another version, and takes it over.
-    async fn look(&self) -> Result<()> {
+    pub(super) async fn look(&self) -> Result<()> {
         let what = "look at the topology";
         let seen = self.version.load(Ordering::Acquire);
         let connection = self.control.get().await?;
@@ -179,6 +150,18 @@ impl Nodes {
         Ok(())
     }
 
+    /// The version of the topology that is known.
+    pub(super) fn version(&self) -> i64 {
+        self.version.load(Ordering::Acquire)
+    }
+
+    /// The same, with the nodes' addresses.
+    pub(super) fn snapshot(&self) -> (i64, BTreeMap<NodeId, String>) {
+        let known = self.lock();
+        let addresses = known.iter().map(|(id, (url, _))| (*id, url.clone())).collect();
+        (self.version(), addresses)
+    }
+
     /// Returns when a node has another address to listen at than this one.
     pub(crate) async fn moved(&self, id: NodeId, from: &str) {
         loop {
@@ -205,7 +188,7 @@ impl Nodes {
 
 /// A version lower than one that was seen before it was asked for is that of a control database that was
 /// restored from a backup.
-fn refuse_older(version: i64, seen: i64) -> Result<()> {
+pub(super) fn refuse_older(version: i64, seen: i64) -> Result<()> {
     if version >= seen {
         return Ok(());
     }

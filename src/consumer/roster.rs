@@ -4,11 +4,12 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 
 use crate::consumer::Shared;
 use crate::consumer::member::Command;
-use crate::error::{Error, ErrorKind, Result};
+use crate::deadline::in_time;
+use crate::error::Result;
 use crate::store::connect::refused;
 use crate::store::control;
 use crate::topology::share;
@@ -16,28 +17,52 @@ use crate::topology::share;
 /// How long a statement may take: a database that hangs must hold nobody up.
 const STATEMENT: Duration = Duration::from_secs(2);
 
-/// Beats until the consumer stops. With the control database away, everybody keeps what they have.
+/// After how many leases without a word from the control database partitions that are free are taken
+/// whoever's they should be.
+const PATIENCE: u32 = 2;
+
+/// Beats until the consumer stops. With the control database away, everybody keeps what they have, and
+/// after a while also takes what nobody does.
 pub(crate) async fn run(shared: Arc<Shared>) {
     let mut interval = tokio::time::interval(shared.options.lease / 3);
+    let (mut heard, mut away) = (Instant::now(), false);
     loop {
         tokio::select! {
-            _ = interval.tick() => beat(&shared).await,
+            _ = interval.tick() => {}
             () = shared.stopping.cancelled() => return,
+        }
+        match beat(&shared).await {
+            Ok(()) => {
+                if std::mem::take(&mut away) {
+                    tracing::info!(group = %shared.group, "the control database is back");
+                }
+                heard = Instant::now();
+            }
+            Err(error) => {
+                if !std::mem::replace(&mut away, true) {
+                    tracing::warn!(
+                        group = %shared.group, error = %error.chain(),
+                        "no heartbeat: the consumer keeps the partitions that it has"
+                    );
+                }
+                if heard.elapsed() > shared.options.lease * PATIENCE {
+                    take_share(&shared, shared.topology.partitions.len());
+                }
+            }
         }
     }
 }
 
 /// One heartbeat; a new share is told to the members of all nodes.
-pub(crate) async fn beat(shared: &Shared) {
-    let late = || Err(Error::new(ErrorKind::Timeout, "send a heartbeat: no answer"));
-    let beaten = timeout(STATEMENT, try_beat(shared)).await;
-    match beaten.unwrap_or_else(|_| late()) {
-        Ok(share) => {
-            if shared.share.swap(share, Ordering::AcqRel) != share {
-                drop(shared.command(Command::Rebalance));
-            }
-        }
-        Err(error) => tracing::warn!(error = %error.chain(), "heartbeat failed"),
+pub(crate) async fn beat(shared: &Shared) -> Result<()> {
+    let share = in_time(STATEMENT, "send a heartbeat", try_beat(shared)).await?;
+    take_share(shared, share);
+    Ok(())
+}
+
+fn take_share(shared: &Shared, share: usize) {
+    if shared.share.swap(share, Ordering::AcqRel) != share {
+        drop(shared.command(Command::Rebalance));
     }
 }
 

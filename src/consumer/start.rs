@@ -6,6 +6,7 @@ use futures_util::future::join_all;
 
 use crate::cluster::Cluster;
 use crate::consumer::Start;
+use crate::deadline::in_time;
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::{MessageId, NodeId};
 use crate::name::GroupName;
@@ -18,6 +19,9 @@ use crate::topology::Topology;
 /// clock may be short of control's.
 const LATEST_MARGIN: Duration = Duration::from_mins(1);
 
+/// How long a database may take to say where a group starts.
+const ANSWER: Duration = Duration::from_secs(5);
+
 /// What a node is told that does not know the group yet.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct GroupStart(StartAt);
@@ -29,8 +33,13 @@ pub(crate) async fn resolve(
     name: &GroupName,
     wanted: Start,
 ) -> Result<GroupStart> {
-    if let Some(known) = recorded(cluster, topology, name).await? {
-        return Ok(known);
+    match recorded(cluster, topology, name).await {
+        Ok(Some(known)) => return Ok(known),
+        Ok(None) => {}
+        Err(error) if error.is_transient() => {
+            return known_by_nodes(cluster, topology, name, error).await;
+        }
+        Err(error) => return Err(error),
     }
     // Nodes first: whoever finds the group in control finds it on them too.
     let start = of(cluster, wanted).await?;
@@ -57,11 +66,40 @@ async fn recorded(
     topology: &Topology,
     name: &GroupName,
 ) -> Result<Option<GroupStart>> {
-    let connection = cluster.inner.control.get().await?;
-    let known = control::group_start(&connection, &topology.topic, name)
-        .await
-        .map_err(|error| refused(error, &format!("look up where group {name} starts")))?;
+    let what = format!("look up where group {name} starts");
+    let read = async {
+        let connection = cluster.inner.control.get().await?;
+        let known = control::group_start(&connection, &topology.topic, name).await;
+        known.map_err(|error| refused(error, &what))
+    };
+    let known = in_time(ANSWER, &what, read).await?;
     Ok(known.map(|(start, by_clock)| GroupStart(later(start, by_clock))))
+}
+
+/// Where the group starts by the account of the nodes, while the control database is away: each goes on
+/// from where it says, and one that does not know starts no later than any other, by any clock.
+async fn known_by_nodes(
+    cluster: &Cluster,
+    topology: &Topology,
+    name: &GroupName,
+    error: Error,
+) -> Result<GroupStart> {
+    let asked = topology.by_node().into_keys().map(|id| async move {
+        let what = format!("look up where group {name} starts on node {id}");
+        in_time(ANSWER, &what, async {
+            let connection = cluster.inner.nodes.node(id).await?.get().await?;
+            let known = group::start(&connection, &topology.topic, name).await;
+            known.map_err(|error| refused(error, &what))
+        })
+        .await
+    });
+    let answers = join_all(asked).await.into_iter().filter_map(Result::ok);
+    let first = answers.flatten().min_by_key(|start| start.at);
+    first.map(|start| GroupStart(later(start, true))).ok_or_else(|| {
+        let what =
+            format!("no node that answers knows group {name}, and the control database is away");
+        Error::with_source(ErrorKind::Unavailable, what, error)
+    })
 }
 
 /// What a node is told later.
@@ -100,7 +138,7 @@ async fn tell(
     let refused = |error| refused(error, &format!("start group {name} on node {id}"));
     let node = cluster.inner.nodes.node(id).await?;
     let connection = node.get().await?;
-    if group::knows_start(&connection, &topology.topic, name).await.map_err(refused)? {
+    if group::start(&connection, &topology.topic, name).await.map_err(refused)?.is_some() {
         return Ok(());
     }
     group::write_start(connection, &topology.topic, name, start).await.map_err(refused)

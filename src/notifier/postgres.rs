@@ -26,7 +26,6 @@ mod listener;
 
 use listener::listen;
 
-const CHANNEL: &str = "shardmq";
 /// Hints that a slow subscriber may be behind.
 const CAPACITY: usize = 1024;
 /// Partitions in one payload, which Postgres limits to 8,000 bytes.
@@ -153,7 +152,7 @@ async fn send(nodes: Arc<Nodes>, channel: Arc<Channel>) {
             if let Err(error) = notify(&nodes, channel.node, &partitions).await {
                 // Consumers look by themselves.
                 metrics::counter!("shardmq_notify_failed_total").increment(1);
-                tracing::debug!(node = %channel.node, error = %error.chain(), "notify failed");
+                tracing::debug!(node = %channel.node, error = %error.chain(), "a hint was not sent");
             }
         }
     }

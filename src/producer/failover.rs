@@ -15,7 +15,7 @@ use std::time::Duration;
 use tokio::time::{MissedTickBehavior, interval, timeout};
 use tracing::Instrument;
 
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, ErrorKind};
 use crate::producer::KeyFailover;
 use crate::producer::batch::Batch;
 use crate::producer::health::NodeState;
@@ -173,15 +173,4 @@ pub(super) fn is_of_node(error: &Error) -> bool {
             | ErrorKind::Conflict
             | ErrorKind::Incompatible
     )
-}
-
-/// Something to do with a node's connection, within a time.
-pub(super) async fn in_time<T>(
-    limit: Duration,
-    what: &str,
-    doing: impl Future<Output = Result<T>>,
-) -> Result<T> {
-    timeout(limit, doing).await.unwrap_or_else(|_| {
-        Err(Error::new(ErrorKind::Unavailable, format!("{what}: no connection in time")))
-    })
 }

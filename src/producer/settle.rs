@@ -17,10 +17,11 @@ use std::time::Duration;
 use tokio::sync::SemaphorePermit;
 use tokio::time::Instant;
 
+use crate::deadline::in_time;
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::MessageId;
 use crate::producer::batch::Batch;
-use crate::producer::failover::{in_time, is_of_node};
+use crate::producer::failover::is_of_node;
 use crate::producer::health::NodeState;
 use crate::producer::lane::{Closed, Lane};
 use crate::producer::shared::Shared;

@@ -6,12 +6,13 @@ use std::time::Duration;
 
 use tokio::sync::{Notify, Semaphore, SemaphorePermit};
 
+use crate::deadline::in_time;
 use crate::error::Result;
 use crate::id::{Day, NodeId, PartitionId};
 use crate::metrics as names;
 use crate::producer::Shared;
 use crate::producer::batch::Batch;
-use crate::producer::failover::{in_time, is_of_node};
+use crate::producer::failover::is_of_node;
 use crate::producer::health::{Health, NodeState};
 use crate::producer::lane::Lane;
 use crate::producer::settle::settle;

@@ -39,14 +39,15 @@ pub(crate) struct Acquired {
     pub(crate) acked_ahead: Vec<(i64, i64)>,
 }
 
-/// Whether this node knows where a group starts.
-pub(crate) async fn knows_start(
+/// Where a group starts on this node, if it knows.
+pub(crate) async fn start(
     connection: &Connection,
     topic: &TopicName,
     group: &GroupName,
-) -> Result<bool, Error> {
+) -> Result<Option<StartAt>, Error> {
     let params: [&dyn Param; 2] = [&topic.as_str(), &group.as_str()];
-    Ok(!query(connection, sql::GROUP_START_READ, &params).await?.is_empty())
+    let rows = query(connection, sql::GROUP_START_READ, &params).await?;
+    Ok(rows.first().map(|row| StartAt { at: Some(row.get(0)), id: row.get(1) }))
 }
 
 /// Resolves a group's start on this node, unless somebody did.

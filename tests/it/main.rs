@@ -16,6 +16,8 @@ mod bad_input;
 mod balancer;
 /// What is fetched ahead is bounded by bytes.
 mod bounded_reads;
+/// Without the control database.
+mod control_away;
 /// Several partitions in one commit, without waiting for each other.
 mod convoy;
 /// A server that crashes under load, again and again.

@@ -1,5 +1,7 @@
 //! What every command is given.
 
+use std::path::PathBuf;
+
 use shardmq::Cluster;
 
 use crate::failure::{Failure, USAGE};
@@ -7,6 +9,7 @@ use crate::failure::{Failure, USAGE};
 /// The arguments that all commands share.
 pub(crate) struct Context {
     pub(crate) url: Option<String>,
+    pub(crate) topology_file: Option<PathBuf>,
     pub(crate) json: bool,
 }
 
@@ -21,6 +24,10 @@ impl Context {
 
     /// The cluster of the control database.
     pub(crate) async fn connect(&self) -> Result<Cluster, Failure> {
-        Ok(Cluster::connect(self.url()?).await?)
+        let mut builder = Cluster::builder(self.url()?);
+        if let Some(path) = &self.topology_file {
+            builder = builder.topology_file(path);
+        }
+        Ok(builder.connect().await?)
     }
 }

@@ -23,6 +23,7 @@ mod topic;
 mod verify;
 
 use std::io::{IsTerminal, stderr};
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
@@ -38,6 +39,9 @@ struct Cli {
     /// The control database, a libpq URL. Its password may come from PGPASSWORD or ~/.pgpass.
     #[arg(long, global = true, env = "SHARDMQ_URL", hide_env_values = true, help_heading = GLOBAL)]
     url: Option<String>,
+    /// Keep the topology in this file, and start from it while the control database is away.
+    #[arg(long, value_name = "PATH", global = true, env = "SHARDMQ_TOPOLOGY_FILE", help_heading = GLOBAL)]
+    topology_file: Option<PathBuf>,
     /// Print JSON, one object per line.
     #[arg(long, global = true, help_heading = GLOBAL)]
     json: bool,
@@ -86,7 +90,7 @@ fn main() -> ExitCode {
         Ok(runtime) => runtime,
         Err(error) => return Failure::from(error).report(),
     };
-    let context = Context { url: cli.url, json: cli.json };
+    let context = Context { url: cli.url, topology_file: cli.topology_file, json: cli.json };
     let outcome = runtime.block_on(run(cli.command, context));
     // A read of stdin or a write to a full pipe may still be waiting; nobody waits for it.
     runtime.shutdown_background();

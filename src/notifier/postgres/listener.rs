@@ -5,9 +5,6 @@
 //! a while sends a heartbeat through the channel itself, which all listeners of the node hear: one of
 //! them beats for all. Where it does not come back in time, the connection is given up, 11 s after the
 //! last word at most. Meanwhile consumers look by themselves.
-//!
-//! A pooler in transaction mode would let its own connection listen, for anybody. So where the node's
-//! address leads to a pooler, nobody listens.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,15 +14,14 @@ use futures_util::future::{BoxFuture, OptionFuture};
 use tokio::time::{Instant, sleep, sleep_until};
 use tokio_postgres::{AsyncMessage, Client};
 
-use super::{CHANNEL, Channel};
+use super::Channel;
 use crate::cluster::{ListenAt, Nodes};
 use crate::consumer::jitter;
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::PartitionId;
 use crate::metrics as names;
 use crate::notifier::Hint;
-use crate::store::pooler::Marker;
-use crate::store::target::Messages;
+use crate::store::listen::{self, HINTS, Session};
 use crate::store::{connect, sql};
 
 /// How long it may be silent before it is asked, give or take a fifth.
@@ -81,12 +77,15 @@ type Answer<'a> = BoxFuture<'a, Result<bool, tokio_postgres::Error>>;
 async fn listen_once(nodes: &Nodes, channel: &Channel, backoff: &mut Duration) -> Result<End> {
     let at = nodes.listen_at(channel.node).await?;
     let (ListenAt::Node(from) | ListenAt::Given(from)) = &at;
-    let from = from.clone();
-    let Some((client, mut messages, marker)) = open(at).await? else {
+    // At an address that was given for listening no pooler is looked for.
+    let trusted = matches!(at, ListenAt::Given(_));
+    let what = "connect to listen for hints";
+    let session = listen::open(from, "shardmq listen", what, trusted).await?;
+    let Some(Session { client, mut messages, marker }) = session else {
         return Ok(End::Pooled);
     };
     // The connection is driven while statements are answered; what is heard meanwhile goes out too.
-    let begin: Answer<'_> = Box::pin(begin(&client, marker.as_ref()));
+    let begin: Answer<'_> = Box::pin(listen::begin(&client, marker.as_ref(), HINTS));
     let mut statement = OptionFuture::from(Some(begin));
     let (mut answered, mut listening) = (false, false);
     let mut pulse = Pulse::new();
@@ -109,7 +108,7 @@ async fn listen_once(nodes: &Nodes, channel: &Channel, backoff: &mut Duration) -
                 None => return Ok(End::Closed),
             },
             // What it was may still be there, and send hints to nobody else.
-            () = nodes.moved(channel.node, &from) => return Ok(End::Closed),
+            () = nodes.moved(channel.node, from) => return Ok(End::Closed),
             () = pulse.due() => {
                 pulse.ask()?;
                 if std::mem::replace(&mut answered, false) {
@@ -119,29 +118,6 @@ async fn listen_once(nodes: &Nodes, channel: &Channel, backoff: &mut Duration) -
             }
         }
     }
-}
-
-/// A connection, with what the session must have if no pooler opened it; none where that is known to
-/// be one. At an address that was given for listening nothing is looked for.
-async fn open(address: ListenAt) -> Result<Option<(Client, Messages, Option<Marker>)>> {
-    let (ListenAt::Node(url) | ListenAt::Given(url)) = &address;
-    let mut target = connect::parse(url)?;
-    target.config.application_name("shardmq listen");
-    let marker = matches!(address, ListenAt::Node(_)).then(Marker::new);
-    let opened = target.connect("connect to listen for hints", marker.as_ref()).await?;
-    let direct = opened.marked || marker.is_none();
-    Ok(direct.then_some((opened.client, opened.messages, marker)))
-}
-
-/// Asks to hear of everything, unless a pooler answers.
-async fn begin(client: &Client, marker: Option<&Marker>) -> Result<bool, tokio_postgres::Error> {
-    if let Some(marker) = marker
-        && !marker.is_there(client).await?
-    {
-        return Ok(false);
-    }
-    client.batch_execute("listen shardmq").await?;
-    Ok(true)
 }
 
 async fn beat(client: &Client) -> Result<bool, tokio_postgres::Error> {
@@ -156,7 +132,7 @@ fn hear(
 ) -> Result<()> {
     let message = message.map_err(|error| connect::refused(error, "listen for hints"))?;
     if let AsyncMessage::Notification(note) = message
-        && note.channel() == CHANNEL
+        && note.channel() == HINTS
     {
         pulse.heard();
         let partitions = parse(note.payload());

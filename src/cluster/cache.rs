@@ -1,0 +1,230 @@
+//! The topology as this process knows it: kept up with the control database, so that everything goes
+//! on while that is away, and kept in a file where one was given, so that processes also start then.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio_util::task::TaskTracker;
+use uuid::Uuid;
+
+use crate::cluster::nodes::{Nodes, refuse_older};
+use crate::cluster::topology_file::{Snapshot, TopologyFile};
+use crate::deadline::in_time;
+use crate::error::{Error, ErrorKind, Result};
+use crate::name::TopicName;
+use crate::store::connect::refused;
+use crate::store::control;
+use crate::store::node::Node;
+use crate::topology::Topology;
+
+/// How long the control database may take to answer.
+const ANSWER: Duration = Duration::from_secs(5);
+/// The same at the start, when it has to be connected to.
+const START: Duration = Duration::from_secs(10);
+
+/// What is known of the topology.
+pub(crate) struct Cache {
+    /// The control database, as `host:port/database`.
+    address: String,
+    cluster: Uuid,
+    control: Arc<Node>,
+    nodes: Arc<Nodes>,
+    /// The topics that this process uses.
+    topics: Mutex<BTreeMap<TopicName, Topology>>,
+    /// Topics as they were in the file at the start.
+    kept: BTreeMap<TopicName, Topology>,
+    /// The version of the topology that they are of, or an earlier one.
+    version: AtomicI64,
+    file: Option<TopologyFile>,
+    tasks: TaskTracker,
+}
+
+/// What is known of the topology at the start: as the control database has it, or, while that can't be
+/// reached, as it was kept in a file.
+pub(super) async fn start(
+    control: &Node,
+    address: String,
+    file: Option<&TopologyFile>,
+) -> Result<Snapshot> {
+    let kept = file.and_then(|file| file.read(&address));
+    // Boxed: whoever connects carries it.
+    let now = in_time(START, "read the topology", Box::pin(read_all(control, address))).await;
+    match (now, kept) {
+        (Ok(now), Some(kept)) if kept.cluster != now.cluster => Ok(now),
+        (Ok(now), Some(kept)) => {
+            let Err(error) = refuse_older(now.version, kept.version) else {
+                return Ok(Snapshot { topics: kept.topics, ..now });
+            };
+            tracing::error!(alert = "topology", error = %error.chain(), "starting from the topology file");
+            Ok(kept)
+        }
+        (Err(error), Some(kept)) if error.is_transient() => {
+            tracing::warn!(error = %error.chain(), "starting from the topology file");
+            Ok(kept)
+        }
+        (now, _) => now,
+    }
+}
+
+async fn read_all(control: &Node, address: String) -> Result<Snapshot> {
+    let what = "read the topology";
+    let connection = control.get().await?;
+    // The version first: what is read after it is of that version, or of a later one.
+    let (cluster, version) = control::cluster(&connection).await.map_err(|e| refused(e, what))?;
+    let nodes = control::nodes(&connection).await.map_err(|e| refused(e, what))?;
+    let (nodes, topics) = (nodes.into_iter().collect(), BTreeMap::new());
+    Ok(Snapshot { control: address, cluster, version, nodes, topics })
+}
+
+impl Cache {
+    /// With what was known at the start.
+    pub(super) fn new(
+        start: Snapshot,
+        control: Arc<Node>,
+        nodes: Arc<Nodes>,
+        file: Option<TopologyFile>,
+        tasks: TaskTracker,
+    ) -> Self {
+        let (version, topics) = (AtomicI64::new(start.version), Mutex::default());
+        let (address, cluster, kept) = (start.control, start.cluster, start.topics);
+        Self { address, cluster, control, nodes, topics, kept, version, file, tasks }
+    }
+
+    /// A topic as the control database has it now; while that can't be reached, as it was known last.
+    pub(crate) async fn topic(self: &Arc<Self>, name: &TopicName) -> Result<Topology> {
+        let what = format!("look up topic {name}");
+        // Boxed: whoever makes a producer or consumer carries it.
+        match in_time(ANSWER, &what, Box::pin(self.read(name, &what))).await {
+            Ok(found) => {
+                self.learn(&found);
+                Ok(found)
+            }
+            Err(error) if error.kind() == ErrorKind::NotFound => {
+                self.lock().remove(name);
+                Err(error)
+            }
+            Err(error) if error.is_transient() => {
+                let used = self.lock().get(name).cloned();
+                let known = used.or_else(|| self.kept.get(name).cloned());
+                let known = known.ok_or_else(|| error.clone())?;
+                tracing::warn!(topic = %name, error = %error.chain(), "going on with what is known");
+                self.lock().insert(name.clone(), known.clone());
+                Ok(known)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    async fn read(&self, name: &TopicName, what: &str) -> Result<Topology> {
+        let connection = self.control.get().await?;
+        let found = control::topic(&connection, name).await.map_err(|e| refused(e, what))?;
+        let Some(found) = found else {
+            let names = control::topics(&connection).await.map_err(|e| refused(e, what))?;
+            let names = names.into_iter().map(|row| row.topic).collect();
+            return Err(unknown_topic(name, names));
+        };
+        Ok(Topology {
+            topic: name.clone(),
+            generation: found.generation,
+            partitions: found.partitions,
+            slots: found.slots,
+        })
+    }
+
+    fn learn(self: &Arc<Self>, topology: &Topology) {
+        let before = self.lock().insert(topology.topic.clone(), topology.clone());
+        if before.as_ref() != Some(topology) {
+            self.keep();
+        }
+    }
+
+    /// Looks whether the topology has another version, and takes it over.
+    pub(super) async fn look(self: &Arc<Self>) -> Result<()> {
+        in_time(ANSWER, "look at the topology", self.nodes.look()).await?;
+        let version = self.nodes.version();
+        if version == self.version.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        let names: Vec<TopicName> = self.lock().keys().cloned().collect();
+        for name in names {
+            match self.topic(&name).await {
+                Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
+                _ => {}
+            }
+        }
+        self.version.store(version, Ordering::Release);
+        self.keep();
+        Ok(())
+    }
+
+    /// Writes what is known to the file, in the background.
+    pub(super) fn keep(self: &Arc<Self>) {
+        let Some(file) = self.file.clone() else { return };
+        let cache = Arc::clone(self);
+        self.tasks.spawn_blocking(move || file.write(|| cache.snapshot()));
+    }
+
+    fn snapshot(&self) -> Snapshot {
+        let (version, nodes) = self.nodes.snapshot();
+        Snapshot {
+            control: self.address.clone(),
+            cluster: self.cluster,
+            version,
+            nodes,
+            topics: self.lock().clone(),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<TopicName, Topology>> {
+        self.topics.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl fmt::Debug for Cache {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Cache").field("cluster", &self.cluster).finish_non_exhaustive()
+    }
+}
+
+/// Says that there is no such topic, and which ones have the nearest names.
+fn unknown_topic(topic: &TopicName, mut names: Vec<String>) -> Error {
+    names.sort_by_key(|name| distance(name, topic.as_str()));
+    names.truncate(3);
+    let hint = match names.as_slice() {
+        [] => "there is none yet".to_owned(),
+        names => format!("the nearest are {}", names.join(", ")),
+    };
+    Error::new(ErrorKind::NotFound, format!("topic {topic} does not exist; {hint}"))
+}
+
+/// How many letters must change to make one name of another (Levenshtein).
+fn distance(a: &str, b: &str) -> usize {
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, x) in a.bytes().enumerate() {
+        let mut diagonal = row[0];
+        row[0] = i + 1;
+        for (j, y) in b.bytes().enumerate() {
+            let replaced = diagonal + usize::from(x != y);
+            diagonal = row[j + 1];
+            row[j + 1] = replaced.min(diagonal + 1).min(row[j] + 1);
+        }
+    }
+    row[b.len()]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_unknown_topic_names_the_nearest() {
+        let topic = TopicName::new("order").unwrap();
+        let names = ["payments", "orders", "border", "x"].map(String::from).to_vec();
+        let text = unknown_topic(&topic, names).to_string();
+        assert!(text.contains("the nearest are orders, border"), "{text}");
+        assert!(unknown_topic(&topic, Vec::new()).to_string().contains("there is none yet"));
+    }
+}

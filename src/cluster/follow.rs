@@ -1,0 +1,103 @@
+//! Keeps up with the control database: by its notifications, and by a look every few seconds. While it
+//! can't be reached, all goes on with what is known.
+//!
+//! ```text
+//! listen ── connected, told of a version, ended ──┐
+//! every 5 s ──────────────────────────────────────┴─> look: another version? ─> nodes, topics, file
+//! ```
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::StreamExt;
+use tokio::sync::Notify;
+use tokio::time::{sleep, timeout};
+use tokio_postgres::AsyncMessage;
+
+use crate::cluster::cache::Cache;
+use crate::consumer::jitter;
+use crate::error::{Error, Result};
+use crate::store::connect::refused;
+use crate::store::listen::{self, Session, TOPOLOGY};
+
+/// How often the version of the topology is looked at, give or take a fifth.
+pub(super) const LOOK_EVERY: Duration = Duration::from_secs(5);
+/// Between attempts to listen, give or take a fifth.
+const LISTEN_AGAIN: Duration = Duration::from_secs(5);
+/// The same, where a pooler was met: there may be another address behind it by then.
+const POOLED: Duration = Duration::from_mins(1);
+
+/// Keeps up until it is dropped. `control` is the address of the control database.
+pub(super) async fn run(cache: Arc<Cache>, control: String, look_every: Duration) {
+    let told = Notify::new();
+    tokio::join!(look(&cache, &told, look_every), hear(&control, &told));
+}
+
+async fn look(cache: &Arc<Cache>, told: &Notify, every: Duration) {
+    let mut trouble = None;
+    loop {
+        // However it ends: it is time to look.
+        let _ = timeout(jitter(every), told.notified()).await;
+        let error = cache.look().await.err();
+        let kind = error.as_ref().map(Error::kind);
+        if let Some(error) = error.filter(|_| kind != trouble) {
+            if error.is_transient() {
+                tracing::warn!(error = %error.chain(), "no look at the topology, going on with what is known");
+            } else {
+                tracing::error!(alert = "topology", error = %error.chain(), "the topology is not taken over");
+            }
+        }
+        trouble = kind;
+    }
+}
+
+/// Listens, again after every failure.
+async fn hear(control: &str, told: &Notify) {
+    loop {
+        let pause = match hear_once(control, told).await {
+            Ok(End::Pooled) => POOLED,
+            Ok(End::Closed) => LISTEN_AGAIN,
+            Err(error) => {
+                tracing::debug!(error = %error.chain(), "listening to the control database failed");
+                LISTEN_AGAIN
+            }
+        };
+        sleep(jitter(pause)).await;
+    }
+}
+
+/// How a listening connection ended.
+enum End {
+    Closed,
+    /// A pooler stands before the server: changes are found by looking.
+    Pooled,
+}
+
+async fn hear_once(control: &str, told: &Notify) -> Result<End> {
+    let what = "listen to the control database";
+    let session = listen::open(control, "shardmq topology", what, false).await?;
+    let Some(Session { client, mut messages, marker }) = session else {
+        return Ok(End::Pooled);
+    };
+    // The connection is driven while that is answered.
+    let mut asking = Box::pin(listen::begin(&client, marker.as_ref(), TOPOLOGY));
+    let mut listening = false;
+    loop {
+        tokio::select! {
+            answer = &mut asking, if !listening => {
+                if !answer.map_err(|error| refused(error, what))? {
+                    return Ok(End::Pooled);
+                }
+                listening = true;
+                // Listen first, look second: nothing can fall in between.
+                told.notify_one();
+            }
+            message = messages.next() => match message {
+                Some(Ok(AsyncMessage::Notification(_))) => told.notify_one(),
+                Some(Ok(_)) => {}
+                Some(Err(error)) => return Err(refused(error, what)),
+                None => return Ok(End::Closed),
+            },
+        }
+    }
+}

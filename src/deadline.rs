@@ -1,0 +1,19 @@
+//! Limits to how long something may take.
+
+use std::time::Duration;
+
+use tokio::time::timeout;
+
+use crate::error::{Error, ErrorKind, Result};
+
+/// Something that a server answers, within a time. Dropped when that is over.
+pub(crate) async fn in_time<T>(
+    limit: Duration,
+    what: &str,
+    doing: impl Future<Output = Result<T>>,
+) -> Result<T> {
+    timeout(limit, doing).await.unwrap_or_else(|_| {
+        let limit = limit.as_secs_f64();
+        Err(Error::new(ErrorKind::Unavailable, format!("{what}: no answer within {limit} s")))
+    })
+}

@@ -1,0 +1,58 @@
+//! Sessions that listen, outside of any pool.
+//!
+//! A pooler in transaction mode would let its own connection listen, for anybody. So where an address
+//! leads to a pooler, nobody listens.
+
+use tokio_postgres::{Client, Error};
+
+use crate::error::Result;
+use crate::store::connect;
+use crate::store::pooler::Marker;
+use crate::store::target::Messages;
+
+/// The channel of a node's hints.
+pub(crate) const HINTS: &str = "shardmq";
+/// The channel of the control database, which tells of each new version of the topology.
+pub(crate) const TOPOLOGY: &str = "shardmq_topology";
+
+/// A connection to listen on.
+pub(crate) struct Session {
+    pub(crate) client: Client,
+    /// What the server says. Whoever has the session must go on reading this, also while a statement
+    /// is under way: the connection is driven by it.
+    pub(crate) messages: Messages,
+    /// What the session must have if no pooler opened it; none where that is not asked.
+    pub(crate) marker: Option<Marker>,
+}
+
+/// Opens a session under a name; none where a pooler is known to stand before the server. With
+/// `trusted` nothing is looked for.
+pub(crate) async fn open(
+    url: &str,
+    name: &str,
+    what: &str,
+    trusted: bool,
+) -> Result<Option<Session>> {
+    let mut target = connect::parse(url)?;
+    target.config.application_name(name);
+    let marker = (!trusted).then(Marker::new);
+    let opened = target.connect(what, marker.as_ref()).await?;
+    let direct = opened.marked || trusted;
+    let (client, messages) = (opened.client, opened.messages);
+    Ok(direct.then_some(Session { client, messages, marker }))
+}
+
+/// Asks to hear of everything in a channel; false where a pooler answers, which is not asked.
+pub(crate) async fn begin(
+    client: &Client,
+    marker: Option<&Marker>,
+    channel: &str,
+) -> Result<bool, Error> {
+    if let Some(marker) = marker
+        && !marker.is_there(client).await?
+    {
+        return Ok(false);
+    }
+    client.batch_execute(&format!("listen {channel}")).await?;
+    Ok(true)
+}
