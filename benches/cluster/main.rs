@@ -1,0 +1,65 @@
+//! What needs servers and several processes, or breaks something: run by hand, its figures kept in
+//! RESULTS.md; with `--test` or `--quick` once, small.
+//!
+//! ```sh
+//! cargo bench --features cli --bench cluster -- convoy
+//! cargo bench --features cli --bench cluster -- failover
+//! ```
+
+#![allow(missing_docs, clippy::unwrap_used, clippy::cast_precision_loss)]
+
+mod convoy;
+mod failover;
+mod spread;
+
+use shardmq::embedded::Server;
+use shardmq::migrate::{Schema, migrate};
+use shardmq::{Cluster, NodeId};
+
+/// How much is measured.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Size {
+    Small,
+    Whole,
+}
+
+#[tokio::main]
+async fn main() {
+    if let Ok(url) = std::env::var(convoy::CHILD) {
+        return convoy::child(&url).await;
+    }
+    let (flags, names): (Vec<_>, Vec<_>) =
+        std::env::args().skip(1).partition(|argument| argument.starts_with('-'));
+    let small = flags.iter().any(|flag| flag == "--test" || flag == "--quick");
+    let size = if small { Size::Small } else { Size::Whole };
+    let wanted = |name| names.is_empty() || names.iter().any(|wanted| wanted == name);
+    if wanted("convoy") {
+        convoy::measure(size).await;
+    }
+    if wanted("failover") {
+        failover::measure(size).await;
+    }
+}
+
+/// A server that flushes, with so many connections.
+async fn server(connections: u32) -> Server {
+    let builder = Server::builder().durable(true);
+    builder.setting("max_connections", connections.to_string()).start().await.unwrap()
+}
+
+/// A cluster of a node on each server; the first has the control database too.
+async fn cluster(servers: &[&Server]) -> (Cluster, String) {
+    let mut urls = Vec::new();
+    for server in servers {
+        server.create_database("node").await.unwrap();
+        let url = server.url("node");
+        migrate(&url, Schema::Node).await.unwrap();
+        urls.push(url);
+    }
+    migrate(&urls[0], Schema::Control).await.unwrap();
+    let cluster = Cluster::builder(&urls[0]).upkeep(false).connect().await.unwrap();
+    for (url, number) in urls.iter().zip(1..) {
+        cluster.add_node(NodeId::new(number).unwrap(), url).await.unwrap();
+    }
+    (cluster, urls.swap_remove(0))
+}
