@@ -44,6 +44,8 @@ mod late_commit;
 mod leases;
 /// A server that comes back without the end of its log.
 mod lost_tail;
+/// Ninety-nine nodes: the most that there can be.
+mod many_nodes;
 /// Many processes that append to one partition, while another ends their connections.
 mod many_processes;
 /// Midnight, and clocks that are wrong.
