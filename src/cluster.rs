@@ -62,16 +62,26 @@ pub struct ClusterBuilder {
     upkeep: bool,
     topology_file: Option<PathBuf>,
     look_interval: Duration,
+    idle_timeout: Duration,
 }
 
 /// Data connections to each node, and to the control database.
 const CONNECTIONS: usize = 2;
+/// How long a data connection may be idle.
+const IDLE_TIMEOUT: Duration = Duration::from_mins(1);
 
 impl ClusterBuilder {
     /// Data connections to each node, shared by appending and fetching, and opened when first needed:
     /// 2 by default, 1 to 64.
     pub fn connections_per_node(mut self, connections: usize) -> Self {
         self.pools.connections = connections.clamp(1, 64);
+        self
+    }
+
+    /// How long a data connection may be idle before it is closed, or half as long again: a minute by
+    /// default, 100 ms to 1 h. It is opened again when it is needed.
+    pub fn idle_timeout(mut self, timeout: Duration) -> Self {
+        self.idle_timeout = timeout.clamp(Duration::from_millis(100), Duration::from_hours(1));
         self
     }
 
@@ -148,6 +158,8 @@ impl ClusterBuilder {
         topology.keep();
         let follow = follow::run(Arc::clone(&topology), self.url, self.look_interval);
         tasks.spawn(shutdown.child_token().run_until_cancelled_owned(follow));
+        let close_idle = nodes::close_idle(Arc::clone(&nodes), self.idle_timeout);
+        tasks.spawn(shutdown.child_token().run_until_cancelled_owned(close_idle));
         let notifier = self.notifier.unwrap_or_else(|| {
             let nodes = Arc::clone(&nodes);
             Arc::new(PostgresNotifier::new(nodes, shutdown.child_token(), tasks.clone()))
@@ -190,6 +202,7 @@ impl Cluster {
             upkeep: true,
             topology_file: None,
             look_interval: follow::LOOK_EVERY,
+            idle_timeout: IDLE_TIMEOUT,
         }
     }
 

@@ -4,8 +4,10 @@ use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use tokio::sync::Notify;
+use tokio::time::sleep;
 use uuid::Uuid;
 
 use crate::error::{Error, ErrorKind, Result};
@@ -13,6 +15,14 @@ use crate::id::NodeId;
 use crate::store::connect::refused;
 use crate::store::control;
 use crate::store::node::{Node, PoolOptions};
+
+/// Closes connections that are idle for so long, or half as long again, until it is dropped.
+pub(super) async fn close_idle(nodes: Arc<Nodes>, idle: Duration) {
+    loop {
+        sleep(idle / 2).await;
+        nodes.close_idle(idle);
+    }
+}
 
 /// Where to listen to a node.
 pub(crate) enum ListenAt {
@@ -172,6 +182,14 @@ impl Nodes {
                 return;
             }
             changed.await;
+        }
+    }
+
+    /// Closes what is idle for so long, also to the control database.
+    fn close_idle(&self, idle: Duration) {
+        self.control.close_idle(idle);
+        for (_, node) in self.lock().values() {
+            node.close_idle(idle);
         }
     }
 

@@ -51,6 +51,17 @@ struct Channel {
     started: Mutex<(bool, bool)>,
 }
 
+impl Channel {
+    /// Nobody listens any more, unless somebody has subscribed meanwhile. Who subscribes does so before
+    /// it looks whether somebody listens.
+    fn ends_listening(&self) -> bool {
+        let mut started = lock(&self.started);
+        let unheard = self.hints.receiver_count() == 0;
+        started.1 &= !unheard;
+        unheard
+    }
+}
+
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

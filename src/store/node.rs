@@ -128,6 +128,11 @@ impl Node {
         }
     }
 
+    /// Closes the connections that nobody has used for so long.
+    pub(crate) fn close_idle(&self, idle: Duration) {
+        drop(self.pool.retain(|_, metrics| metrics.last_used() < idle));
+    }
+
     /// Closes the pool: later calls of `get` fail.
     pub(crate) fn close(&self) {
         self.pool.close();

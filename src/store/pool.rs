@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use deadpool::Runtime;
-use deadpool::managed::{self, Metrics, RecycleError, RecycleResult};
+use deadpool::managed::{self, Metrics, QueueMode, RecycleError, RecycleResult};
 use deadpool_postgres::ClientWrapper;
 use futures_util::future::BoxFuture;
 use tokio_postgres::Client;
@@ -45,11 +45,13 @@ impl managed::Manager for Manager {
     }
 }
 
-/// A pool of at most so many connections, in which a wait for a free one is bounded.
+/// A pool of at most so many connections, in which a wait for a free one is bounded. The one that was
+/// used last is used next, so that those beyond what is needed fall idle.
 pub(super) fn build(manager: Manager, connections: usize, wait: Duration) -> Result<Pool> {
     let what = manager.what.clone();
     Pool::builder(manager)
         .max_size(connections)
+        .queue_mode(QueueMode::Lifo)
         .runtime(Runtime::Tokio1)
         .wait_timeout(Some(wait))
         .build()

@@ -38,6 +38,8 @@ mod full;
 mod half_pipeline;
 /// Addresses with several hosts: the one that takes writes is found, and followed.
 mod hosts;
+/// Connections are opened when needed, and closed when not.
+mod idle;
 /// A transaction that appends and commits late: no gap, nothing skipped.
 mod late_commit;
 /// Who owns a partition, through joins, crashes, pauses and restarts.

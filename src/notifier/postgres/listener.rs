@@ -1,4 +1,4 @@
-//! The listening connection of a node: kept for as long as the cluster is in use, and made again after
+//! The listening connection of a node: kept for as long as somebody is subscribed, and made again after
 //! every failure.
 //!
 //! A connection whose peer is gone without a word looks idle for ever. So whoever has heard nothing for
@@ -33,11 +33,24 @@ const BACKOFF: (Duration, Duration) = (Duration::from_millis(50), Duration::from
 /// Between looks at an address that led to a pooler: the node may have another by then.
 const POOLED: Duration = Duration::from_mins(1);
 
-/// Listens to a node, again after every failure.
+/// Listens to a node for as long as somebody is subscribed.
 pub(super) async fn listen(nodes: Arc<Nodes>, channel: Arc<Channel>) {
+    loop {
+        tokio::select! {
+            () = keep_listening(&nodes, &channel) => {}
+            () = channel.hints.closed() => {}
+        }
+        if channel.ends_listening() {
+            return;
+        }
+    }
+}
+
+/// Listens again after every failure, and never ends.
+async fn keep_listening(nodes: &Nodes, channel: &Channel) {
     let (mut backoff, mut told) = (BACKOFF.0, false);
     loop {
-        match listen_once(&nodes, &channel, &mut backoff).await {
+        match listen_once(nodes, channel, &mut backoff).await {
             Ok(End::Closed) => {
                 tracing::info!(node = %channel.node, "the listening connection ended");
             }
