@@ -7,7 +7,6 @@ use std::time::SystemTime;
 use futures_util::future::join_all;
 use serde::{Deserialize, Serialize};
 use tokio_postgres::Row;
-use tokio_postgres::error::SqlState;
 
 use crate::cluster::Cluster;
 use crate::error::{Error, ErrorKind, Result};
@@ -15,12 +14,12 @@ use crate::id::{MessageId, NodeId, PartitionId};
 use crate::message::{Headers, RESERVED_HEADER_PREFIX};
 use crate::name::TopicName;
 use crate::store::connect::refused;
-use crate::store::node::{Connection, Durability, Unfinished, query, write};
-use crate::store::param::Param;
+use crate::store::node::{Connection, Unfinished, query};
 use crate::store::{control, sql, upkeep};
 use crate::topology::{even_slots, interleave, spread};
 
 mod nodes;
+mod partitions;
 
 pub use nodes::NodeInfo;
 
@@ -208,13 +207,7 @@ impl Cluster {
         let chosen = choose_nodes(&nodes, options.nodes.as_deref())?;
         let taken = control::partition_counts(change).await.map_err(refused)?;
         let shares = spread(options.partitions, &chosen, &taken)?;
-        let claims =
-            shares.into_iter().map(|(node, count)| self.claim(topic, node, count, version));
-        let mut by_node: BTreeMap<NodeId, Vec<PartitionId>> = BTreeMap::new();
-        for claimed in join_all(claims).await {
-            let (node, partitions) = claimed?;
-            by_node.insert(node, partitions);
-        }
+        let by_node = self.claim_all(change, topic, shares, version).await?;
         let slots = even_slots(&interleave(&by_node));
         control::record_topic(change, topic, &slots).await.map_err(refused)?;
         control::commit_change(change).await.map_err(refused)?;
@@ -250,33 +243,6 @@ impl Cluster {
             crate::upkeep::round(&self.inner.nodes, node).await.map(drop)
         });
         join_all(rounds).await.into_iter().collect()
-    }
-
-    async fn claim(
-        &self,
-        topic: &TopicName,
-        node: NodeId,
-        count: usize,
-        version: i64,
-    ) -> Result<(NodeId, Vec<PartitionId>)> {
-        let connection = self.inner.nodes.node(node).await?.get().await?;
-        let (name, wanted) = (topic.as_str(), i32::try_from(count).unwrap_or(i32::MAX));
-        let params: [&dyn Param; 4] = [&name, &1_i32, &wanted, &version];
-        let rows = write(connection, Durability::Durable, sql::CLAIM_PARTITIONS, &params)
-            .await
-            .map_err(|error| {
-                let what = format!("take partitions on node {node}");
-                match error.code() {
-                    // Numbers are free again a day after their partition was deleted.
-                    Some(&SqlState::CONFIGURATION_LIMIT_EXCEEDED) => {
-                        Error::with_source(ErrorKind::Full, what, error)
-                    }
-                    _ => refused(error, &what),
-                }
-            })?;
-        let partitions: Result<Vec<_>> =
-            rows.iter().map(|row| PartitionId::from_i32(row.get(0))).collect();
-        Ok((node, partitions?))
     }
 
     /// All topics, by name.
@@ -338,13 +304,7 @@ impl Cluster {
         let change = Unfinished::new(self.inner.control.get().await?);
         let connection = change.connection();
         control::begin_change(connection).await.map_err(|error| refused(error, &what))?;
-        for partition in &topology.partitions {
-            let node = self.inner.nodes.node(partition.node()).await?.get().await?;
-            let params: [&dyn Param; 2] = [&partition.as_i32(), &name.as_str()];
-            write(node, Durability::Durable, sql::DELETE_PARTITION, &params)
-                .await
-                .map_err(|error| refused(error, &format!("{what}: partition {partition}")))?;
-        }
+        self.drop_all(connection, &topology).await?;
         control::forget_topic(connection, &name).await.map_err(|error| refused(error, &what))?;
         control::commit_change(connection).await.map_err(|error| refused(error, &what))?;
         change.finished();

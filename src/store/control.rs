@@ -129,10 +129,14 @@ pub(crate) async fn partition_counts(
 /// on this connection. Returns the cluster's id and the version that the change makes.
 pub(crate) async fn begin_change(connection: &Connection) -> Result<(Uuid, i64), Error> {
     connection.batch_execute(sql::BEGIN_DURABLE).await?;
-    // Nodes are asked meanwhile: the silence is ours, not a lost client's.
-    connection.batch_execute("set local idle_in_transaction_session_timeout = '60s'").await?;
+    stay(connection).await?;
     let row = query_one(connection, sql::CONTROL_LOCK, &[]).await?;
     Ok((row.get(0), row.get::<_, i64>(1) + 1))
+}
+
+/// Says that a change goes on: nodes are asked meanwhile, and the silence is ours, not a lost client's.
+pub(crate) async fn stay(connection: &Connection) -> Result<(), Error> {
+    connection.batch_execute("set local idle_in_transaction_session_timeout = '60s'").await
 }
 
 /// Commits a change under a new version.
