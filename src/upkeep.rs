@@ -4,10 +4,12 @@
 //! One process at a time for each node, by a lease in a row of that node: it is renewed every 8 s and
 //! over after 20 s, so that another takes over within 30 s. Every step may be done twice.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::time::Instant;
+use futures_util::stream::{FuturesUnordered, StreamExt};
+use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
@@ -28,23 +30,21 @@ const LEASE_SECS: f64 = 20.0;
 /// Between rounds over all partitions.
 const ROUND: Duration = Duration::from_mins(5);
 
-/// Looks after the nodes of a cluster until it is shut down.
+/// Looks after the nodes of a cluster until it is shut down. Each has its own beat: neither one that
+/// hangs nor one whose round takes long keeps the others waiting.
 pub(crate) async fn run(nodes: Arc<Nodes>, shutdown: CancellationToken) {
-    let mut keepers: Vec<(NodeId, Keeper)> = Vec::new();
     let holder = Uuid::new_v4();
+    let mut kept: BTreeSet<NodeId> = BTreeSet::new();
+    let mut keepers = FuturesUnordered::new();
     loop {
         for node in nodes.known() {
-            if !keepers.iter().any(|(known, _)| *known == node) {
-                keepers.push((node, Keeper { nodes: Arc::clone(&nodes), node, holder, due: None }));
+            if kept.insert(node) {
+                keepers.push(Keeper { nodes: Arc::clone(&nodes), node, holder, due: None }.run());
             }
         }
-        let beats = keepers.iter_mut().map(|(_, keeper)| keeper.beat());
         tokio::select! {
-            _ = futures_util::future::join_all(beats) => {}
-            () = shutdown.cancelled() => return,
-        }
-        tokio::select! {
-            () = tokio::time::sleep(jitter(BEAT)) => {}
+            Some(gone) = keepers.next() => { kept.remove(&gone); },
+            () = sleep(jitter(BEAT)) => {}
             () = shutdown.cancelled() => return,
         }
     }
@@ -60,6 +60,15 @@ struct Keeper {
 }
 
 impl Keeper {
+    /// Until the node is not known any more; returns its number.
+    async fn run(mut self) -> NodeId {
+        while self.nodes.known().contains(&self.node) {
+            self.beat().await;
+            sleep(jitter(BEAT)).await;
+        }
+        self.node
+    }
+
     async fn beat(&mut self) {
         if let Err(error) = self.try_beat().await {
             self.due = None;

@@ -2,10 +2,11 @@
 
 use std::time::Duration;
 
-use shardmq::{Cluster, ErrorKind, Message, Retention, TopicOptions};
+use shardmq::{Cluster, ErrorKind, Message, NodeId, Retention, TopicOptions};
 use tokio_postgres::Client;
 
-use crate::support::{TestCluster, eventually, within};
+use crate::support::proxy::{Proxy, Rule};
+use crate::support::{TestCluster, database, eventually, shared_server, within};
 
 const SECOND: Duration = Duration::from_secs(1);
 
@@ -193,4 +194,30 @@ async fn any_client_keeps_tables_ahead_and_one_takes_over_from_another() {
     assert!(sql.query_one(lease, &[]).await.unwrap().get::<_, f64>(0) <= 20.0);
     sql.batch_execute("update shardmq.upkeep set until = now() - interval '1 s'").await.unwrap();
     assert!(sql.query_one(take, &[]).await.unwrap().get::<_, bool>(0));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_that_hangs_does_not_keep_the_others_from_being_looked_after() {
+    let (test, sql) = topic(Retention::default()).await;
+    let proxy = Proxy::start(shared_server().await.port()).await;
+    let hanging = proxy.url(&database(shared_server().await).await);
+    test.cluster.add_node(NodeId::new(2).unwrap(), &hanging).await.unwrap();
+    let client = Cluster::connect(&test.control_url).await.unwrap();
+    let _producer = client.producer("orders").build().await.unwrap();
+    let of_hanging = crate::support::client(&hanging).await;
+    for sql in [&sql, &of_hanging] {
+        let held =
+            async || sql.query_opt("select from shardmq.upkeep", &[]).await.unwrap().is_some();
+        eventually("both are looked after", 10 * SECOND, held).await;
+    }
+    proxy.to_server(Rule::Hold);
+    for _ in 0..2 {
+        let asked = "update shardmq.upkeep set until = now() returning until";
+        sql.query_one(asked, &[]).await.unwrap();
+        eventually("the lease is renewed, each 8 s", 20 * SECOND, async || {
+            let renewed = "select until > now() + interval '5 s' from shardmq.upkeep";
+            sql.query_one(renewed, &[]).await.unwrap().get(0)
+        })
+        .await;
+    }
 }
