@@ -1,6 +1,7 @@
 //! `shardmq migrate`: schemas made, or brought up to date.
 
 use clap::Parser;
+use futures_util::stream::{self, StreamExt};
 use serde::Serialize;
 use shardmq::Cluster;
 use shardmq::migrate::{Schema, migrate};
@@ -8,6 +9,9 @@ use shardmq::migrate::{Schema, migrate};
 use crate::context::Context;
 use crate::failure::Failure;
 use crate::output::Out;
+
+/// How many nodes are migrated at once.
+const AT_ONCE: usize = 8;
 
 /// Make the schemas, or bring them up to date.
 ///
@@ -30,24 +34,35 @@ struct Migrated {
 
 pub(crate) async fn run(context: &Context, args: Args) -> Result<(), Failure> {
     let mut out = Out::new();
-    let mut outcome = Ok(());
     if args.node.is_empty() {
         let url = context.url()?;
         for schema in [Schema::Control, Schema::Log] {
-            apply(context, &mut out, "control database", url, schema).await?;
+            let applied = apply("control database".to_owned(), url, schema).await;
+            print(context, &mut out, applied).await?;
         }
         let cluster = Cluster::connect(url).await?;
-        for node in cluster.nodes().await? {
-            let name = format!("node {}", node.node);
-            let applied = apply(context, &mut out, &name, &node.url, Schema::Node).await;
-            outcome = first_failure(outcome, applied);
-        }
+        let nodes = cluster.nodes().await?;
         cluster.shutdown().await;
+        let nodes = nodes.into_iter().map(|node| (format!("node {}", node.node), node.url));
+        return apply_to_nodes(context, &mut out, nodes).await;
     }
-    for (url, number) in args.node.iter().zip(1..) {
-        let name = format!("database {number}");
-        let applied = apply(context, &mut out, &name, url, Schema::Node).await;
-        outcome = first_failure(outcome, applied);
+    let nodes = args.node.into_iter().zip(1..);
+    let nodes = nodes.map(|(url, number)| (format!("database {number}"), url));
+    apply_to_nodes(context, &mut out, nodes).await
+}
+
+/// Some at a time; what was done is printed in their order.
+async fn apply_to_nodes(
+    context: &Context,
+    out: &mut Out,
+    nodes: impl Iterator<Item = (String, String)>,
+) -> Result<(), Failure> {
+    let applied =
+        |(name, url): (String, String)| async move { apply(name, &url, Schema::Node).await };
+    let mut applied = stream::iter(nodes).map(applied).buffered(AT_ONCE);
+    let mut outcome = Ok(());
+    while let Some(applied) = applied.next().await {
+        outcome = first_failure(outcome, print(context, out, applied).await);
     }
     outcome
 }
@@ -62,15 +77,17 @@ fn first_failure(first: Result<(), Failure>, next: Result<(), Failure>) -> Resul
     first.and(next)
 }
 
-async fn apply(
+async fn apply(database: String, url: &str, schema: Schema) -> Result<Migrated, Failure> {
+    let applied = migrate(url, schema).await?;
+    Ok(Migrated { database, schema: schema.name(), applied })
+}
+
+async fn print(
     context: &Context,
     out: &mut Out,
-    database: &str,
-    url: &str,
-    schema: Schema,
+    migrated: Result<Migrated, Failure>,
 ) -> Result<(), Failure> {
-    let applied = migrate(url, schema).await?;
-    let migrated = Migrated { database: database.to_owned(), schema: schema.name(), applied };
+    let migrated = migrated?;
     if context.json {
         out.json(&migrated)?;
     } else {
