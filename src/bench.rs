@@ -139,7 +139,7 @@ pub async fn run(
     interrupted: impl Future<Output = ()>,
 ) -> Result<Option<Report>> {
     options.check()?;
-    let stage = Stage::set(url, options).await?;
+    let stage = Stage::set(bench, url, options).await?;
     let outcome = tokio::select! {
         outcome = measure(bench, &stage) => outcome.map(Some),
         () = interrupted => Ok(None),
@@ -157,5 +157,5 @@ async fn measure(bench: Bench, stage: &Stage) -> Result<Report> {
         Bench::Latency => (latency::measure(stage).await?, Vec::new()),
         Bench::Backlog => backlog::measure(stage).await?,
     };
-    Ok(Report::new(bench, &stage.options, &outcome, backlogs, flush, machine))
+    Ok(Report::new(bench, stage, &outcome, backlogs, flush, machine))
 }

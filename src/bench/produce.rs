@@ -15,15 +15,14 @@ use crate::error::Result;
 use crate::message::Message;
 use crate::producer::Producer;
 
-/// Messages under way for each partition.
+/// Messages under way for each partition, up to so many partitions: the producer's buffer takes twice as
+/// many, and what is beyond it only waits.
 const UNDER_WAY: usize = 2_000;
+const BUSY_PARTITIONS: usize = 100;
 /// One in so many messages is timed, so that reading the clock is not what is measured.
 const SAMPLE: usize = 16;
 
 pub(super) async fn measure(stage: &Stage) -> Result<Outcome> {
-    let partitions = stage.options.partitions;
-    let under_way = UNDER_WAY * partitions;
-    let senders = |batch| under_way.div_ceil(batch).max(2 * partitions);
     let contest = Produce {
         source: Arc::new(Source {
             producer: stage.producing.producer(stage.name()).build().await?,
@@ -31,11 +30,18 @@ pub(super) async fn measure(stage: &Stage) -> Result<Outcome> {
             over: AtomicBool::new(false),
         }),
         batch: stage.options.batch,
-        tasks: stage.options.batch.map_or(under_way, senders),
+        tasks: tasks(stage.options.partitions, stage.options.batch),
         bare: Bare::each(&stage.producing, &stage.floor, FLOOR_CONNECTIONS).await?,
         work: Work::Append(stage.payloads.batches(BATCH).into()),
     };
     alternate(contest, pairs_in(stage.options.seconds)).await
+}
+
+/// How many tasks send.
+fn tasks(partitions: usize, batch: Option<usize>) -> usize {
+    let busy = partitions.min(BUSY_PARTITIONS);
+    let under_way = UNDER_WAY * busy;
+    batch.map_or(under_way, |batch| under_way.div_ceil(batch).max(2 * busy))
 }
 
 struct Produce {
@@ -130,5 +136,19 @@ impl Sender {
     fn message(&mut self) -> Message {
         self.next += 1;
         Message::new(self.source.payloads.nth(self.next))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn there_are_tasks_for_every_partition_but_not_millions() {
+        assert_eq!(tasks(4, None), 8_000);
+        assert_eq!(tasks(4, Some(1_000)), 8);
+        assert_eq!(tasks(4, Some(1_000_000)), 8);
+        assert_eq!(tasks(9_801, None), 200_000);
+        assert_eq!(tasks(9_801, Some(1_000)), 200);
     }
 }

@@ -2,8 +2,9 @@
 
 use serde::Serialize;
 
-use crate::bench::machine::{Flush, Machine};
+use crate::bench::machine::{Flush, Machine, resident_bytes};
 use crate::bench::slices::{Latency, Outcome, quantile};
+use crate::bench::stage::Stage;
 use crate::bench::{Bench, Options};
 
 /// The figures of one run.
@@ -34,6 +35,10 @@ pub struct Report {
     /// For [`Bench::Backlog`]: the small one and the large one.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub backlogs: Vec<Drained>,
+    /// How long it took to make the topic, in seconds.
+    pub topic_s: f64,
+    /// The memory of this process at the end.
+    pub rss_mib: f64,
     /// What was asked for.
     pub options: Options,
     /// Where it was measured.
@@ -86,13 +91,14 @@ pub struct Drained {
 impl Report {
     pub(super) fn new(
         bench: Bench,
-        options: &Options,
+        stage: &Stage,
         outcome: &Outcome,
         backlogs: Vec<Drained>,
         flush: Flush,
         machine: Machine,
     ) -> Self {
         let ratio = |part| rounded(quantile(&outcome.ratios, part), 3);
+        let options = &stage.options;
         Self {
             bench,
             per_s: rounded(outcome.per_s, 0),
@@ -110,6 +116,8 @@ impl Report {
             floor_latency_ms: Percentiles::of(&outcome.floor_latency),
             flush: Flush { flush_ms: rounded(flush.flush_ms, 3), ..flush },
             backlogs,
+            topic_s: rounded(stage.topic_s, 2),
+            rss_mib: mib(resident_bytes()),
             options: options.clone(),
             machine,
         }
@@ -125,7 +133,6 @@ impl Percentiles {
 
 impl Drained {
     pub(super) fn new(messages: u64, outcome: &Outcome, before: u64, peak: u64) -> Self {
-        let mib = |bytes: u64| rounded(bytes as f64 / f64::from(1 << 20), 1);
         Self {
             messages,
             per_s: rounded(outcome.per_s, 0),
@@ -135,6 +142,11 @@ impl Drained {
             peak_rss_mib: mib(peak),
         }
     }
+}
+
+/// Bytes in MiB.
+fn mib(bytes: u64) -> f64 {
+    rounded(bytes as f64 / f64::from(1 << 20), 1)
 }
 
 /// To so many decimals.

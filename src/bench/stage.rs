@@ -1,12 +1,13 @@
 //! Where it all happens: topics of the run's own, and the connections to them.
 
+use tokio::time::Instant;
 use uuid::Uuid;
 
 use crate::admin::TopicOptions;
 use crate::bench::payloads::Payloads;
-use crate::bench::{Hints, Options};
+use crate::bench::{Bench, Hints, Options};
 use crate::cluster::Cluster;
-use crate::error::Result;
+use crate::error::{ErrorKind, Result};
 use crate::id::{NodeId, PartitionId};
 use crate::name::TopicName;
 use crate::notifier::{self, Hint, Notifier};
@@ -25,21 +26,36 @@ pub(super) struct Stage {
     /// What the floor appends to.
     pub(super) floor: Topology,
     pub(super) payloads: Payloads,
+    /// How long it took to make the library's topic, in seconds.
+    pub(super) topic_s: f64,
 }
 
 impl Stage {
-    /// Connects, and makes the topics.
-    pub(super) async fn set(url: &str, options: Options) -> Result<Self> {
+    /// Connects, and makes the topics. Where the nodes have no room for a second one, what is produced
+    /// on the floor goes to partitions of the first, which nobody else uses at the time.
+    pub(super) async fn set(bench: Bench, url: &str, options: Options) -> Result<Self> {
         let producing = connect(url, &options).await?;
         let consuming = connect(url, &options).await?;
         let mut nodes: Vec<NodeId> = producing.nodes().await?.iter().map(|n| n.node).collect();
         nodes.truncate(options.nodes.unwrap_or(usize::MAX));
         let run = Uuid::new_v4().simple().to_string();
         let name = format!("bench-{}", &run[..8]);
+        let begun = Instant::now();
         let topic = make(&producing, &name, options.partitions, &nodes).await?;
-        let floor = make(&producing, &format!("{name}-floor"), FLOOR_CONNECTIONS, &nodes).await?;
+        let topic_s = begun.elapsed().as_secs_f64();
+        let floor = make(&producing, &format!("{name}-floor"), FLOOR_CONNECTIONS, &nodes).await;
+        let floor = match floor {
+            Err(error) if error.kind() == ErrorKind::Full && bench == Bench::Produce => {
+                topic.clone()
+            }
+            Err(error) => {
+                producing.delete_topic(&name, true).await?;
+                return Err(error);
+            }
+            Ok(floor) => floor,
+        };
         let payloads = Payloads::new(options.size);
-        Ok(Self { options, producing, consuming, topic, floor, payloads })
+        Ok(Self { options, producing, consuming, topic, floor, payloads, topic_s })
     }
 
     /// The name of the library's topic.
@@ -51,7 +67,8 @@ impl Stage {
     pub(super) async fn clear(self) -> Result<()> {
         self.consuming.shutdown().await;
         let mut outcome = Ok(());
-        for topic in [&self.topic, &self.floor] {
+        let own = self.floor.topic != self.topic.topic;
+        for topic in [&self.topic].into_iter().chain(own.then_some(&self.floor)) {
             outcome = outcome.and(self.producing.delete_topic(topic.topic.as_str(), true).await);
         }
         self.producing.shutdown().await;

@@ -9,6 +9,9 @@ use crate::output::{Out, note, table};
 use crate::servers::{self, Node};
 use crate::signals::Interrupt;
 
+/// Private servers, however many nodes there are: each has processes and memory of its own.
+const SERVERS: u8 = 3;
+
 /// Measure this library, and the same SQL in a bare loop, in turns on the same machine.
 #[derive(Subcommand)]
 pub(crate) enum Command {
@@ -46,7 +49,8 @@ pub(crate) struct Args {
     /// How consumers hear of messages.
     #[arg(long, value_enum, default_value_t = Notifier::Postgres)]
     notifier: Notifier,
-    /// Nodes to use. Default: all of the cluster, or one private server.
+    /// Nodes to use. Default: all of the cluster, or one private server. More than three are databases of
+    /// three private servers.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=99))]
     nodes: Option<u8>,
     /// Consumers in the group.
@@ -120,9 +124,10 @@ async fn on_private_servers(
     mut options: Options,
     interrupt: &mut Interrupt,
 ) -> Result<Report, Failure> {
+    let connections = options.connections.unwrap_or(2);
     let count = options.nodes.and_then(|nodes| u8::try_from(nodes).ok()).unwrap_or(1);
     let nodes = tokio::select! {
-        nodes = servers::start(count) => nodes?,
+        nodes = servers::start_on(count, SERVERS, connections) => nodes?,
         () = interrupt.caught() => return Err(interrupted()),
     };
     options.data_dir = nodes.first().map(|node| node.server.data_dir());
@@ -171,6 +176,10 @@ fn print(report: &Report, out: &mut Out) {
             drained.messages, drained.per_s, drained.ratio, drained.rss_before_mib, drained.peak_rss_mib,
         ));
     }
+    out.line(&format!(
+        "topic made in {:.1} s, {:.0} MiB of memory at the end",
+        report.topic_s, report.rss_mib,
+    ));
     let machine = &report.machine;
     out.line(&format!(
         "on {} processors ({}), {} MiB, load {:.2} before",

@@ -1,6 +1,7 @@
-//! Private servers that are a whole cluster, for `dev` and `demo`.
+//! Private servers that are a whole cluster.
 
 use futures_util::future::{join_all, try_join_all};
+use futures_util::stream::{self, StreamExt, TryStreamExt};
 use shardmq::embedded::Server;
 use shardmq::migrate::{Schema, migrate};
 use shardmq::{Cluster, NodeId, Result};
@@ -8,8 +9,10 @@ use shardmq::{Cluster, NodeId, Result};
 use crate::output::note;
 
 const DATABASE: &str = "shardmq";
+/// How many databases are made at once.
+const AT_ONCE: usize = 4;
 
-/// A node on a server of its own.
+/// A server, and the node that is its first database.
 pub(crate) struct Node {
     pub(crate) number: NodeId,
     pub(crate) server: Server,
@@ -21,31 +24,62 @@ impl Node {
     }
 }
 
-/// Starts so many servers, migrates them, and registers them as nodes. The first one's database holds
-/// the control and log schemas too. If dropped, what was started is stopped soon after.
+/// Starts so many servers, each of them a node.
 pub(crate) async fn start(count: u8) -> Result<Vec<Node>> {
+    start_on(count, count, 0).await
+}
+
+/// Starts at most so many servers, migrates them, and registers so many nodes: those beyond the servers
+/// are further databases of these. Returns the servers. The first one's database holds the control and
+/// log schemas too. If dropped, what was started is stopped soon after.
+///
+/// `connections`: how many one client opens to a node.
+pub(crate) async fn start_on(count: u8, servers: u8, connections: usize) -> Result<Vec<Node>> {
+    let servers = servers.min(count);
+    let most = max_connections(usize::from(count.div_ceil(servers.max(1))), connections);
     // The first server makes the files that the others copy.
-    let mut nodes = vec![start_one(1).await?];
-    nodes.extend(try_join_all((2..=count).map(start_one)).await?);
-    let control_url = nodes[0].url();
+    let mut first = vec![start_one(1, most).await?];
+    first.extend(try_join_all((2..=servers).map(|number| start_one(number, most))).await?);
+    let further = (servers + 1..=count).zip(first.iter().cycle());
+    let further = stream::iter(further).map(|(number, on)| make_one(number, &on.server));
+    let further: Vec<_> = further.buffered(AT_ONCE).try_collect().await?;
+
+    let control_url = first[0].url();
     for schema in [Schema::Control, Schema::Log] {
         migrate(&control_url, schema).await?;
     }
     let cluster = Cluster::connect(&control_url).await?;
-    for node in &nodes {
-        cluster.add_node(node.number, &node.url()).await?;
+    let urls = first.iter().map(|node| (node.number, node.url())).chain(further);
+    for (number, url) in urls {
+        cluster.add_node(number, &url).await?;
     }
     cluster.shutdown().await;
-    Ok(nodes)
+    Ok(first)
 }
 
-async fn start_one(number: u8) -> Result<Node> {
+/// What a server of so many nodes admits: two clients, and some for everything else.
+fn max_connections(nodes: usize, connections: usize) -> usize {
+    (2 * nodes * (connections + 1) + 50).max(200)
+}
+
+async fn start_one(number: u8, max_connections: usize) -> Result<Node> {
     let number = NodeId::new(number)?;
-    let server = Server::builder().start().await?;
+    let builder = Server::builder().setting("max_connections", max_connections.to_string());
+    let server = builder.start().await?;
     server.create_database(DATABASE).await?;
     let node = Node { number, server };
     migrate(&node.url(), Schema::Node).await?;
     Ok(node)
+}
+
+/// A further node on a server; returns its address.
+async fn make_one(number: u8, server: &Server) -> Result<(NodeId, String)> {
+    let number = NodeId::new(number)?;
+    let name = format!("{DATABASE}{number}");
+    server.create_database(&name).await?;
+    let url = server.url(&name);
+    migrate(&url, Schema::Node).await?;
+    Ok((number, url))
 }
 
 /// Stops all at once, also servers that somebody else started again in the same folders.
