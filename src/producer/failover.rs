@@ -120,7 +120,7 @@ impl Shared {
     /// Sends what waits for a node and is not under way elsewhere, if there is a better node.
     fn evacuate(&self, writer: &Writer) {
         let ours = self.lanes.iter().filter(|lane| lane.writer.node == writer.node);
-        for lane in ours {
+        for lane in ours.filter(|lane| !lane.is_idle()) {
             let _moving = self.moving();
             if writer.health.state() == NodeState::Down {
                 for batch in lane.take_free(|batch| self.is_impatient(batch)) {

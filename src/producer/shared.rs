@@ -21,6 +21,9 @@ use crate::producer::writer::Writer;
 use crate::producer::{Options, WhenFull};
 use crate::topology::{Topology, key_slot};
 
+/// How many open lanes are looked at for an idle one: where thousands are all busy, the search would cost
+/// more than it finds.
+const LOOK_AT: usize = 256;
 /// Events that are kept for who reads them late.
 const EVENTS_KEPT: usize = 256;
 
@@ -166,7 +169,8 @@ impl Shared {
         if self.current.load(Ordering::Relaxed) != lane.index {
             return;
         }
-        let idle = self.lanes_after(lane.index).find(|lane| lane.is_idle() && self.is_open(lane));
+        let open = self.lanes_after(lane.index).filter(|lane| self.is_open(lane));
+        let idle = open.take(LOOK_AT).find(|lane| lane.is_idle());
         let next = idle.or_else(|| self.open_lane_after(lane.index));
         if let Some(next) = next {
             self.current.store(next.index, Ordering::Relaxed);
@@ -183,13 +187,17 @@ impl Shared {
     /// The next lane of another node that fares better than this lane's.
     pub(super) fn better_lane(&self, lane: &Lane) -> Option<&Arc<Lane>> {
         let (node, state) = (lane.partition.node(), lane.writer.health.state());
+        let all = || self.writers.values().filter(|writer| writer.node != node);
         let others = || self.lanes_after(lane.index).filter(|other| other.partition.node() != node);
-        [NodeState::Up, NodeState::Slow].into_iter().filter(|better| *better < state).find_map(
-            |better| {
-                let takes = |other: &&Arc<Lane>| self.takes(other, better);
-                others().find(|o| o.is_idle() && takes(o)).or_else(|| others().find(takes))
-            },
-        )
+        // Nodes first: where all are down, thousands of lanes would be looked at for each of them.
+        let is_there = |better: &NodeState| {
+            *better < state && all().any(|writer| writer.health.state() == *better)
+        };
+        [NodeState::Up, NodeState::Slow].into_iter().filter(is_there).find_map(|better| {
+            let takes = |other: &&Arc<Lane>| self.takes(other, better);
+            let idle = others().filter(takes).take(LOOK_AT).find(|other| other.is_idle());
+            idle.or_else(|| others().find(takes))
+        })
     }
 
     /// Whether messages without a key may go to this lane. A full one opens again at midnight UTC.

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use futures_util::stream::{self, StreamExt};
 use shardmq::embedded::Server;
-use shardmq::{Cluster, Message, MessageId, NodeId, PartitionId, TopicOptions, key_slot};
+use shardmq::{Cluster, Message, MessageId, Messages, NodeId, PartitionId, TopicOptions, key_slot};
 use tokio::time::Instant;
 
 use crate::support::reading::next;
@@ -53,9 +53,11 @@ async fn ninety_nine_nodes_are_one_cluster() {
         watch.lap("described");
         let sent = send(&test, &partitions).await;
         watch.lap("sent to all");
-        receive(&test, &sent).await;
+        let messages = receive(&test, &sent).await;
         watch.lap("received and acknowledged");
         check_use(&test, &servers).await;
+        leave(&test, messages).await;
+        watch.lap("left the group, and no lag");
         test.cluster.delete_topic("all", false).await.unwrap();
         watch.lap("the topic deleted");
         test.cluster.shutdown().await;
@@ -158,8 +160,8 @@ async fn send(test: &TestCluster, partitions: &[PartitionId]) -> HashMap<String,
     sent
 }
 
-/// Everything comes once, as it was sent, and nothing is left.
-async fn receive(test: &TestCluster, sent: &HashMap<String, MessageId>) {
+/// Everything comes once, as it was sent.
+async fn receive(test: &TestCluster, sent: &HashMap<String, MessageId>) -> Messages {
     let mut messages = test.cluster.consumer("all", "g").stream().await.unwrap();
     let mut missing = sent.clone();
     while !missing.is_empty() {
@@ -168,13 +170,18 @@ async fn receive(test: &TestCluster, sent: &HashMap<String, MessageId>) {
         assert_eq!(missing.remove(text), Some(delivery.id()), "{text}");
         delivery.ack().unwrap();
     }
+    messages
+}
+
+/// Nothing is left to receive.
+async fn leave(test: &TestCluster, messages: Messages) {
     messages.shutdown(Duration::from_secs(10)).await.unwrap();
     let lag = test.cluster.lag("all").await.unwrap();
     assert_eq!(lag.len(), PARTITIONS);
     assert_eq!(lag.iter().map(|lag| lag.lag).sum::<u64>(), 0);
 }
 
-/// While all connections are open that the test has made use of.
+/// While a consumer listens to all nodes, and what was used to send is not closed yet.
 async fn check_use(test: &TestCluster, servers: &[Server; 2]) {
     let open = connections(test, servers).await;
     let (most, all) = (open.values().max().unwrap(), open.values().sum::<i64>());
