@@ -74,8 +74,12 @@ impl Stored<'_> {
         // Read again after the partition was lost and taken again: no finding.
         let again = reading.last.is_some_and(|(holding, last)| holding != token && id <= last);
         if !again {
-            let value = value_of(&delivery);
-            let stored = Event::Stored { id, uid: delivery.uid(), value, marked_duplicate: false };
+            let stored = Event::Stored {
+                id,
+                uid: delivery.uid(),
+                value: value_of(&delivery),
+                marked_duplicate: delivery.is_possible_duplicate(),
+            };
             reading.recorder.record(self.run.now(), &stored)?;
             reading.last = Some((token, id));
         }
