@@ -146,8 +146,8 @@ pub enum Event {
         holding: Holding,
         /// The cursor: every message up to here is finished.
         upto: MessageId,
-        /// When it was asked for, on the clock of the history. Where it may have been committed before
-        /// that, as by a library that commits by itself: when `upto` was acknowledged.
+        /// When it was asked for, on the clock of the history. Where it may have been committed before it
+        /// was asked for, and nobody knows when: the earliest time, that of the last acknowledgement.
         asked: Duration,
     },
     /// A group's position is about to be moved, or the group begins elsewhere than at the first

@@ -63,9 +63,17 @@ impl Members {
     }
 }
 
-/// How far each partition is acknowledged, under which acquisition, and since when: the library commits
-/// by itself too, at any time from then on.
-type Positions = HashMap<PartitionId, (Holding, MessageId, Duration)>;
+/// How far a partition is acknowledged, and under which acquisition.
+struct Position {
+    holding: Holding,
+    upto: MessageId,
+    /// When that was acknowledged: from then on the library may commit it at any time, by itself or as
+    /// it gives the partition back. Where a flush waits for another node, that is long before it is
+    /// confirmed, and others may have the partition by then.
+    acked: Duration,
+}
+
+type Positions = HashMap<PartitionId, Position>;
 /// A commit under way: what it covers, and whether it was confirmed.
 type Commit = Pin<Box<dyn Future<Output = (Positions, Result<()>)> + Send>>;
 
@@ -106,12 +114,12 @@ impl Member {
         let holding =
             Holding { group: GROUP_NUMBER, member: self.number, token: delivery.fencing_token() };
         let delivered = Event::Delivered { holding, id, uid, value: value_of(&delivery) };
-        self.recorder.record(self.run.now(), &delivered)?;
-        let now = self.run.now();
-        self.recorder.record(now, &Event::Acked { holding, id })?;
+        let acked = self.run.now();
+        self.recorder.record(acked, &delivered)?;
+        self.recorder.record(acked, &Event::Acked { holding, id })?;
         // Refused where the partition went to another member meanwhile, which is handed it too.
         if delivery.ack().is_ok() {
-            self.acked.insert(id.partition(), (holding, id, now));
+            self.acked.insert(id.partition(), Position { holding, upto: id, acked });
         }
         Ok(())
     }
@@ -133,8 +141,8 @@ impl Member {
             tracing::debug!(error = %error.chain(), "a commit failed");
             return Ok(());
         }
-        for (holding, upto, asked) in covered.into_values() {
-            let committed = Event::CursorCommitted { holding, upto, asked };
+        for Position { holding, upto, acked } in covered.into_values() {
+            let committed = Event::CursorCommitted { holding, upto, asked: acked };
             self.recorder.record(self.run.now(), &committed)?;
         }
         Ok(())
