@@ -25,7 +25,7 @@
 //!
 //! Neither recording nor checking takes memory by the number of messages: histories are files, and what
 //! has to be brought together is sorted on disk. State is kept for each partition, group, holding and
-//! recorder, and for gaps in what a group acknowledged.
+//! recorder, for gaps in what a group acknowledged, and for sends that are under way at a time.
 //!
 //! ```
 //! use std::time::Duration;
@@ -57,6 +57,7 @@ mod holding;
 mod ids;
 mod lanes;
 mod losses;
+mod overtaken;
 mod payload;
 mod ranges;
 mod reading;

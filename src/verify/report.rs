@@ -102,12 +102,19 @@ pub struct Report {
     /// Times that a set of acknowledgements had too many gaps to be kept, and skips may have gone
     /// unseen. No violation.
     pub weakened: u64,
-    /// Milliseconds: the longer of the two below.
+    /// Milliseconds: the longer of `longest_send_stall_ms` and `longest_delivery_stall_ms`.
     pub longest_stall_ms: u64,
     /// Milliseconds: the longest time from a send (of all producers) or an acknowledgement to the next
     /// acknowledgement, while sends had been tried and none was acknowledged; at the latest to the last
     /// event of a producer.
     pub longest_send_stall_ms: u64,
+    /// Milliseconds: the longest time from the send of a value without a lane (a message without a key) to
+    /// its acknowledgement.
+    pub longest_keyless_send_ms: u64,
+    /// Milliseconds: the longest time from such a send until it, or a later one of its writer without a
+    /// lane, was acknowledged; at the latest to the writer's last acknowledgement or send. Shorter than
+    /// the one above where a message was stuck and those sent after it were not.
+    pub longest_keyless_stall_ms: u64,
     /// Milliseconds: the longest time in which a group was delivered nothing of a partition that it had
     /// begun to read, and that held messages acknowledged and not delivered; at the latest to the end
     /// of producing and consuming.

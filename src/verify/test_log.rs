@@ -299,5 +299,16 @@ fn a_send_that_is_under_way_while_others_are_acknowledged_is_waited_for() {
     story.now += 600 * MILLI;
     story.acknowledge(2, id(2));
     story.store(2, id(2));
-    assert_eq!(story.finds(&[]).longest_send_stall_ms, 601);
+    // Its own time, whatever was acknowledged meanwhile; until a later one was acknowledged.
+    story.send(3, None);
+    story.send(4, Some(1));
+    story.send(5, None);
+    story.acknowledge(5, id(3));
+    story.store(5, id(3));
+    story.now += 700 * MILLI;
+    story.acknowledge(3, id(4));
+    story.store(3, id(4));
+    let report = story.finds(&[]);
+    assert_eq!(report.longest_send_stall_ms, 701);
+    assert_eq!((report.longest_keyless_send_ms, report.longest_keyless_stall_ms), (704, 602));
 }

@@ -1,6 +1,7 @@
 //! What became of each value: all that is known of it, side by side.
 //!
-//! Rows are `[value, what << 8 | flags, id, uid or lane]`; the stored copies of a value come first.
+//! Rows are `[value, what << 8 | flags, id, extra]`; the stored copies of a value come first. The extra is
+//! a uid, or of a sending its lane, of an acknowledgement its time. A sending has its time for an id.
 
 use std::rc::Rc;
 
@@ -9,6 +10,7 @@ use crate::verify::findings::{Example, Findings, shown};
 use crate::verify::history::History;
 use crate::verify::lanes::Lanes;
 use crate::verify::losses::Losses;
+use crate::verify::overtaken::Sends;
 use crate::verify::record::{Kind, Record, partition_of};
 use crate::verify::report::AnomalyKind;
 use crate::verify::sort::{Sorter, Workspace};
@@ -37,7 +39,7 @@ pub(super) fn check(
     history.scan(|_, record| row(&record).map_or(Ok(()), |row| sorter.push(row)))?;
     let rows = sorter.sorted()?;
     let mut lanes = Lanes::new(space);
-    let mut pass = Pass { survey, findings, losses: Losses::default() };
+    let mut pass = Pass { survey, findings, losses: Losses::default(), sends: Sends::default() };
     let mut fate = Fate::default();
     for row in rows {
         let [value, what, id, extra] = row?;
@@ -48,22 +50,28 @@ pub(super) fn check(
         fate.learn(what, id.cast_signed(), extra);
     }
     pass.settle(&fate, &mut lanes)?;
-    pass.losses.finish(&mut findings.report);
+    let Pass { losses, sends, .. } = pass;
+    losses.finish(&mut findings.report);
+    let (send, stall) = sends.finish();
+    findings.report.longest_keyless_send_ms = send / 1_000_000;
+    findings.report.longest_keyless_stall_ms = stall / 1_000_000;
     lanes.check(findings)
 }
 
 fn row(record: &Record) -> Option<[u64; 4]> {
-    let (what, flag, extra) = match record.kind {
-        Kind::Stored => (STORED, record.is_marked(), record.uid()),
-        Kind::Sending => (SENDING, record.lane().is_some(), record.lane().unwrap_or(0)),
-        Kind::Acknowledged => (ACKNOWLEDGED, false, 0),
-        Kind::Refused => (REFUSED, false, 0),
-        Kind::Unknown => (UNKNOWN, false, 0),
-        Kind::Delivered => (DELIVERED, false, record.uid()),
+    let id = record.id.cast_unsigned();
+    let (what, flag, id, extra) = match record.kind {
+        Kind::Stored => (STORED, record.is_marked(), id, record.uid()),
+        Kind::Sending => {
+            (SENDING, record.lane().is_some(), record.time, record.lane().unwrap_or(0))
+        }
+        Kind::Acknowledged => (ACKNOWLEDGED, false, id, record.time),
+        Kind::Refused => (REFUSED, false, id, 0),
+        Kind::Unknown => (UNKNOWN, false, id, 0),
+        Kind::Delivered => (DELIVERED, false, id, record.uid()),
         _ => return None,
     };
-    let what = what << 8 | u64::from(flag);
-    Some([record.value()?, what, record.id.cast_unsigned(), extra])
+    Some([record.value()?, what << 8 | u64::from(flag), id, extra])
 }
 
 /// What is known of one value.
@@ -71,8 +79,10 @@ fn row(record: &Record) -> Option<[u64; 4]> {
 struct Fate {
     value: u64,
     sent: bool,
+    sent_at: u64,
     lane: Option<u64>,
     acknowledged: Option<i64>,
+    acknowledged_at: Option<u64>,
     refused: bool,
     delivered: Option<i64>,
     unmarked: u64,
@@ -100,10 +110,12 @@ impl Fate {
             }
             SENDING => {
                 self.sent = true;
+                self.sent_at = id.cast_unsigned();
                 self.lane = (what & FLAG == FLAG).then_some(extra);
             }
             ACKNOWLEDGED => {
                 self.acknowledged = Some(id);
+                self.acknowledged_at = Some(extra);
                 self.learn_place(id);
             }
             REFUSED => self.refused = true,
@@ -155,6 +167,7 @@ struct Pass<'a> {
     survey: &'a Survey,
     findings: &'a mut Findings,
     losses: Losses,
+    sends: Sends,
 }
 
 impl Pass<'_> {
@@ -163,6 +176,9 @@ impl Pass<'_> {
             return Ok(());
         }
         self.count_outcome(fate);
+        if fate.sent && fate.lane.is_none() {
+            self.sends.note(fate.value, fate.sent_at, fate.acknowledged_at);
+        }
         self.judge_absence(fate);
         if fate.is_impossible() {
             self.judge_phantom(fate);

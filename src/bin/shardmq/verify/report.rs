@@ -14,6 +14,16 @@ pub(super) fn print(report: &Report, out: &mut Out) {
         ("redelivered", report.redelivered, "delivered before"),
         ("duplicated_marked", report.duplicated_marked, "stored twice, and marked as that"),
         ("longest_stall_ms", report.longest_stall_ms, "without a send or delivery that was due"),
+        (
+            "longest_keyless_stall_ms",
+            report.longest_keyless_stall_ms,
+            "without a key, until it or a later one was acknowledged",
+        ),
+        (
+            "longest_keyless_send_ms",
+            report.longest_keyless_send_ms,
+            "without a key, each by itself",
+        ),
     ];
     let rows = counts.map(|(name, count, meaning)| row(name, count, meaning));
     out.line(&table(&["", "COUNT", ""], &[1], rows.to_vec()));
