@@ -94,13 +94,6 @@ async fn finish_within(patience: Duration, child: Child) -> Finished {
     }
 }
 
-/// Sends a signal, by its name.
-async fn signal(pid: u32, name: &str) {
-    let mut kill = Command::new("kill");
-    kill.args([format!("-{name}"), pid.to_string()]);
-    assert!(kill.status().await.unwrap().success());
-}
-
 /// The bytes of a message, however its line shows them.
 fn payload(line: &Value) -> Vec<u8> {
     match (&line["payload"], &line["payload_base64"]) {

@@ -19,6 +19,8 @@ pub mod pgbouncer;
 pub mod proxy;
 pub mod put_back;
 pub mod reading;
+pub mod signals;
+pub mod small_disk;
 pub mod stored;
 
 /// The runtime of what outlives a test: each test has a runtime of its own.

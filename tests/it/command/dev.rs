@@ -8,7 +8,8 @@ use shardmq::embedded::Binaries;
 use tokio::io::{AsyncBufReadExt, BufReader, Lines};
 use tokio::process::{Child, ChildStderr, Command};
 
-use super::{LONG, command, payload, run, run_with, signal};
+use super::{LONG, command, payload, run, run_with};
+use crate::support::signals::signal;
 use crate::support::{client, eventually, within};
 
 /// A running `dev --json`, and what it printed.

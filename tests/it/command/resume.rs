@@ -8,7 +8,8 @@ use serde_json::Value;
 use shardmq::{PartitionId, TopicOptions};
 use tokio::io::{AsyncBufReadExt, BufReader};
 
-use super::{Finished, LONG, command, finish, run, run_with, signal};
+use super::{Finished, LONG, command, finish, run, run_with};
+use crate::support::signals::signal;
 use crate::support::{TestCluster, within};
 
 async fn with_lines(partitions: usize, lines: usize) -> TestCluster {

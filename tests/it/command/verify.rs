@@ -5,13 +5,17 @@ use std::time::Duration;
 use serde_json::Value;
 use shardmq::embedded::{Server, StopMode};
 
-use super::{command, finish, finish_within, run, signal};
+use super::{command, finish, finish_within, run};
+use crate::support::signals::{signal, signal_all};
 use crate::support::{TestCluster, database, eventually, own_server};
+
+/// Each failure of a node by itself.
+mod each_failure;
 
 const SECOND: Duration = Duration::from_secs(1);
 
 /// Every documented field.
-const FIELDS: [&str; 13] = [
+const FIELDS: [&str; 16] = [
     "acknowledged",
     "unknown",
     "delivered",
@@ -24,6 +28,9 @@ const FIELDS: [&str; 13] = [
     "duplicated_marked",
     "offset_reused",
     "longest_stall_ms",
+    "longest_send_stall_ms",
+    "longest_keyless_send_ms",
+    "longest_keyless_stall_ms",
     "violations",
 ];
 
@@ -55,32 +62,6 @@ impl Random {
     }
 }
 
-/// Suspends or resumes a server with all its processes: to its clients it hangs.
-async fn suspend(server: &Server, name: &str) {
-    let pid = server.pid().unwrap();
-    signal(pid, name).await;
-    // Linux only; elsewhere just the main process, which takes no new connections then.
-    for entry in std::fs::read_dir("/proc").into_iter().flatten().flatten() {
-        let Some(child) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok())
-        else {
-            continue;
-        };
-        let stat = std::fs::read_to_string(entry.path().join("stat")).unwrap_or_default();
-        // Behind the name in parentheses: state, then the parent.
-        let parent = stat.rsplit_once(") ").and_then(|(_, rest)| rest.split(' ').nth(1));
-        if parent == Some(pid.to_string().as_str()) {
-            signal_if_there(child, name).await;
-        }
-    }
-}
-
-/// It may have ended since.
-async fn signal_if_there(pid: u32, name: &str) {
-    let mut kill = tokio::process::Command::new("kill");
-    kill.args([format!("-{name}"), pid.to_string()]).stderr(std::process::Stdio::null());
-    let _ = kill.status().await.unwrap();
-}
-
 /// Kills, stops or suspends a random server at random times.
 async fn break_at_random(servers: &[Server], seconds: u64) -> u32 {
     let (mut random, mut broken) = (Random::new(), 0);
@@ -96,12 +77,12 @@ async fn break_at_random(servers: &[Server], seconds: u64) -> u32 {
                 server.exited().await;
             }
             1 => server.stop_server(StopMode::Immediate).await.unwrap(),
-            _ => suspend(server, "STOP").await,
+            _ => signal_all(server, "STOP").await,
         }
         let away = if how == 2 { 4_000 } else { 1_500 };
         tokio::time::sleep(Duration::from_millis(random.below(away))).await;
         match how {
-            2 => suspend(server, "CONT").await,
+            2 => signal_all(server, "CONT").await,
             _ => server.start_server().await.unwrap(),
         }
         broken += 1;

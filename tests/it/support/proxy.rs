@@ -13,6 +13,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{mpsc, watch};
+use tokio::time::{Instant, timeout_at};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
@@ -25,6 +26,8 @@ pub enum Rule {
     /// They pass.
     #[default]
     Pass,
+    /// They pass so long after they came.
+    Delay(Duration),
     /// They wait here until there is another rule.
     Hold,
     /// They are thrown away.
@@ -79,12 +82,18 @@ impl Way {
     }
 
     /// Waits until some of so many bytes may go on. Some(0): they are swallowed. None: the end.
-    async fn admit(&self, wanted: usize) -> Option<usize> {
+    async fn admit(&self, wanted: usize, came: Instant) -> Option<usize> {
         let mut rules = self.rule.subscribe();
         loop {
             let rule = *rules.borrow_and_update();
             let admitted = match rule {
                 Rule::Pass => return Some(wanted),
+                Rule::Delay(delay) if came.elapsed() >= delay => return Some(wanted),
+                Rule::Delay(delay) => {
+                    // Another rule counts at once.
+                    let _ = timeout_at(came + delay, rules.changed()).await;
+                    continue;
+                }
                 Rule::Swallow => return Some(0),
                 Rule::CutAfter(0) => return None,
                 Rule::HoldAfter(left) | Rule::CutAfter(left) => self.spend(rule, left, wanted),
@@ -271,7 +280,7 @@ async fn one_way(
             match from.read_buf(&mut chunk).await {
                 Ok(read) if read > 0 => {
                     way.received.fetch_add(read as u64, Ordering::SeqCst);
-                    let _ = sender.send(chunk);
+                    let _ = sender.send((chunk, Instant::now()));
                 }
                 _ => break,
             }
@@ -279,9 +288,9 @@ async fn one_way(
         way.ended.store(true, Ordering::SeqCst);
     };
     let give = async {
-        while let Some(mut chunk) = arrived.recv().await {
+        while let Some((mut chunk, came)) = arrived.recv().await {
             while !chunk.is_empty() {
-                let Some(admitted) = way.admit(chunk.len()).await else {
+                let Some(admitted) = way.admit(chunk.len(), came).await else {
                     return end.cancel();
                 };
                 if admitted == 0 {
@@ -293,7 +302,7 @@ async fn one_way(
                 way.bytes.fetch_add(admitted as u64, Ordering::SeqCst);
             }
         }
-        let _ = way.admit(1).await;
+        let _ = way.admit(1, Instant::now()).await;
         let _ = to.shutdown().await;
     };
     tokio::join!(take, give);
