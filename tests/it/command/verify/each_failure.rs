@@ -2,13 +2,11 @@
 //! is lost or out of order, and the node is used again when it is back.
 //!
 //! ```text
-//! all nodes take messages ─ break one ─ the others take messages ─ mend it ─ it takes messages ─┐
-//!                                 ^                                                             │
-//!                                 └───────────────────────── the next one ──────────────────────┤
-//!                                                         read all again, and check <───────────┘
+//! all nodes take messages ─ break one ─ the others do ─ mend it ─ all do again ─ read all, and check
 //! ```
 
-use std::time::{Duration, SystemTime};
+use std::collections::HashMap;
+use std::time::Duration;
 
 use futures_util::future::join_all;
 use serde_json::Value;
@@ -34,7 +32,7 @@ const PRODUCERS: i64 = 4;
 const PARTITIONS: i64 = 2;
 const PATIENCE: Duration = Duration::from_secs(40);
 
-/// A node that may be broken.
+/// The node that is broken.
 struct Node {
     server: Server,
     proxy: Proxy,
@@ -50,40 +48,42 @@ impl Node {
     }
 }
 
-/// Whether clients reach the nodes that may be broken straight, or through their proxies.
+/// Whether clients reach the node that is broken straight, or through its proxy.
 #[derive(Clone, Copy)]
 enum Through {
     Nothing,
     Proxy,
 }
 
-/// Three nodes on three servers. The first, which has the control database as well, is never broken.
+/// Three nodes on three servers. The first one's database is the control database too.
 struct Fleet {
     first_url: String,
-    fragile: Vec<Node>,
+    fragile: Node,
+    _third: Server,
+    third_url: String,
 }
 
 impl Fleet {
     async fn start(through: Through) -> Self {
-        let (first_url, second, third) = tokio::join!(
+        let (first_url, fragile, third) = tokio::join!(
             async { database(shared_server().await).await },
             Node::start(),
-            Node::start(),
+            own_server(),
         );
+        let third_url = database(&third).await;
         let cluster = Cluster::builder(&first_url).upkeep(false).connect().await.unwrap();
-        cluster.add_node(NodeId::new(1).unwrap(), &first_url).await.unwrap();
-        for (number, node) in [(2, &second), (3, &third)] {
-            let url = match through {
-                Through::Nothing => node.url.clone(),
-                Through::Proxy => node.proxy.url(&node.url),
-            };
-            cluster.add_node(NodeId::new(number).unwrap(), &url).await.unwrap();
+        let second_url = match through {
+            Through::Nothing => fragile.url.clone(),
+            Through::Proxy => fragile.proxy.url(&fragile.url),
+        };
+        for (number, url) in [(1, &first_url), (2, &second_url), (3, &third_url)] {
+            cluster.add_node(NodeId::new(number).unwrap(), url).await.unwrap();
         }
         cluster.shutdown().await;
-        Self { first_url, fragile: vec![second, third] }
+        Self { first_url, fragile, _third: third, third_url }
     }
 
-    /// Breaks and mends one node after the other under load, and checks what came of it.
+    /// Breaks and mends the fragile node under load, and checks what came of it.
     async fn survives(
         &self,
         away: Duration,
@@ -92,55 +92,61 @@ impl Fleet {
     ) -> Value {
         let partitions = PARTITIONS * 3;
         let arguments = format!(
-            "verify --seconds 300 --rate 1500 --keys 100 --producers {PRODUCERS} --partitions {partitions} --json"
+            "verify --seconds 300 --rate 800 --keys 100 --producers {PRODUCERS} --partitions {partitions} --json"
         );
         let child = command(&self.first_url, &arguments).spawn().unwrap();
         let pid = child.id().unwrap();
         // Its output is read meanwhile: a full pipe would halt it.
         let finished = tokio::spawn(finish_within(5 * PATIENCE, child));
-        self.take_messages(None).await;
-        for node in &self.fragile {
-            breaks(node).await;
-            // How long it is away is what is being tested.
-            tokio::join!(tokio::time::sleep(away), self.take_messages(Some(node)));
-            mends(node).await;
-            takes_messages(&node.url).await;
-        }
-        self.take_messages(None).await;
+        self.take_messages(false).await;
+        breaks(&self.fragile).await;
+        // How long it is away is what is being tested.
+        tokio::join!(tokio::time::sleep(away), self.take_messages(true));
+        mends(&self.fragile).await;
+        self.take_messages(false).await;
         signal(pid, "INT").await;
         judge(&finished.await.unwrap())
     }
 
-    /// Waits until all nodes take messages without a key, apart from this one.
-    async fn take_messages(&self, apart_from: Option<&Node>) {
-        let fragile = self.fragile.iter().map(|node| &node.url);
-        let away = apart_from.map(|node| &node.url);
-        let urls = fragile.chain([&self.first_url]).filter(|url| Some(*url) != away);
+    /// Waits until all nodes take messages without a key, or all but the fragile one.
+    async fn take_messages(&self, others_only: bool) {
+        let fragile = (!others_only).then_some(&self.fragile.url);
+        let urls = [&self.first_url, &self.third_url].into_iter().chain(fragile);
         join_all(urls.map(|url| takes_messages(url))).await;
     }
 }
 
-/// Waits until every producer has stored messages without a key in every partition of a node, since now.
-/// What was under way before is at most one batch of each of them.
+/// Waits until every producer has stored messages without a key in every partition of a node, from now
+/// on. What was under way before is at most one batch of each of them.
 async fn takes_messages(url: &str) {
     let sql = client(url).await;
-    let now = sql.query_one("select clock_timestamp()", &[]).await.unwrap().get(0);
-    let all = || async { lanes_since(&sql, now).await == PRODUCERS * PARTITIONS };
+    let mut before = HashMap::new();
+    for table in tables(&sql).await {
+        let last = format!("select coalesce(max(base_id), 0) from {table}");
+        let last: i64 = sql.query_one(&last, &[]).await.unwrap().get(0);
+        before.insert(table, last);
+    }
+    let all = || async { lanes_after(&sql, &before).await == PRODUCERS * PARTITIONS };
     eventually("the node takes messages without a key", PATIENCE, all).await;
 }
 
-/// How many lanes have stored at least three batches without keys since then.
-async fn lanes_since(sql: &Client, since: SystemTime) -> i64 {
+/// The tables that messages go to now.
+async fn tables(sql: &Client) -> Vec<String> {
     let tables = "select format('shardmq.batch_%s_%s', partition, lpad(day::text, 6, '0'))
                     from shardmq.partition";
+    sql.query(tables, &[]).await.unwrap().iter().map(|row| row.get(0)).collect()
+}
+
+/// How many lanes have stored at least three batches without keys after these last rows of tables.
+async fn lanes_after(sql: &Client, before: &HashMap<String, i64>) -> i64 {
     let mut lanes = 0;
-    for row in sql.query(tables, &[]).await.unwrap() {
-        let table: String = row.get(0);
+    for table in tables(sql).await {
         let count = format!(
-            "select count(*) from (select from {table} where keys is null and appended_at > $1
+            "select count(*) from (select from {table} where keys is null and base_id > $1
               group by producer having count(*) >= 3) lane"
         );
-        lanes += sql.query_one(&count, &[&since]).await.unwrap().get::<_, i64>(0);
+        let last = before.get(&table).copied().unwrap_or(0);
+        lanes += sql.query_one(&count, &[&last]).await.unwrap().get::<_, i64>(0);
     }
     lanes
 }
@@ -224,26 +230,21 @@ async fn a_node_that_is_read_only() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_node_whose_disk_is_full() {
     let fleet = Fleet::start(Through::Nothing).await;
-    let mut disks = Vec::new();
-    for node in &fleet.fragile {
-        let Some(disk) = SmallDisk::mount(&node.server, 64).await else {
-            return;
-        };
-        let sql = client(&node.url).await;
-        let (name, path) = (node.url.rsplit('/').next().unwrap(), disk.path().display());
-        sql.batch_execute(&format!("create tablespace small location '{path}'")).await.unwrap();
-        let default = format!("alter database {name} set default_tablespace = small");
-        sql.batch_execute(&default).await.unwrap();
-        disks.push((node.server.port(), disk));
-    }
-    let disk_of =
-        |node: &Node| &disks.iter().find(|(port, _)| *port == node.server.port()).unwrap().1;
+    let node = &fleet.fragile;
+    let Some(disk) = SmallDisk::mount(&node.server, 64).await else {
+        return;
+    };
+    let sql = client(&node.url).await;
+    let (name, path) = (node.url.rsplit('/').next().unwrap(), disk.path().display());
+    sql.batch_execute(&format!("create tablespace small location '{path}'")).await.unwrap();
+    let default = format!("alter database {name} set default_tablespace = small");
+    sql.batch_execute(&default).await.unwrap();
     let fill = async |node: &Node| {
-        disk_of(node).fill();
+        disk.fill();
         let refused = || async { node.server.log().contains("No space left on device") };
         eventually("the server finds its disk full", PATIENCE, refused).await;
     };
-    let empty = async |node: &Node| disk_of(node).empty();
+    let empty = async |_: &Node| disk.empty();
     assert_no_copies(&fleet.survives(3 * SECOND, fill, empty).await);
     drop(fleet);
 }
