@@ -29,8 +29,10 @@ use crate::producer::status::ProducerEvent;
 use crate::producer::writer::roll;
 use crate::store::append::{self, Again, Append, Failure, Rolled};
 
-/// How long a node that is down is asked for a batch that may go elsewhere.
-const ASK: Duration = Duration::from_millis(1_500);
+/// How long a node that is down is asked for a batch that may go elsewhere. With the append timeout, after
+/// which a node that hangs is down, that is 3 s: the batch is to be stored elsewhere within 4 s, also where
+/// its new node is busy.
+const ASK: Duration = Duration::from_secs(1);
 const ASK_EVERY: Duration = Duration::from_millis(100);
 /// Between attempts.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(10), Duration::from_secs(1));
