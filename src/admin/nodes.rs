@@ -51,10 +51,13 @@ impl Cluster {
         let check = Node::new(url, self.id(), node, self.inner.nodes.options(1))?;
         drop(check.get().await?);
         check.close();
-        let connection = self.inner.control.get().await?;
-        control::add_node(connection, node, &address).await.map_err(|e| refused(e, &what))?;
-        let connection = self.inner.control.get().await?;
-        control::bump(connection).await.map_err(|error| refused(error, &what))?;
+        // One change: whoever sees the version sees the address.
+        let change = Unfinished::new(self.inner.control.get().await?);
+        let refused = |error| refused(error, &what);
+        control::begin_change(change.connection()).await.map_err(refused)?;
+        control::add_node(change.connection(), node, &address).await.map_err(refused)?;
+        control::commit_change(change.connection()).await.map_err(refused)?;
+        change.finished();
         self.inner.nodes.refresh().await.map(drop)
     }
 

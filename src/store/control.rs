@@ -29,10 +29,14 @@ fn node_of(row: &Row, column: usize) -> Option<NodeId> {
     NodeId::new(u8::try_from(row.get::<_, i32>(column)).ok()?).ok()
 }
 
-/// Records a node's address.
-pub(crate) async fn add_node(connection: Connection, node: NodeId, dsn: &str) -> Result<(), Error> {
+/// Records a node's address, inside a change.
+pub(crate) async fn add_node(
+    connection: &Connection,
+    node: NodeId,
+    dsn: &str,
+) -> Result<(), Error> {
     let number = i32::from(node.number());
-    write(connection, Durability::Durable, sql::CONTROL_ADD_NODE, &[&number, &dsn]).await.map(drop)
+    query(connection, sql::CONTROL_ADD_NODE, &[&number, &dsn]).await.map(drop)
 }
 
 /// The topics that have partitions on a node.
@@ -46,11 +50,6 @@ pub(crate) async fn topics_on(connection: &Connection, node: NodeId) -> Result<V
 pub(crate) async fn forget_node(connection: &Connection, node: NodeId) -> Result<(), Error> {
     let number = i32::from(node.number());
     query(connection, sql::CONTROL_FORGET_NODE, &[&number]).await.map(drop)
-}
-
-/// Raises the version of the topology.
-pub(crate) async fn bump(connection: Connection) -> Result<(), Error> {
-    write(connection, Durability::Durable, sql::CONTROL_BUMP, &[]).await.map(drop)
 }
 
 /// A topic as the list shows it.
