@@ -115,6 +115,11 @@ impl Lane {
         Some(batch)
     }
 
+    /// How many messages the next batch has.
+    pub(crate) fn waiting(&self) -> u32 {
+        self.lock().queue.front().map_or(0, Batch::len)
+    }
+
     /// Takes what waits out of the lane, to be answered without having been sent.
     pub(crate) fn abandon(&self) -> VecDeque<Batch> {
         std::mem::take(&mut self.lock().queue)
