@@ -137,7 +137,7 @@ impl ClusterBuilder {
     /// are first used. Must be called within a tokio runtime. Cancel safe.
     ///
     /// # Errors
-    /// [`ErrorKind::Unavailable`] where the control database can't be reached and no
+    /// [`Unavailable`](crate::ErrorKind::Unavailable) where the control database can't be reached and no
     /// [topology file](Self::topology_file) was kept before.
     pub async fn connect(self) -> Result<Cluster> {
         for url in self.listen_urls.values() {

@@ -10,7 +10,7 @@ use std::time::Duration;
 use tokio_util::task::TaskTracker;
 use uuid::Uuid;
 
-use crate::cluster::nodes::{Nodes, refuse_older};
+use crate::cluster::nodes::{ANSWER, Nodes, refuse_older};
 use crate::cluster::topology_file::{Snapshot, TopologyFile};
 use crate::deadline::in_time;
 use crate::error::{Error, ErrorKind, Result};
@@ -20,9 +20,7 @@ use crate::store::control;
 use crate::store::node::Node;
 use crate::topology::Topology;
 
-/// How long the control database may take to answer.
-const ANSWER: Duration = Duration::from_secs(5);
-/// The same at the start, when it has to be connected to.
+/// How long the control database may take to answer at the start, when it has to be connected to.
 const START: Duration = Duration::from_secs(10);
 
 /// What is known of the topology.
@@ -150,9 +148,14 @@ impl Cache {
         }
         let names: Vec<TopicName> = self.lock().keys().cloned().collect();
         for name in names {
-            match self.topic(&name).await {
-                Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
-                _ => {}
+            let what = format!("look up topic {name}");
+            match in_time(ANSWER, &what, Box::pin(self.read(&name, &what))).await {
+                Ok(found) => self.learn(&found),
+                Err(error) if error.kind() == ErrorKind::NotFound => {
+                    self.lock().remove(&name);
+                }
+                // Looked at again with the next look.
+                Err(error) => return Err(error),
             }
         }
         self.version.store(version, Ordering::Release);

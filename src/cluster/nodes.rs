@@ -10,11 +10,15 @@ use tokio::sync::Notify;
 use tokio::time::sleep;
 use uuid::Uuid;
 
+use crate::deadline::in_time;
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::NodeId;
 use crate::store::connect::refused;
 use crate::store::control;
 use crate::store::node::{Node, PoolOptions};
+
+/// How long the control database may take to answer.
+pub(super) const ANSWER: Duration = Duration::from_secs(5);
 
 /// Closes connections that are idle for so long, or half as long again, until it is dropped.
 pub(super) async fn close_idle(nodes: Arc<Nodes>, idle: Duration) {
@@ -89,7 +93,7 @@ impl Nodes {
         if let Some(found) = self.lock().get(&id).cloned() {
             return Ok(found);
         }
-        self.refresh().await?;
+        in_time(ANSWER, &format!("look up node {id}"), Box::pin(self.refresh())).await?;
         self.lock()
             .get(&id)
             .cloned()

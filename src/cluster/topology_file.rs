@@ -2,11 +2,12 @@
 //! the topics that it uses are divided.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
@@ -14,6 +15,10 @@ use uuid::Uuid;
 use crate::id::NodeId;
 use crate::name::TopicName;
 use crate::topology::Topology;
+
+/// How long another writer is waited for.
+const LOCK_TRIES: u32 = 100;
+const LOCK_PAUSE: Duration = Duration::from_millis(10);
 
 /// The topology as it was at some time.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -108,10 +113,15 @@ fn write(path: &Path, current: Snapshot) -> io::Result<()> {
         _ => Path::new("."),
     };
     // One writer at a time, so that each keeps what the others have added; let go when it is closed.
-    // Where a file system knows no locks, two that write at once may lose what one of them added, until
-    // it writes again.
+    // Where a file system knows no locks, or another writer hangs, what one of two has added may be
+    // lost until it writes again.
     let lock = File::open(folder)?;
-    let _ = lock.lock();
+    for _ in 0..LOCK_TRIES {
+        match lock.try_lock() {
+            Err(TryLockError::WouldBlock) => std::thread::sleep(LOCK_PAUSE),
+            _ => break,
+        }
+    }
     // One that can't be read is replaced.
     let before = read(path).ok().flatten();
     let next = match before.clone() {
