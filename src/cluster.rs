@@ -156,7 +156,8 @@ impl ClusterBuilder {
         let (known, there) = (Arc::clone(&control), Arc::clone(&nodes));
         let topology = Arc::new(Cache::new(start, known, there, file, tasks.clone()));
         topology.keep();
-        let follow = follow::run(Arc::clone(&topology), self.url, self.look_interval);
+        let listen_at = follow::listen_at(&self.url)?;
+        let follow = follow::run(Arc::clone(&topology), listen_at, self.look_interval);
         tasks.spawn(shutdown.child_token().run_until_cancelled_owned(follow));
         let close_idle = nodes::close_idle(Arc::clone(&nodes), self.idle_timeout);
         tasks.spawn(shutdown.child_token().run_until_cancelled_owned(close_idle));

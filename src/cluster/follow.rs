@@ -19,6 +19,7 @@ use crate::consumer::jitter;
 use crate::error::{Error, Result};
 use crate::store::connect::refused;
 use crate::store::listen::{self, Session, TOPOLOGY};
+use crate::store::target::Target;
 
 /// How often the version of the topology is looked at, give or take a fifth.
 pub(super) const LOOK_EVERY: Duration = Duration::from_secs(5);
@@ -27,8 +28,13 @@ const LISTEN_AGAIN: Duration = Duration::from_secs(5);
 /// The same, where a pooler was met: there may be another address behind it by then.
 const POOLED: Duration = Duration::from_mins(1);
 
-/// Keeps up until it is dropped. `control` is the address of the control database.
-pub(super) async fn run(cache: Arc<Cache>, control: String, look_every: Duration) {
+/// Where to listen for changes, by the address of the control database.
+pub(super) fn listen_at(control: &str) -> Result<Target> {
+    listen::target(control, "shardmq topology")
+}
+
+/// Keeps up until it is dropped.
+pub(super) async fn run(cache: Arc<Cache>, control: Target, look_every: Duration) {
     let told = Notify::new();
     tokio::join!(look(&cache, &told, look_every), hear(&control, &told));
 }
@@ -52,7 +58,7 @@ async fn look(cache: &Arc<Cache>, told: &Notify, every: Duration) {
 }
 
 /// Listens, again after every failure.
-async fn hear(control: &str, told: &Notify) {
+async fn hear(control: &Target, told: &Notify) {
     loop {
         let pause = match hear_once(control, told).await {
             Ok(End::Pooled) => POOLED,
@@ -73,9 +79,9 @@ enum End {
     Pooled,
 }
 
-async fn hear_once(control: &str, told: &Notify) -> Result<End> {
+async fn hear_once(control: &Target, told: &Notify) -> Result<End> {
     let what = "listen to the control database";
-    let session = listen::open(control, "shardmq topology", what, false).await?;
+    let session = listen::open(control, what, false).await?;
     let Some(Session { client, mut messages, marker }) = session else {
         return Ok(End::Pooled);
     };

@@ -8,7 +8,7 @@ use tokio_postgres::{Client, Error};
 use crate::error::Result;
 use crate::store::connect;
 use crate::store::pooler::Marker;
-use crate::store::target::Messages;
+use crate::store::target::{Messages, Target};
 
 /// The channel of a node's hints.
 pub(crate) const HINTS: &str = "shardmq";
@@ -25,16 +25,17 @@ pub(crate) struct Session {
     pub(crate) marker: Option<Marker>,
 }
 
-/// Opens a session under a name; none where a pooler is known to stand before the server. With
-/// `trusted` nothing is looked for.
-pub(crate) async fn open(
-    url: &str,
-    name: &str,
-    what: &str,
-    trusted: bool,
-) -> Result<Option<Session>> {
+/// Where to listen, under a name for the session. Whoever keeps it goes first to the host that let it in
+/// before.
+pub(crate) fn target(url: &str, name: &str) -> Result<Target> {
     let mut target = connect::parse(url)?;
     target.config.application_name(name);
+    Ok(target)
+}
+
+/// Opens a session; none where a pooler is known to stand before the server. With `trusted` nothing is
+/// looked for.
+pub(crate) async fn open(target: &Target, what: &str, trusted: bool) -> Result<Option<Session>> {
     let marker = (!trusted).then(Marker::new);
     let opened = target.connect(what, marker.as_ref()).await?;
     let direct = opened.marked || trusted;

@@ -58,9 +58,10 @@ async fn messages_and_hints_go_over_verified_connections() {
     let producer = test.cluster.producer("orders").build().await.unwrap();
     let consumer = test.cluster.consumer("orders", "g").poll_interval(NEVER);
     let mut messages = consumer.stream().await.unwrap();
-    let expected = ["shardmq", "shardmq listen"].map(|name| (name.to_owned(), true));
+    let names = ["shardmq", "shardmq listen", "shardmq topology"];
+    let expected = names.map(|name| (name.to_owned(), true));
     let all_encrypted = async || sessions(&sql).await == BTreeSet::from(expected.clone());
-    eventually("all sessions are encrypted, also the one that listens", SOON, all_encrypted).await;
+    eventually("all sessions are encrypted, also those that listen", SOON, all_encrypted).await;
     // Each fills several records of TLS, and comes by a hint alone.
     for n in 0..20 {
         let sent = format!("{n}{}", "x".repeat(100_000));

@@ -93,7 +93,8 @@ async fn listen_once(nodes: &Nodes, channel: &Channel, backoff: &mut Duration) -
     // At an address that was given for listening no pooler is looked for.
     let trusted = matches!(at, ListenAt::Given(_));
     let what = "connect to listen for hints";
-    let session = listen::open(from, "shardmq listen", what, trusted).await?;
+    let target = listen::target(from, "shardmq listen")?;
+    let session = listen::open(&target, what, trusted).await?;
     let Some(Session { client, mut messages, marker }) = session else {
         return Ok(End::Pooled);
     };
