@@ -179,6 +179,7 @@ impl ConsumerBuilder {
             events: Mutex::new(Some(events)),
             stopped: AtomicBool::new(false),
             stopping: self.cluster.inner.shutdown.child_token(),
+            registering: tokio::sync::Mutex::default(),
             left: CancellationToken::new(),
             commands: Mutex::default(),
             cluster: self.cluster,
@@ -331,6 +332,8 @@ pub(crate) struct Shared {
     stopped: AtomicBool,
     /// Ends the heartbeat.
     stopping: CancellationToken,
+    /// Held while the member is put on the list of live ones, or taken off it.
+    registering: tokio::sync::Mutex<()>,
     /// All is given back, and the stream has ended.
     left: CancellationToken,
     commands: Mutex<Vec<(NodeId, mpsc::UnboundedSender<Command>)>>,

@@ -55,6 +55,10 @@ pub(crate) async fn run(shared: Arc<Shared>) {
 
 /// One heartbeat; a new share is told to the members of all nodes.
 pub(crate) async fn beat(shared: &Shared) -> Result<()> {
+    let _turn = shared.registering.lock().await;
+    if shared.stopping.is_cancelled() {
+        return Ok(());
+    }
     let share = in_time(STATEMENT, "send a heartbeat", try_beat(shared)).await?;
     take_share(shared, share);
     Ok(())
@@ -82,7 +86,10 @@ async fn try_beat(shared: &Shared) -> Result<usize> {
 
 /// Takes the member off the list.
 pub(crate) async fn leave(shared: &Shared) {
+    shared.stopping.cancel();
     let left = async {
+        // After a heartbeat that is under way: it would register the member again.
+        let _turn = shared.registering.lock().await;
         let connection = shared.cluster.inner.control.get().await?;
         control::leave(connection, shared.member)
             .await
