@@ -13,8 +13,7 @@ help: ## Says what there is.
 
 demo: ## Installs what is missing, builds, and shows ShardMQ at work on private servers.
 	@.ci/install.sh demo
-	cargo build --locked --release --features cli
-	target/release/shardmq demo $(ARGS)
+	cargo run --locked --release --features cli --bin shardmq -- demo $(ARGS)
 
 test: ## Installs what is missing and runs all tests.
 	@.ci/install.sh test
