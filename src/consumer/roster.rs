@@ -88,8 +88,6 @@ async fn try_beat(shared: &Shared) -> Result<usize> {
 pub(crate) async fn leave(shared: &Shared) {
     shared.stopping.cancel();
     let left = async {
-        // After a heartbeat that is under way: it would register the member again.
-        let _turn = shared.registering.lock().await;
         let connection = shared.cluster.inner.control.get().await?;
         control::leave(connection, shared.member)
             .await

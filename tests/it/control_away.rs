@@ -177,6 +177,40 @@ async fn one_that_hangs_holds_no_running_process_up() {
     eventually("it is back", SOON, back).await;
 }
 
+/// A heartbeat that arrives after its member has left would keep the others waiting for its partitions.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_leaves_is_not_put_back_by_a_heartbeat_under_way() {
+    let setting = Setting::new().await;
+    let proxy = Proxy::start(setting.control.port()).await;
+    let builder = Cluster::builder(&proxy.url(&setting.url)).upkeep(false);
+    let cluster = builder.look_interval(NEVER).connect().await.unwrap();
+    let messages = cluster.consumer("orders", "g").lease(SECOND).stream().await.unwrap();
+    let handle = messages.handle();
+    eventually("its share", SOON, async || handle.held_partitions() == 2).await;
+    proxy.to_server(Rule::Hold);
+    eventually("a heartbeat", SOON, async || proxy.holding(1).is_some()).await;
+    let heartbeat = proxy.holding(1).unwrap();
+    proxy.to_server_but_on(Rule::Pass, Some(&heartbeat));
+    let mut leaving = tokio::spawn(async move { messages.shutdown(SECOND).await });
+    eventually("all is given back", SOON, async || handle.held_partitions() == 0).await;
+    // Who does not wait for the heartbeat is off the list by then.
+    let early = tokio::time::timeout(SECOND / 2, &mut leaving).await;
+    heartbeat.to_server.set(Rule::Pass);
+    if early.is_err() {
+        within(SOON, "the shutdown", leaving).await.unwrap().unwrap();
+    }
+    let sql = client(&setting.url).await;
+    let busy = "select count(*) from pg_stat_activity where state <> 'idle'
+                   and datname = current_database() and application_name = 'shardmq'";
+    let idle = async || {
+        let busy: i64 = sql.query_one(busy, &[]).await.unwrap().get(0);
+        busy == 0 && heartbeat.to_server.kept() == 0
+    };
+    eventually("the heartbeat is through", SOON, idle).await;
+    let listed = "select count(*) from shardmq_control.member";
+    assert_eq!(sql.query_one(listed, &[]).await.unwrap().get::<_, i64>(0), 0);
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn one_that_was_restored_from_a_backup_does_not_undo_what_the_file_knows() {
     let setting = Setting::new().await;
