@@ -10,6 +10,7 @@ use tokio::sync::Notify;
 use tokio::time::sleep;
 use uuid::Uuid;
 
+use crate::cluster::presence::Presence;
 use crate::deadline::in_time;
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::NodeId;
@@ -24,7 +25,7 @@ pub(super) const ANSWER: Duration = Duration::from_secs(5);
 pub(super) async fn close_idle(nodes: Arc<Nodes>, idle: Duration) {
     loop {
         sleep(idle / 2).await;
-        let _ = &nodes;
+        nodes.close_idle(idle);
     }
 }
 
@@ -47,6 +48,7 @@ pub(crate) struct Nodes {
     version: AtomicI64,
     /// Some address is another now.
     changed: Notify,
+    presence: Arc<Presence>,
 }
 
 impl Nodes {
@@ -55,9 +57,16 @@ impl Nodes {
         pools: PoolOptions,
         listen_urls: HashMap<NodeId, String>,
         control: Arc<Node>,
+        presence: Arc<Presence>,
     ) -> Self {
         let (known, version) = (Mutex::default(), AtomicI64::new(0));
-        Self { cluster, pools, listen_urls, control, known, version, changed: Notify::new() }
+        let changed = Notify::new();
+        Self { cluster, pools, listen_urls, control, known, version, changed, presence }
+    }
+
+    /// Where this process listens.
+    pub(crate) fn presence(&self) -> &Presence {
+        &self.presence
     }
 
     /// How many data connections each node's pool has.
