@@ -26,10 +26,12 @@ use crate::upkeep;
 mod cache;
 mod follow;
 mod nodes;
+mod presence;
 mod topology_file;
 
 use cache::Cache;
 pub(crate) use nodes::{ListenAt, Nodes};
+pub(crate) use presence::{Place, Presence};
 use topology_file::TopologyFile;
 
 /// A cluster: makes producers and consumers, and looks after topics. Cheap to clone; all clones share
@@ -148,7 +150,9 @@ impl ClusterBuilder {
         let file = self.topology_file.map(TopologyFile::new);
         let address = connect::describe(&connect::parse(&self.url)?.config);
         let start = cache::start(&control, address, file.as_ref()).await?;
-        let nodes = Nodes::new(start.cluster, self.pools, self.listen_urls, Arc::clone(&control));
+        let presence = Arc::new(Presence::new());
+        let (known, there) = (Arc::clone(&control), Arc::clone(&presence));
+        let nodes = Nodes::new(start.cluster, self.pools, self.listen_urls, known, there);
         nodes.learn(start.version, start.nodes.clone().into_iter().collect())?;
         let nodes = Arc::new(nodes);
         let (shutdown, tasks) = (CancellationToken::new(), TaskTracker::new());
@@ -156,8 +160,8 @@ impl ClusterBuilder {
         let (known, there) = (Arc::clone(&control), Arc::clone(&nodes));
         let topology = Arc::new(Cache::new(start, known, there, file, tasks.clone()));
         topology.keep();
-        let listen_at = follow::listen_at(&self.url)?;
-        let follow = follow::run(Arc::clone(&topology), listen_at, self.look_interval);
+        let listen_at = follow::listen_at(&self.url, &presence)?;
+        let follow = follow::run(Arc::clone(&topology), listen_at, presence, self.look_interval);
         tasks.spawn(shutdown.child_token().run_until_cancelled_owned(follow));
         let close_idle = nodes::close_idle(Arc::clone(&nodes), self.idle_timeout);
         tasks.spawn(shutdown.child_token().run_until_cancelled_owned(close_idle));

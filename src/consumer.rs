@@ -1,8 +1,9 @@
 //! Receiving messages: consumers of a group share the partitions of a topic and keep only a cursor.
 
+use std::collections::{BTreeSet, HashMap};
 use std::fmt;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use futures_util::future::{BoxFuture, join_all};
@@ -16,28 +17,31 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::id::{MessageId, NodeId, PartitionId};
 use crate::name::{GroupName, TopicName};
 use crate::store::fetch::Batch;
+use crate::store::group::Acquired;
 use crate::store::node::Connection;
 use crate::topology::Topology;
 
 mod acks;
+mod assignment;
 mod budget;
 mod commit;
 mod holding;
+mod lanes;
 mod lease;
 mod member;
 mod messages;
 mod reader;
 mod roster;
-mod seat;
 mod start;
+mod wanted;
 
 use budget::{Budget, Room};
-use holding::Holding;
+use holding::{Bounds, Holding};
 use member::Command;
 pub use messages::{Delivery, Messages};
-pub(crate) use roster::jitter;
-use seat::Seats;
+use roster::Roster;
 use start::GroupStart;
+use wanted::{Reach, Wanted};
 
 /// Where a group starts that has not consumed the topic before. Later it goes on from its cursor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -61,6 +65,8 @@ pub(crate) struct Options {
     lease: Duration,
     poll_interval: Duration,
     flush_interval: Duration,
+    drain_timeout: Duration,
+    bounds: Bounds,
     only: Option<Vec<PartitionId>>,
     failpoint: Option<Failpoint>,
 }
@@ -88,6 +94,8 @@ impl ConsumerBuilder {
             lease: Duration::from_secs(10),
             poll_interval: Duration::from_secs(5),
             flush_interval: Duration::from_secs(1),
+            drain_timeout: Duration::from_secs(10),
+            bounds: Bounds { messages: 100_000, runs: 10_000 },
             only: None,
             failpoint: None,
         };
@@ -130,15 +138,38 @@ impl ConsumerBuilder {
     }
 
     /// How often acknowledgements are committed where there are some: every second by default, 10 ms
-    /// to 1 min.
+    /// to 1 min. Less often where a commit takes longer than a tenth of that, up to every 10 s.
     pub fn flush_interval(mut self, interval: Duration) -> Self {
         self.options.flush_interval =
             interval.clamp(Duration::from_millis(10), Duration::from_mins(1));
         self
     }
 
-    /// Takes these partitions and no others, instead of an even share of all. Who else owns one keeps
-    /// it.
+    /// How long deliveries may be in hand of a partition that goes to another member: 10 s by default, 0
+    /// to 10 min. Then it goes without them, and they are delivered there again.
+    pub fn drain_timeout(mut self, timeout: Duration) -> Self {
+        self.options.drain_timeout = timeout.min(Duration::from_mins(10));
+        self
+    }
+
+    /// How many messages of a partition may lie between the first that is not acknowledged and the last
+    /// that was read: 100,000 by default, at least 1. Where one is stuck, its partition waits at that.
+    /// Whole batches are read, so that one batch may exceed it.
+    pub fn max_unacked(mut self, messages: usize) -> Self {
+        self.options.bounds.messages = messages.max(1);
+        self
+    }
+
+    /// How many separate runs of acknowledged messages may lie behind the first that is not
+    /// acknowledged, in a partition: 10,000 by default, at least 1. They are stored with the cursor; no
+    /// more are handed out until there are half as many.
+    pub fn max_acked_runs(mut self, runs: usize) -> Self {
+        self.options.bounds.runs = runs.max(1);
+        self
+    }
+
+    /// Takes these partitions and no others, instead of an even share of all. Members without a list
+    /// leave them alone while this one lives. Where two lists have the same one, who has it keeps it.
     pub fn partitions(mut self, partitions: impl IntoIterator<Item = PartitionId>) -> Self {
         self.options.only = Some(partitions.into_iter().collect());
         self
@@ -174,8 +205,13 @@ impl ConsumerBuilder {
             budget: Budget::new(self.options.prefetch_bytes),
             // Time-ordered, so that members rank by when they joined.
             member: Uuid::now_v7(),
-            share: AtomicUsize::new(topology.partitions.len()),
-            seats: Arc::default(),
+            wanted: Mutex::new(Wanted::These(BTreeSet::new())),
+            dead: Mutex::default(),
+            reach: Reach::default(),
+            holdings: Mutex::default(),
+            paused: Mutex::default(),
+            uncommitted: Mutex::default(),
+            pressed: AtomicBool::new(false),
             events: Mutex::new(Some(events)),
             stopped: AtomicBool::new(false),
             stopping: self.cluster.inner.shutdown.child_token(),
@@ -207,7 +243,12 @@ fn check_partitions(topology: &Topology, only: Option<&[PartitionId]>) -> Result
     if only.is_some_and(<[_]>::is_empty) {
         return Err(Error::invalid("the list of partitions to take is empty"));
     }
-    let stranger = only.unwrap_or_default().iter().find(|p| !topology.partitions.contains(p));
+    check_known(topology, only.unwrap_or_default())
+}
+
+fn check_known(topology: &Topology, partitions: &[PartitionId]) -> Result<()> {
+    let known = |partition| topology.partitions.binary_search(partition).is_ok();
+    let stranger = partitions.iter().find(|partition| !known(partition));
     stranger.map_or(Ok(()), |partition| {
         let what = format!("partition {partition} is not one of topic {}", topology.topic);
         Err(Error::new(ErrorKind::NotFound, what))
@@ -228,11 +269,13 @@ impl ConsumerHandle {
     /// [`ErrorKind::LeaseLost`] or [`ErrorKind::Reset`] where a partition's acknowledgements were
     /// refused, [`ErrorKind::Closed`] after a shutdown, or what keeps a node from answering.
     pub async fn flush(&self) -> Result<()> {
-        let answers = self.shared.command(Command::Flush);
+        // A node that does not answer holds nobody up that has nothing to be committed there.
+        let answers = self.shared.tell_nodes(&self.shared.pending_nodes(), Command::Flush);
         let mut outcome = Ok(());
         for answer in join_all(answers).await {
             outcome = outcome.and(answer.unwrap_or_else(|_| Err(Error::closed("the consumer"))));
         }
+        outcome = outcome.and(self.shared.take_uncommitted());
         if self.shared.left.is_cancelled() {
             return Err(Error::closed("the consumer"));
         }
@@ -257,7 +300,7 @@ impl ConsumerHandle {
                 outcome = outcome.and(answer.unwrap_or(Ok(())));
             }
             shared.left.cancelled().await;
-            outcome
+            outcome.and(shared.take_uncommitted())
         };
         if let Ok(outcome) = timeout(deadline + GRACE, ended).await {
             return outcome;
@@ -274,7 +317,46 @@ impl ConsumerHandle {
 
     /// The partitions that this consumer owns now.
     pub fn held_partitions(&self) -> usize {
-        self.shared.seats.occupied()
+        self.shared.holdings().values().filter(|holding| holding.is_held()).count()
+    }
+
+    /// Hands out nothing of these partitions from now on, whether they are owned now or later, until they
+    /// are resumed. Others go on. They stay this consumer's; what is in hand can be acknowledged, and
+    /// messages that were fetched are dropped, and fetched again later.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] where one is not of the topic; nothing is paused then.
+    pub fn pause(&self, partitions: impl IntoIterator<Item = PartitionId>) -> Result<()> {
+        let partitions: Vec<_> = partitions.into_iter().collect();
+        check_known(&self.shared.topology, &partitions)?;
+        let mut paused = self.shared.paused();
+        paused.extend(&partitions);
+        let holdings = self.shared.holdings();
+        partitions.iter().filter_map(|p| holdings.get(p)).for_each(|holding| holding.pause());
+        Ok(())
+    }
+
+    /// Hands messages of these partitions out again.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] where one is not of the topic; nothing is resumed then.
+    pub fn resume(&self, partitions: impl IntoIterator<Item = PartitionId>) -> Result<()> {
+        let partitions: Vec<_> = partitions.into_iter().collect();
+        check_known(&self.shared.topology, &partitions)?;
+        let mut paused = self.shared.paused();
+        partitions.iter().for_each(|partition| _ = paused.remove(partition));
+        let holdings = self.shared.holdings();
+        partitions.iter().filter_map(|p| holdings.get(p)).for_each(|holding| holding.resume());
+        Ok(())
+    }
+
+    /// The partitions that this consumer owns now, in rising order, and whether each is paused.
+    pub fn partitions(&self) -> Vec<(PartitionId, bool)> {
+        let holdings = self.shared.holdings();
+        let held = holdings.values().filter(|holding| holding.is_held());
+        let mut held: Vec<_> = held.map(|h| (h.partition, h.is_paused())).collect();
+        held.sort_unstable();
+        held
     }
 
     /// Bytes that are fetched, or about to be, and not yet handed out: for tests.
@@ -300,18 +382,34 @@ impl fmt::Debug for ConsumerHandle {
         f.debug_struct("ConsumerHandle")
             .field("member", &shared.member)
             .field("group", &shared.group)
-            .field("held", &shared.seats.occupied())
+            .field("held", &self.held_partitions())
             .finish_non_exhaustive()
     }
 }
 
 /// What goes through the stream's channel.
+#[derive(Debug)]
 pub(crate) enum Event {
-    /// Messages of one row, from an id on, with the room that they take. Patchy: some of them were
-    /// acknowledged in an earlier holding.
-    Batch { holding: Arc<Holding>, row: Arc<Batch>, from: i64, patchy: bool, room: Room },
+    Batch(Read),
+    /// Whether an acquisition's messages may be handed out has changed.
+    Turn(Uuid),
+    /// A reader waits for room.
+    Pressure,
     /// News for whoever consumes.
     Error(Error),
+}
+
+/// Messages of one row, from an id on, with the room that they take.
+#[derive(Debug)]
+pub(crate) struct Read {
+    holding: Arc<Holding>,
+    row: Arc<Batch>,
+    from: i64,
+    /// Some of them were acknowledged in an earlier holding.
+    patchy: bool,
+    /// Of the holding, when they were read.
+    round: u32,
+    room: Room,
 }
 
 /// What a consumer's tasks share.
@@ -325,9 +423,18 @@ pub(crate) struct Shared {
     /// Taken when the consumer has left: the stream ends then.
     events: Mutex<Option<mpsc::UnboundedSender<Event>>>,
     budget: Arc<Budget>,
-    /// How many partitions are this member's even share.
-    share: AtomicUsize,
-    seats: Arc<Seats>,
+    /// What this member should have.
+    wanted: Mutex<Wanted>,
+    /// Members that have died, as somebody saw.
+    dead: Mutex<Vec<Uuid>>,
+    reach: Reach,
+    /// What it owns, or gives up.
+    holdings: Mutex<HashMap<PartitionId, Arc<Holding>>>,
+    paused: Mutex<BTreeSet<PartitionId>>,
+    /// Why acknowledgements were not committed, since somebody asked.
+    uncommitted: Mutex<Vec<Error>>,
+    /// It was said that a reader waits for room.
+    pressed: AtomicBool,
     /// A shutdown was asked for.
     stopped: AtomicBool,
     /// Ends the heartbeat.
@@ -342,19 +449,18 @@ pub(crate) struct Shared {
 impl Shared {
     /// Registers, then starts the roster and one member for each node.
     async fn launch(self: &Arc<Self>) {
-        // Where that fails it has every partition that is free, until a heartbeat says what its share is.
-        let _ = roster::beat(self).await;
+        let mut roster = Roster::new(Arc::clone(self));
+        if let Err(error) = roster.beat().await {
+            // What nobody has, until a heartbeat says what is this member's.
+            tracing::warn!(group = %self.group, error = %error.chain(), "no heartbeat: taking what is free");
+            self.want(Wanted::Anything);
+        }
         let tasks = &self.cluster.inner.tasks;
-        tasks.spawn(roster::run(Arc::clone(self)));
+        tasks.spawn(roster.run());
         let mut members = Vec::new();
         for (node, partitions) in self.topology.by_node() {
-            let wanted = |p: &PartitionId| self.options.only.as_ref().is_none_or(|o| o.contains(p));
-            let partitions: Vec<PartitionId> = partitions.into_iter().filter(wanted).collect();
-            if partitions.is_empty() {
-                continue;
-            }
             let (sender, commands) = mpsc::unbounded_channel();
-            self.commands.lock().unwrap_or_else(PoisonError::into_inner).push((node, sender));
+            lock(&self.commands).push((node, sender));
             members.push(tasks.spawn(member::run(Arc::clone(self), node, partitions, commands)));
         }
         // However they end, by a shutdown of the consumer or of the whole cluster.
@@ -366,33 +472,136 @@ impl Shared {
     }
 
     /// Tells every node's member to give everything back; returns their answers to come. None where
-    /// they were told before.
+    /// they were told before. The group is told first: it finds out who takes over meanwhile.
     fn stop(&self, until: Instant) -> Option<Vec<oneshot::Receiver<Result<()>>>> {
         if self.stopped.swap(true, Ordering::AcqRel) {
             return None;
         }
         self.stopping.cancel();
-        Some(self.command(|reply| Command::Stop { until, reply }))
+        let all: Vec<NodeId> = lock(&self.commands).iter().map(|(node, _)| *node).collect();
+        Some(self.tell_nodes(&all, |reply| Command::Stop { until, reply }))
     }
 
-    /// Tells every node's member; returns their answers to come.
-    fn command(
+    /// Tells some nodes' members; returns their answers to come.
+    fn tell_nodes(
         &self,
+        nodes: &[NodeId],
         make: impl Fn(oneshot::Sender<Result<()>>) -> Command,
     ) -> Vec<oneshot::Receiver<Result<()>>> {
-        let commands = self.commands.lock().unwrap_or_else(PoisonError::into_inner);
-        let tell = |(_, sender): &(NodeId, mpsc::UnboundedSender<Command>)| {
+        let tell = |node: &NodeId| {
             let (reply, answer) = oneshot::channel();
             // A member that has ended drops the reply, which the receiver sees.
-            let _ = sender.send(make(reply));
+            self.tell(*node, make(reply));
             answer
         };
-        commands.iter().map(tell).collect()
+        nodes.iter().map(tell).collect()
+    }
+
+    fn tell_all(&self, make: impl Fn() -> Command) {
+        for (_, sender) in lock(&self.commands).iter() {
+            let _ = sender.send(make());
+        }
+    }
+
+    /// What this member should have is another from now on.
+    fn want(&self, wanted: Wanted) {
+        let mut before = lock(&self.wanted);
+        if *before != wanted {
+            *before = wanted;
+            drop(before);
+            self.tell_all(|| Command::Rebalance);
+        }
+    }
+
+    fn wants(&self, partition: PartitionId) -> bool {
+        let listed = self.options.only.as_ref().is_none_or(|only| only.contains(&partition));
+        listed && lock(&self.wanted).wants(partition)
+    }
+
+    /// Which of these it should have.
+    fn wanted_of(&self, partitions: &[PartitionId]) -> BTreeSet<PartitionId> {
+        partitions.iter().copied().filter(|partition| self.wants(*partition)).collect()
+    }
+
+    /// Cursors may have been moved: looks at all of them.
+    fn renew_all(&self) {
+        self.tell_all(|| Command::Renew);
+    }
+
+    /// Others do not reach these nodes.
+    fn probe(&self, nodes: BTreeSet<NodeId>) {
+        for node in nodes {
+            self.tell(node, Command::Probe);
+        }
+    }
+
+    fn note_dead(&self, members: Vec<Uuid>) {
+        *lock(&self.dead) = members;
+    }
+
+    fn dead(&self) -> Vec<Uuid> {
+        lock(&self.dead).clone()
+    }
+
+    fn out_of_reach(&self) -> (Vec<i32>, Vec<i32>) {
+        self.reach.out_of_reach(self.options.lease)
+    }
+
+    fn holdings(&self) -> MutexGuard<'_, HashMap<PartitionId, Arc<Holding>>> {
+        lock(&self.holdings)
+    }
+
+    fn paused(&self) -> MutexGuard<'_, BTreeSet<PartitionId>> {
+        lock(&self.paused)
+    }
+
+    /// Of a partition that was taken.
+    fn holding(&self, acquired: Acquired) -> Holding {
+        let ended = self.cluster.inner.shutdown.child_token();
+        let stream = lock(&self.events).as_ref().map(mpsc::UnboundedSender::downgrade);
+        let stream = stream.unwrap_or_else(|| mpsc::unbounded_channel().0.downgrade());
+        Holding::new(acquired, self.options.bounds, ended, stream)
+    }
+
+    /// From now on it is among what this consumer owns, and paused with that.
+    fn hold(&self, holding: &Arc<Holding>) {
+        let paused = self.paused();
+        if paused.contains(&holding.partition) {
+            holding.pause();
+        }
+        self.holdings().insert(holding.partition, Arc::clone(holding));
+    }
+
+    /// The nodes on which something is to be committed.
+    fn pending_nodes(&self) -> Vec<NodeId> {
+        let holdings = self.holdings();
+        let pending = holdings.values().filter(|holding| holding.tracker().pending().is_some());
+        let nodes: BTreeSet<NodeId> = pending.map(|holding| holding.partition.node()).collect();
+        nodes.into_iter().collect()
+    }
+
+    fn note_uncommitted(&self, why: Error) {
+        let mut uncommitted = lock(&self.uncommitted);
+        // The first is what is told.
+        if uncommitted.is_empty() {
+            uncommitted.push(why);
+        }
+    }
+
+    fn take_uncommitted(&self) -> Result<()> {
+        lock(&self.uncommitted).pop().map_or(Ok(()), Err)
+    }
+
+    /// Says once that a reader waits for room.
+    fn press(&self) {
+        if !self.pressed.swap(true, Ordering::AcqRel) {
+            self.send(Event::Pressure);
+        }
     }
 
     /// Tells one node's member.
     fn tell(&self, node: NodeId, command: Command) {
-        let commands = self.commands.lock().unwrap_or_else(PoisonError::into_inner);
+        let commands = lock(&self.commands);
         if let Some((_, sender)) = commands.iter().find(|(known, _)| *known == node) {
             let _ = sender.send(command);
         }
@@ -401,12 +610,12 @@ impl Shared {
     /// The members of all nodes have ended: the stream ends too. Idempotent.
     async fn leave(&self) {
         roster::leave(self).await;
-        drop(self.events.lock().unwrap_or_else(PoisonError::into_inner).take());
+        drop(lock(&self.events).take());
         self.left.cancel();
     }
 
     fn send(&self, event: Event) {
-        if let Some(events) = &*self.events.lock().unwrap_or_else(PoisonError::into_inner) {
+        if let Some(events) = &*lock(&self.events) {
             // Nobody polls a stream that was dropped.
             let _ = events.send(event);
         }
@@ -428,4 +637,8 @@ impl Shared {
             hook(name).await;
         }
     }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -17,3 +17,9 @@ pub(crate) async fn in_time<T>(
         Err(Error::new(ErrorKind::Unavailable, format!("{what}: no answer within {limit} s")))
     })
 }
+
+/// A duration give or take a fifth, so that many don't act at once.
+pub(crate) fn jitter(duration: Duration) -> Duration {
+    let random = uuid::Uuid::new_v4().as_u128() % 401;
+    duration * u32::try_from(800 + random).unwrap_or(1000) / 1000
+}

@@ -16,6 +16,8 @@ pub const ACKED: &str = "shardmq_acked_messages_total";
 pub const UNANSWERED: &str = "shardmq_unanswered_deliveries_total";
 /// Cursors moved.
 pub const FLUSHED: &str = "shardmq_flushed_cursors_total";
+/// Assignments of a group taken over: how often partitions are divided anew.
+pub const ASSIGNED: &str = "shardmq_assignments_total";
 /// Partitions taken.
 pub const ACQUIRED: &str = "shardmq_acquired_partitions_total";
 /// Partitions lost to another owner.
@@ -45,6 +47,7 @@ pub fn describe() {
         (ACKED, "messages acknowledged"),
         (UNANSWERED, "deliveries dropped without an answer"),
         (FLUSHED, "cursors moved"),
+        (ASSIGNED, "assignments of a group taken over"),
         (ACQUIRED, "partitions taken"),
         (LEASE_LOST, "partitions lost to another owner"),
         (NOTIFY_FAILED, "hints that could not be sent"),

@@ -9,6 +9,7 @@ mod dsn;
 pub(crate) mod fetch;
 pub(crate) mod group;
 pub(crate) mod listen;
+pub(crate) mod membership;
 pub(crate) mod node;
 pub(crate) mod packed;
 pub(crate) mod param;

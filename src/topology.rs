@@ -108,12 +108,6 @@ pub(crate) fn interleave(by_node: &BTreeMap<NodeId, Vec<PartitionId>>) -> Vec<Pa
         .collect()
 }
 
-/// How many of `partitions` the member at `rank` of `members` has: they differ by at most one.
-pub(crate) fn share(partitions: usize, members: usize, rank: usize) -> usize {
-    let members = members.max(1);
-    partitions / members + usize::from(rank < partitions % members)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -156,13 +150,6 @@ mod tests {
                 next = last + 1;
             }
             prop_assert_eq!(next, SLOTS);
-        }
-
-        #[test]
-        fn shares_add_up_and_differ_by_at_most_one(partitions in 0_usize..500, members in 1_usize..50) {
-            let shares: Vec<_> = (0..members).map(|rank| share(partitions, members, rank)).collect();
-            prop_assert_eq!(shares.iter().sum::<usize>(), partitions);
-            prop_assert!(shares.iter().max().unwrap() - shares.iter().min().unwrap() <= 1);
         }
 
         #[test]

@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use crate::cluster::Nodes;
-use crate::consumer::jitter;
+use crate::deadline::jitter;
 use crate::error::Result;
 use crate::id::{NodeId, PartitionId};
 use crate::metrics as names;

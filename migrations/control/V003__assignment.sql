@@ -14,9 +14,10 @@ alter table shardmq_control.member
     add column unreachable int[] not null default '{}',
     add column avoid int[] not null default '{}',
     add column session text,
-    add column gone_at timestamptz;
+    add column gone_at timestamptz,
+    add column died boolean not null default false;
 comment on table shardmq_control.member is
-    'Consumers, among which the partitions are divided; one that is silent for two thirds of its lease is left out';
+    'Consumers, among which the partitions of a topic are divided';
 comment on column shardmq_control.member.only_partitions is
     'The partitions that it was told to take; null where it takes a share of all';
 comment on column shardmq_control.member.unreachable is
@@ -26,7 +27,10 @@ comment on column shardmq_control.member.avoid is
 comment on column shardmq_control.member.session is
     'The application_name of its process'' listening session here; null where it has none';
 comment on column shardmq_control.member.gone_at is
-    'When others found that its process has died; null again with its next heartbeat';
+    'When others left it out, since it was silent for two thirds of its lease or has died; null again with
+     its next heartbeat';
+comment on column shardmq_control.member.died is
+    'Its session was gone too: its leases need not be waited for';
 
 create table shardmq_control.assignment (
     topic text not null,

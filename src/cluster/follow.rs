@@ -5,6 +5,8 @@
 //! listen ── connected, told of a version, ended ──┐
 //! every 5 s ──────────────────────────────────────┴─> look: another version? ─> nodes, topics, file
 //! ```
+//!
+//! The same session hears of groups: members that come and go, assignments, seeks.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,10 +17,11 @@ use tokio::time::{sleep, timeout};
 use tokio_postgres::AsyncMessage;
 
 use crate::cluster::cache::Cache;
-use crate::consumer::jitter;
+use crate::cluster::presence::{Place, Presence};
+use crate::deadline::jitter;
 use crate::error::{Error, Result};
 use crate::store::connect::refused;
-use crate::store::listen::{self, Session, TOPOLOGY};
+use crate::store::listen::{self, GROUPS, Session, TOPOLOGY};
 use crate::store::target::Target;
 
 /// How often the version of the topology is looked at, give or take a fifth.
@@ -29,14 +32,19 @@ const LISTEN_AGAIN: Duration = Duration::from_secs(5);
 const POOLED: Duration = Duration::from_mins(1);
 
 /// Where to listen for changes, by the address of the control database.
-pub(super) fn listen_at(control: &str) -> Result<Target> {
-    listen::target(control, "shardmq topology")
+pub(super) fn listen_at(control: &str, presence: &Presence) -> Result<Target> {
+    listen::target(control, &presence.name(Place::Control))
 }
 
 /// Keeps up until it is dropped.
-pub(super) async fn run(cache: Arc<Cache>, control: Target, look_every: Duration) {
+pub(super) async fn run(
+    cache: Arc<Cache>,
+    control: Target,
+    presence: Arc<Presence>,
+    look_every: Duration,
+) {
     let told = Notify::new();
-    tokio::join!(look(&cache, &told, look_every), hear(&control, &told));
+    tokio::join!(look(&cache, &told, look_every), hear(&control, &told, &presence));
 }
 
 async fn look(cache: &Arc<Cache>, told: &Notify, every: Duration) {
@@ -58,9 +66,9 @@ async fn look(cache: &Arc<Cache>, told: &Notify, every: Duration) {
 }
 
 /// Listens, again after every failure.
-async fn hear(control: &Target, told: &Notify) {
+async fn hear(control: &Target, told: &Notify, presence: &Presence) {
     loop {
-        let pause = match hear_once(control, told).await {
+        let pause = match hear_once(control, told, presence).await {
             Ok(End::Pooled) => POOLED,
             Ok(End::Closed) => LISTEN_AGAIN,
             Err(error) => {
@@ -79,26 +87,31 @@ enum End {
     Pooled,
 }
 
-async fn hear_once(control: &Target, told: &Notify) -> Result<End> {
+async fn hear_once(control: &Target, told: &Notify, presence: &Presence) -> Result<End> {
     let what = "listen to the control database";
     let session = listen::open(control, what, false).await?;
     let Some(Session { client, mut messages, marker }) = session else {
         return Ok(End::Pooled);
     };
     // The connection is driven while that is answered.
-    let mut asking = Box::pin(listen::begin(&client, marker.as_ref(), TOPOLOGY));
-    let mut listening = false;
+    let channels = [TOPOLOGY, GROUPS];
+    let mut asking = Box::pin(listen::begin(&client, marker.as_ref(), &channels));
+    let mut present = None;
     loop {
         tokio::select! {
-            answer = &mut asking, if !listening => {
+            answer = &mut asking, if present.is_none() => {
                 if !answer.map_err(|error| refused(error, what))? {
                     return Ok(End::Pooled);
                 }
-                listening = true;
+                present = Some(presence.arrive(Place::Control));
                 // Listen first, look second: nothing can fall in between.
                 told.notify_one();
+                presence.tell_groups(None);
             }
             message = messages.next() => match message {
+                Some(Ok(AsyncMessage::Notification(note))) if note.channel() == GROUPS => {
+                    presence.tell_groups(Some(note.payload()));
+                }
                 Some(Ok(AsyncMessage::Notification(_))) => told.notify_one(),
                 Some(Ok(_)) => {}
                 Some(Err(error)) => return Err(refused(error, what)),

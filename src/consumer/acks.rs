@@ -10,11 +10,16 @@ use std::collections::{BTreeMap, VecDeque};
 /// ```
 ///
 /// Ids are dense inside a day and leap between days, so the watermark steps along what was read.
+///
+/// What is kept is bounded: nobody reads on while too much lies between the watermark and what was read
+/// last, nor hands out while there are too many runs.
 #[derive(Debug, Default)]
 pub(crate) struct Tracker {
     acked_id: i64,
     /// What was read and is not below the watermark, in order: first and last of dense runs.
     read: VecDeque<(i64, i64)>,
+    /// How many ids those runs have.
+    read_count: i64,
     /// Acknowledged above the watermark: first to last, apart from each other.
     ahead: BTreeMap<i64, i64>,
     /// Rises with every change.
@@ -46,8 +51,32 @@ impl Tracker {
             Some(run) if run.1 + 1 == first => run.1 = last,
             _ => self.read.push_back((first, last)),
         }
+        self.read_count += last - first + 1;
         self.advance();
         patchy
+    }
+
+    /// What was read after an id is read again later: none of it was handed out.
+    pub(crate) fn rewind(&mut self, position: i64) {
+        while let Some(run) = self.read.back_mut().filter(|run| run.1 > position) {
+            let kept = position.max(run.0 - 1);
+            self.read_count -= run.1 - kept;
+            run.1 = kept;
+            if run.1 < run.0 {
+                self.read.pop_back();
+            }
+        }
+    }
+
+    /// How many ids lie between the watermark and what was read last.
+    pub(crate) fn span(&self) -> usize {
+        let passed = self.read.front().map_or(0, |(first, _)| (self.acked_id - first + 1).max(0));
+        usize::try_from(self.read_count - passed).unwrap_or(0)
+    }
+
+    /// How many runs are acknowledged above the watermark.
+    pub(crate) fn runs(&self) -> usize {
+        self.ahead.len()
     }
 
     /// An id is acknowledged; again does no harm.
@@ -98,7 +127,8 @@ impl Tracker {
 
     fn step_to(&mut self, id: i64) {
         self.acked_id = id;
-        while self.read.front().is_some_and(|(_, last)| *last <= id) {
+        while let Some((first, last)) = self.read.front().copied().filter(|(_, last)| *last <= id) {
+            self.read_count -= last - first + 1;
             self.read.pop_front();
         }
     }
@@ -164,6 +194,27 @@ mod tests {
     }
 
     #[test]
+    fn what_is_read_again_counts_once() {
+        let mut tracker = Tracker::new(0, [(14, 15)]);
+        tracker.read(1, 3);
+        tracker.read(11, 16);
+        tracker.ack(1);
+        assert_eq!(tracker.span(), 8);
+        tracker.rewind(12);
+        assert_eq!(tracker.span(), 4);
+        assert!(tracker.read(13, 16));
+        assert_eq!(tracker.span(), 8);
+        tracker.rewind(2);
+        assert_eq!(tracker.span(), 1);
+        tracker.rewind(0);
+        assert_eq!(tracker.span(), 0);
+        tracker.read(2, 3);
+        tracker.read(11, 16);
+        (2..=16).for_each(|id| tracker.ack(id));
+        assert_eq!((tracker.acked_id(), tracker.span(), tracker.runs()), (16, 0, 0));
+    }
+
+    #[test]
     fn what_was_acknowledged_ahead_before_is_passed_when_it_is_read() {
         let mut tracker = Tracker::new(2, [(3, 4), (6, 7)]);
         assert!(tracker.is_acked(4) && !tracker.is_acked(5));
@@ -197,6 +248,8 @@ mod tests {
                 acked.insert(id);
                 let watermark = ids.iter().take_while(|id| acked.contains(id)).last().copied();
                 prop_assert_eq!(tracker.acked_id(), watermark.unwrap_or(0));
+                let beyond = ids.iter().filter(|id| **id > watermark.unwrap_or(0)).count();
+                prop_assert_eq!(tracker.span(), beyond);
                 for id in &ids {
                     prop_assert_eq!(tracker.is_acked(*id), acked.contains(id));
                 }

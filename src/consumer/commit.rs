@@ -3,6 +3,8 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
+use tokio::time::Instant;
+
 use crate::consumer::member::Member;
 use crate::error::{ErrorKind, Result};
 use crate::id::PartitionId;
@@ -13,31 +15,58 @@ use crate::store::group::{self, Move, Moved};
 /// Between two attempts at a flush that is waited for.
 pub(super) const AGAIN: Duration = Duration::from_millis(20);
 
+/// How long commits may be apart where each takes long.
+const SLOWEST: Duration = Duration::from_secs(10);
+
+/// When cursors are committed: each second, and less often where that takes long. A cursor is one row,
+/// and a snapshot that somebody holds for long makes each update slower than the one before.
+#[derive(Debug)]
+pub(crate) struct Pace {
+    interval: Duration,
+    due: Instant,
+}
+
+impl Pace {
+    pub(super) fn new(interval: Duration) -> Self {
+        Self { interval, due: Instant::now() + interval }
+    }
+
+    pub(super) fn due(&self) -> Instant {
+        self.due
+    }
+
+    /// A commit took so long: a tenth of the time at most is spent on them.
+    fn took(&mut self, time: Duration) {
+        let apart = (time * 10).clamp(self.interval, SLOWEST.max(self.interval));
+        self.due = Instant::now() + apart;
+    }
+}
+
 impl Member {
     /// Flushes until the node has answered and no row was passed over because a transaction had locked
-    /// it. Tells what could not be committed since it told last.
+    /// it.
     pub(super) async fn flush_through(&mut self) -> Result<()> {
         let lease = self.shared.options.lease;
-        let flushed = loop {
+        loop {
             match self.flush(None).await {
                 Ok(false) => {}
                 Err(error) if error.kind() == ErrorKind::Unavailable => {}
-                other => break other.map(drop),
+                other => return other.map(drop),
             }
             tokio::time::sleep(AGAIN).await;
             if self.renewed.is_some_and(|at| at.elapsed() > lease * 3 / 10) {
                 // Whether that succeeds is seen by the next flush.
                 let _ = self.renew().await;
             }
-        };
-        let before = self.uncommitted.take();
-        flushed.and(before.map_or(Ok(()), Err))
+        }
     }
 
-    /// Commits cursors: all that have changed, or that of one partition. False: some rows were passed
+    /// Commits cursors: all that have changed, or those of some partitions. False: some rows were passed
     /// over, since a transaction has locked them, or since another server answered than the one that
     /// their messages were seen on.
-    pub(super) async fn flush(&mut self, only: Option<PartitionId>) -> Result<bool> {
+    pub(super) async fn flush(&mut self, only: Option<&[PartitionId]>) -> Result<bool> {
+        let begun = Instant::now();
+        self.pace.took(Duration::ZERO);
         self.lose_void().await;
         let (moves, versions) = self.moves(only);
         if moves.is_empty() {
@@ -48,6 +77,7 @@ impl Member {
         let outcomes = group::flush(connection, &self.shared.group, &moves)
             .await
             .map_err(|error| refused(error, &what))?;
+        self.pace.took(begun.elapsed());
         let mut result = Ok(true);
         for (partition, moved) in outcomes {
             let Some(holding) = self.holdings.get(&partition).cloned() else {
@@ -87,11 +117,11 @@ impl Member {
         }
     }
 
-    fn moves(&self, only: Option<PartitionId>) -> (Vec<Move>, HashMap<PartitionId, u64>) {
+    fn moves(&self, only: Option<&[PartitionId]>) -> (Vec<Move>, HashMap<PartitionId, u64>) {
         let mut moves = Vec::new();
         let mut versions = HashMap::new();
-        let chosen = |partition| only.is_none_or(|only| only == partition);
-        for holding in self.holdings.values().filter(|h| chosen(h.partition)) {
+        let chosen = |partition| only.is_none_or(|only| only.contains(partition));
+        for holding in self.holdings.values().filter(|h| chosen(&h.partition)) {
             let Some(pending) = holding.tracker().pending() else {
                 continue;
             };

@@ -4,13 +4,15 @@ use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU8, AtomicU32, AtomicUsize,
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
-use tokio::sync::Notify;
+use tokio::sync::{Notify, mpsc};
 use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
 
+use crate::consumer::Event;
 use crate::consumer::acks::Tracker;
-use crate::consumer::seat::Seat;
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::{Day, PartitionId};
+use crate::store::fetch::Identity;
 use crate::store::group::{Acquired, Fence};
 
 /// Shared by the reader, the stream, the deliveries and the member that flushes.
@@ -19,10 +21,13 @@ pub(crate) struct Holding {
     pub(crate) partition: PartitionId,
     pub(crate) fence: Fence,
     tracker: Mutex<Tracker>,
-    /// Its place in the consumer's share, for as long as it is held.
-    seat: Mutex<Option<Seat>>,
+    bounds: Bounds,
     state: AtomicU8,
     void: AtomicBool,
+    /// Why nothing is handed out for now: 0, or some of the bits below.
+    gate: AtomicU8,
+    /// Told when the gate has opened, or the partition is no longer held.
+    stream: mpsc::WeakUnboundedSender<Event>,
     /// Deliveries handed out and not answered.
     outstanding: AtomicUsize,
     /// Woken when `outstanding` falls to none.
@@ -31,10 +36,44 @@ pub(crate) struct Holding {
     pub(crate) wake: Notify,
     /// Ends the reader.
     pub(crate) ended: CancellationToken,
+    /// Cancelled when acknowledgements are refused from then on.
+    pub(crate) revoked: CancellationToken,
     position: AtomicI64,
     day: AtomicU32,
+    /// How often what was read and not handed out was dropped, to be read again.
+    round: AtomicU32,
+    rewind: Mutex<Option<Place>>,
+    /// The last row of which everything was handed out.
+    passed: Mutex<Option<(Day, Identity)>>,
     /// The server on which the last row read was last seen: when that was started.
     incarnation: Mutex<SystemTime>,
+}
+
+/// How much may be acknowledged out of order.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Bounds {
+    /// Messages between the cursor and what was read last.
+    pub(crate) messages: usize,
+    /// Runs of acknowledged messages between them.
+    pub(crate) runs: usize,
+}
+
+/// Where to read on from: behind this id, and the row that it is in or that was read before.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Place {
+    pub(crate) position: i64,
+    pub(crate) last: Option<(Day, Identity)>,
+}
+
+/// Whether a message may be handed out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Hand {
+    /// It is counted as handed out.
+    Out,
+    /// Not now: the stream is told when.
+    Wait,
+    /// Never.
+    Gone,
 }
 
 const HELD: u8 = 0;
@@ -42,28 +81,50 @@ const DRAINING: u8 = 1;
 const LOST: u8 = 2;
 const RESET: u8 = 3;
 
+/// The consumer asked to pause it.
+const PAUSED: u8 = 1;
+/// Too many runs are acknowledged above the cursor.
+const PATCHY: u8 = 2;
+/// Too much was read above the cursor.
+const AHEAD: u8 = 4;
+
 impl Holding {
-    pub(crate) fn new(acquired: Acquired, mut seat: Seat, ended: CancellationToken) -> Self {
-        seat.occupy();
+    pub(crate) fn new(
+        acquired: Acquired,
+        bounds: Bounds,
+        ended: CancellationToken,
+        stream: mpsc::WeakUnboundedSender<Event>,
+    ) -> Self {
         Self {
-            seat: Mutex::new(Some(seat)),
             partition: acquired.partition,
             fence: acquired.fence,
             incarnation: Mutex::new(acquired.incarnation),
             position: AtomicI64::new(acquired.acked_id),
             tracker: Mutex::new(Tracker::new(acquired.acked_id, acquired.acked_ahead)),
+            bounds,
             state: AtomicU8::new(HELD),
             void: AtomicBool::new(false),
+            gate: AtomicU8::new(0),
+            stream,
             outstanding: AtomicUsize::new(0),
             answered: Notify::new(),
             wake: Notify::new(),
             ended,
+            revoked: CancellationToken::new(),
             day: AtomicU32::new(0),
+            round: AtomicU32::new(0),
+            rewind: Mutex::default(),
+            passed: Mutex::default(),
         }
     }
 
+    /// Stands for this acquisition, in the stream.
+    pub(crate) fn owner(&self) -> Uuid {
+        self.fence.owner
+    }
+
     pub(crate) fn tracker(&self) -> MutexGuard<'_, Tracker> {
-        self.tracker.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.tracker)
     }
 
     /// Whether messages of it may still be handed out.
@@ -75,18 +136,7 @@ impl Holding {
     pub(crate) fn drain(&self) {
         let _ = self.state.compare_exchange(HELD, DRAINING, Ordering::SeqCst, Ordering::SeqCst);
         self.ended.cancel();
-        self.leave_seat();
-    }
-
-    /// The same, if the consumer holds more than its share.
-    pub(crate) fn drain_above(&self, share: usize) -> bool {
-        let mut seat = self.seat.lock().unwrap_or_else(PoisonError::into_inner);
-        let surplus = seat.as_mut().is_some_and(|seat| seat.free_above(share));
-        drop(seat);
-        if surplus {
-            self.drain();
-        }
-        surplus
+        self.tell_stream();
     }
 
     /// It is another's, its position was moved, or it is given back: acknowledgements are refused from
@@ -97,8 +147,9 @@ impl Holding {
         self.state.store(state, Ordering::SeqCst);
         drop(tracker);
         self.ended.cancel();
-        self.leave_seat();
+        self.revoked.cancel();
         self.answered.notify_waiters();
+        self.tell_stream();
     }
 
     /// The server lacks what was read under it: what is acknowledged and not committed is void.
@@ -111,22 +162,26 @@ impl Holding {
         self.void.load(Ordering::Acquire)
     }
 
-    fn leave_seat(&self) {
-        drop(self.seat.lock().unwrap_or_else(PoisonError::into_inner).take());
-    }
-
     /// Records an acknowledgement.
     pub(crate) fn ack(&self, id: i64) -> Result<()> {
         // Under the lock, so that what is accepted here is seen by the flush that follows an end.
         let mut tracker = self.tracker();
         match self.state.load(Ordering::SeqCst) {
-            LOST => Err(self.refusal(ErrorKind::LeaseLost)),
-            RESET => Err(self.refusal(ErrorKind::Reset)),
-            _ => {
-                tracker.ack(id);
-                Ok(())
-            }
+            LOST => return Err(self.refusal(ErrorKind::LeaseLost)),
+            RESET => return Err(self.refusal(ErrorKind::Reset)),
+            _ => tracker.ack(id),
         }
+        let gate = self.gate.load(Ordering::SeqCst);
+        if tracker.runs() >= self.bounds.runs && gate & PATCHY == 0 {
+            self.gate.fetch_or(PATCHY, Ordering::SeqCst);
+        } else if gate & PATCHY != 0 && tracker.runs() <= self.bounds.runs / 2 {
+            self.open(PATCHY);
+        }
+        if gate & AHEAD != 0 && tracker.span() <= self.bounds.messages / 2 {
+            self.gate.fetch_and(!AHEAD, Ordering::SeqCst);
+            self.wake.notify_one();
+        }
+        Ok(())
     }
 
     pub(crate) fn refusal(&self, kind: ErrorKind) -> Error {
@@ -138,15 +193,59 @@ impl Holding {
         Error::new(kind, format!("partition {}: {why}", self.partition))
     }
 
-    /// Counts a delivery, unless the partition is no longer held. Counted first: whoever ends it then
-    /// either sees the delivery or is seen here.
-    pub(crate) fn hand_out(&self) -> bool {
-        self.outstanding.fetch_add(1, Ordering::SeqCst);
-        let held = self.is_held();
-        if !held {
-            self.take_back();
+    /// Hands nothing out from now on, nor reads.
+    pub(crate) fn pause(&self) {
+        self.gate.fetch_or(PAUSED, Ordering::SeqCst);
+        self.tell_stream();
+    }
+
+    pub(crate) fn resume(&self) {
+        self.open(PAUSED);
+        self.wake.notify_one();
+    }
+
+    pub(crate) fn is_paused(&self) -> bool {
+        self.gate.load(Ordering::SeqCst) & PAUSED != 0
+    }
+
+    fn open(&self, why: u8) {
+        self.gate.fetch_and(!why, Ordering::SeqCst);
+        self.tell_stream();
+    }
+
+    fn tell_stream(&self) {
+        if let Some(stream) = self.stream.upgrade() {
+            let _ = stream.send(Event::Turn(self.owner()));
         }
-        held
+    }
+
+    /// Whether so much was read above the cursor that the reader must wait; it is woken then.
+    pub(crate) fn is_far_ahead(&self) -> bool {
+        let tracker = self.tracker();
+        let far = tracker.span() >= self.bounds.messages;
+        if far {
+            // Under the lock: the acknowledgement that ends it comes after.
+            self.gate.fetch_or(AHEAD, Ordering::SeqCst);
+        }
+        far || self.gate.load(Ordering::SeqCst) & AHEAD != 0
+    }
+
+    /// Counts a delivery, unless the partition is no longer held or has to wait. Counted first: whoever
+    /// ends it then either sees the delivery or is seen here.
+    pub(crate) fn hand_out(&self) -> Hand {
+        self.outstanding.fetch_add(1, Ordering::SeqCst);
+        let hand = match self.state.load(Ordering::SeqCst) {
+            HELD if self.gate.load(Ordering::SeqCst) & (PAUSED | PATCHY) == 0 => return Hand::Out,
+            HELD => Hand::Wait,
+            _ => Hand::Gone,
+        };
+        self.take_back();
+        hand
+    }
+
+    /// Whether it is held and nothing keeps it from being handed out.
+    pub(crate) fn may_go(&self) -> bool {
+        self.is_held() && self.gate.load(Ordering::SeqCst) & (PAUSED | PATCHY) == 0
     }
 
     /// A delivery was answered, or dropped.
@@ -172,12 +271,12 @@ impl Holding {
 
     /// The server that everything read so far was last seen on.
     pub(crate) fn incarnation(&self) -> SystemTime {
-        *self.incarnation.lock().unwrap_or_else(PoisonError::into_inner)
+        *lock(&self.incarnation)
     }
 
     /// The last row read was seen on this server.
     pub(crate) fn seen_on(&self, incarnation: SystemTime) {
-        *self.incarnation.lock().unwrap_or_else(PoisonError::into_inner) = incarnation;
+        *lock(&self.incarnation) = incarnation;
     }
 
     /// How far it was read, for looks.
@@ -190,4 +289,42 @@ impl Holding {
         self.day.store(day.map_or(0, Day::yymmdd), Ordering::Relaxed);
         self.position.store(position, Ordering::Relaxed);
     }
+
+    /// The round that rows are read in now.
+    pub(crate) fn round(&self) -> u32 {
+        self.round.load(Ordering::SeqCst)
+    }
+
+    /// Everything of a row was handed out.
+    pub(crate) fn pass(&self, row: Option<(Day, Identity)>) {
+        *lock(&self.passed) = row;
+    }
+
+    pub(crate) fn passed(&self) -> Option<(Day, Identity)> {
+        *lock(&self.passed)
+    }
+
+    /// What was read behind a place is dropped, and has to be read again. Rows of the round before are
+    /// worth nothing from now on.
+    pub(crate) fn rewind(&self, to: Place) {
+        let mut rewind = lock(&self.rewind);
+        self.round.fetch_add(1, Ordering::SeqCst);
+        *rewind = Some(to);
+        self.tracker().rewind(to.position);
+        drop(rewind);
+        self.wake.notify_one();
+    }
+
+    /// Hands rows over under the lock, unless there is a place to go back to: that is returned.
+    pub(crate) fn unless_rewound(&self, hand_over: impl FnOnce(u32)) -> Option<Place> {
+        let mut rewind = lock(&self.rewind);
+        if rewind.is_none() {
+            hand_over(self.round());
+        }
+        rewind.take()
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

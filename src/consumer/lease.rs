@@ -1,27 +1,24 @@
 //! A member's lease on its node, and what it takes and gives up under it.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, SystemTime};
 
-use tokio::time::{Instant, timeout};
+use tokio::time::{Instant, timeout, timeout_at};
 use uuid::Uuid;
 
+use crate::cluster::Place;
 use crate::consumer::Event;
 use crate::consumer::commit::AGAIN;
 use crate::consumer::holding::Holding;
 use crate::consumer::member::{Member, STATEMENT};
 use crate::consumer::reader::read;
-use crate::consumer::seat::Seat;
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::PartitionId;
 use crate::metrics as names;
 use crate::store::connect::refused;
-use crate::store::group::{self, Fence};
+use crate::store::group::{self, Fence, Taker};
 
-/// How long a partition that is given up may be in hand.
-const DRAIN: Duration = Duration::from_secs(10);
 /// How long a member must have kept its own lease before it takes an ended one of another's. After a
 /// restart of the server all leases may be over and all members well: each has renewed by then.
 const GRACE: Duration = Duration::from_secs(3);
@@ -33,8 +30,9 @@ impl Member {
         let asked = Instant::now();
         let lease = shared.options.lease;
         let secs = lease.as_secs_f64();
+        let session = shared.cluster.inner.nodes.presence().session(Place::Node(self.node));
         let renewed =
-            group::renew(connection, shared.member, &shared.group, secs, self.incarnation)
+            group::renew(connection, shared.member, &shared.group, secs, self.incarnation, session)
                 .await
                 .map_err(|error| {
                     refused(error, &format!("renew the lease on node {}", self.node))
@@ -83,28 +81,29 @@ impl Member {
         self.release_owned(&strays).await
     }
 
-    /// Takes free partitions up to the even share, or gives up what is above it.
+    /// Takes what is wanted and free, and gives up what is no longer wanted.
     pub(super) async fn balance(&mut self) -> Result<()> {
-        let shared = Arc::clone(&self.shared);
-        let share = shared.share.load(Ordering::Acquire);
-        self.give_up_above(share);
-        if self.renewed.is_none_or(|at| at.elapsed() > shared.options.lease) {
+        let wanted = self.wanted();
+        self.give_up_others(&wanted);
+        if self.renewed.is_none_or(|at| at.elapsed() > self.shared.options.lease) {
             self.renew().await?;
         }
-        let free_here = self.partitions.len().saturating_sub(self.holdings.len());
-        let seats = shared.seats.take(share, free_here);
-        if seats.is_empty() {
+        let lacking: Vec<i32> = wanted
+            .into_iter()
+            .filter(|partition| !self.holdings.contains_key(partition))
+            .map(PartitionId::as_i32)
+            .collect();
+        if lacking.is_empty() {
             return Ok(());
         }
-        let acquired = self.acquire(seats.len()).await?;
-        for (acquired, seat) in acquired.into_iter().zip(seats) {
-            self.begin(acquired, seat).await;
+        for acquired in self.acquire(&lacking).await? {
+            self.begin(acquired).await;
         }
         Ok(())
     }
 
-    async fn acquire(&mut self, most: usize) -> Result<Vec<group::Acquired>> {
-        let shared = &self.shared;
+    async fn acquire(&mut self, lacking: &[i32]) -> Result<Vec<group::Acquired>> {
+        let shared = Arc::clone(&self.shared);
         let names = (&shared.topology.topic, &shared.group);
         let what = format!("take partitions on node {}", self.node);
         if !self.started {
@@ -115,41 +114,53 @@ impl Member {
         group::make_cursors(connection, names.0, names.1)
             .await
             .map_err(|error| refused(error, &what))?;
-        let ended_too = self.kept_since.is_some_and(|since| since.elapsed() >= GRACE);
-        let most = i64::try_from(most).unwrap_or(i64::MAX);
+        let gone = shared.dead();
+        let taker = Taker {
+            member: shared.member,
+            lease_secs: shared.options.lease.as_secs_f64(),
+            ended_too: self.kept_since.is_some_and(|since| since.elapsed() >= GRACE),
+            gone: &gone,
+            dead: &[],
+        };
         let connection = shared.connection(self.node).await?;
-        group::acquire(connection, names, shared.member, most, ended_too, &self.partitions)
+        group::acquire(connection, names, &taker, lacking)
             .await
             .map_err(|error| refused(error, &what))
     }
 
     /// Starts to read a partition that was taken.
-    async fn begin(&mut self, acquired: group::Acquired, seat: Seat) {
+    async fn begin(&mut self, acquired: group::Acquired) {
         let partition = acquired.partition;
         // Lost, free and taken again, all since the last renewal.
         if let Some(before) = self.holdings.get(&partition).cloned() {
             self.lose(&before, ErrorKind::LeaseLost).await;
         }
-        let ended = self.shared.cluster.inner.shutdown.child_token();
-        let holding = Arc::new(Holding::new(acquired, seat, ended));
+        let holding = Arc::new(self.shared.holding(acquired));
+        self.shared.hold(&holding);
         self.shared.cluster.inner.tasks.spawn(read(Arc::clone(&self.shared), Arc::clone(&holding)));
         ::metrics::counter!(names::ACQUIRED).increment(1);
         tracing::info!(%partition, group = %self.shared.group, "partition taken");
         self.holdings.insert(partition, holding);
     }
 
-    /// Gives up partitions above the share, once their deliveries are answered.
-    fn give_up_above(&mut self, share: usize) {
-        for holding in self.holdings.values() {
-            if !holding.drain_above(share) {
-                continue;
-            }
-            let holding = Arc::clone(holding);
-            self.draining.spawn(async move {
-                let _ = timeout(DRAIN, holding.drained()).await;
-                holding
-            });
+    /// Gives up what is another's by now, once its deliveries are answered.
+    fn give_up_others(&mut self, wanted: &BTreeSet<PartitionId>) {
+        let until = Instant::now() + self.shared.options.drain_timeout;
+        let others =
+            self.holdings.values().filter(|h| h.is_held() && !wanted.contains(&h.partition));
+        let others: Vec<_> = others.cloned().collect();
+        for holding in others {
+            self.give_up(holding, until);
         }
+    }
+
+    /// Nothing more of it is handed out; it is given back when all is answered, or at the deadline.
+    pub(super) fn give_up(&mut self, holding: Arc<Holding>, until: Instant) {
+        holding.drain();
+        self.draining.spawn(async move {
+            let _ = timeout_at(until, holding.drained()).await;
+            holding
+        });
     }
 
     /// The server lacks what a reader has read: what was not committed is void, and the partition is
@@ -189,40 +200,68 @@ impl Member {
     /// Refuses what is acknowledged from now on, and says so.
     fn end_holding(&mut self, holding: &Arc<Holding>, why: ErrorKind, news: Error) {
         holding.end(why);
+        // Where the group starts may be lost too: it was deleted, or the end of the log is gone.
+        self.started = false;
         if holding.tracker().pending().is_some() {
-            self.uncommitted = Some(holding.refusal(why));
+            self.shared.note_uncommitted(holding.refusal(why));
         }
         ::metrics::counter!(names::LEASE_LOST).increment(1);
         self.shared.send(Event::Error(news));
-        self.holdings.remove(&holding.partition);
+        self.forget(holding);
     }
 
-    /// Commits and releases a partition that is answered, or that was waited for long enough.
-    pub(super) async fn give_back(&mut self, holding: Arc<Holding>) {
-        let partition = holding.partition;
-        let current = self.holdings.get(&partition);
-        if !current.is_some_and(|current| Arc::ptr_eq(current, &holding)) {
-            return;
-        }
+    /// Commits and releases partitions that are answered, or that were waited for long enough.
+    pub(super) async fn give_back(&mut self, mut answered: Vec<Arc<Holding>>) {
+        answered.retain(|holding| {
+            let current = self.holdings.get(&holding.partition);
+            current.is_some_and(|current| Arc::ptr_eq(current, holding))
+        });
         // What is acknowledged from now on would never be committed.
-        holding.end(ErrorKind::LeaseLost);
+        answered.iter().for_each(|holding| holding.end(ErrorKind::LeaseLost));
+        let partitions: Vec<_> = answered.iter().map(|holding| holding.partition).collect();
         let done = timeout(STATEMENT, async {
-            while !self.flush(Some(partition)).await? {
-                tokio::time::sleep(AGAIN).await;
+            loop {
+                match self.flush(Some(&partitions)).await {
+                    Ok(false) => tokio::time::sleep(AGAIN).await,
+                    Ok(true) => break,
+                    // One of them is another's already, and the others are not.
+                    Err(error)
+                        if matches!(error.kind(), ErrorKind::LeaseLost | ErrorKind::Reset) => {}
+                    Err(error) => return Err(error),
+                }
             }
-            self.release(&[Arc::clone(&holding)]).await
+            self.release(&answered).await
         });
         let outcome = done.await.unwrap_or_else(|_| {
-            let what = format!("give partition {partition} back: no answer");
+            let what = format!(
+                "give {} partitions of node {} back: no answer",
+                partitions.len(),
+                self.node
+            );
             Err(Error::new(ErrorKind::Timeout, what))
         });
-        if let Err(error) = &outcome
-            && holding.tracker().pending().is_some()
-        {
-            self.uncommitted = Some(error.clone());
+        for holding in answered {
+            if let Err(error) = &outcome
+                && holding.tracker().pending().is_some()
+            {
+                self.shared.note_uncommitted(error.clone());
+            }
+            self.forget(&holding);
         }
-        self.holdings.remove(&partition);
         self.note(outcome);
+    }
+
+    /// Holds it no longer.
+    pub(super) fn forget(&mut self, holding: &Arc<Holding>) {
+        self.lacks = true;
+        let is_it = |known: Option<&Arc<Holding>>| known.is_some_and(|k| Arc::ptr_eq(k, holding));
+        if is_it(self.holdings.get(&holding.partition)) {
+            self.holdings.remove(&holding.partition);
+        }
+        let mut all = self.shared.holdings();
+        if is_it(all.get(&holding.partition)) {
+            all.remove(&holding.partition);
+        }
     }
 
     pub(super) async fn release(&self, holdings: &[Arc<Holding>]) -> Result<()> {
@@ -236,8 +275,12 @@ impl Member {
             return Ok(());
         }
         let connection = self.shared.connection(self.node).await?;
-        group::release(connection, &self.shared.group, owned)
-            .await
-            .map_err(|error| refused(error, &format!("release partitions on node {}", self.node)))
+        group::release(connection, &self.shared.group, owned).await.map_err(|error| {
+            refused(error, &format!("release partitions on node {}", self.node))
+        })?;
+        // Whoever should have them waits for that.
+        let free: Vec<_> = owned.iter().map(|(partition, _)| *partition).collect();
+        self.shared.cluster.inner.notifier.publish(&free);
+        Ok(())
     }
 }

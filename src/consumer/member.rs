@@ -2,26 +2,30 @@
 //! looks for what no hint told.
 //!
 //! ```text
-//!           acquire                 drain (surplus, shutdown)
-//! free ───────────────> held ───────────────────────────────> flush, release ─> free
-//!                        │
-//!                        └── another took it (lease over) ─> lost: acks and flushes are refused
+//!         something is wanted here                     acquire             drain (another's, shutdown)
+//! asleep ─────────────────────────> at work     free ───────────> held ──────────────> flush, release
+//!        <─────────────────────────                                │
+//!         nothing wanted, nothing held                             └── another took it (lease over):
+//!                                                                      lost, acks and flushes refused
 //! ```
+//!
+//! Asleep it has no lease, no listener, no statement: a consumer may have nothing on most nodes.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use futures_util::StreamExt;
-use futures_util::future::join_all;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
-use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until, timeout};
+use tokio::time::{Instant, sleep_until, timeout};
 use uuid::Uuid;
 
+use crate::cluster::Place;
 use crate::consumer::Shared;
+use crate::consumer::commit::Pace;
 use crate::consumer::holding::Holding;
-use crate::consumer::roster::jitter;
+use crate::deadline::jitter;
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::{NodeId, PartitionId};
 use crate::notifier::{Hint, Hints};
@@ -32,8 +36,12 @@ use crate::store::{fetch, group};
 pub(crate) enum Command {
     /// Commit what is acknowledged.
     Flush(oneshot::Sender<Result<()>>),
-    /// The share has changed.
-    Rebalance(oneshot::Sender<Result<()>>),
+    /// What is wanted has changed.
+    Rebalance,
+    /// Look whether cursors were moved.
+    Renew,
+    /// Others do not reach the node: find out whether this one does.
+    Probe,
     /// A reader found that the server lacks what it has read.
     TailLost { partition: PartitionId, owner: Uuid },
     /// Give everything back: when all is answered, or at the deadline.
@@ -42,17 +50,23 @@ pub(crate) enum Command {
 
 /// How long a statement of a member may take.
 pub(super) const STATEMENT: Duration = Duration::from_secs(5);
-/// How often a member that has less than its share tries for more.
-const ACQUIRE_INTERVAL: Duration = Duration::from_secs(1);
+/// How often a member that lacks something tries for it, at first and after a while. A hint tells when
+/// something was given back.
+const ACQUIRE_AGAIN: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(1));
+/// How long it tries often.
+const EAGER: Duration = Duration::from_secs(15);
 /// How soon a renewal that failed is tried again.
 const RENEW_AGAIN: Duration = Duration::from_millis(500);
 /// How soon a member tries again to renew, after it found another server.
 const UNSETTLED: Duration = Duration::from_millis(100);
+/// How often to say that a node is still in trouble.
+const REMIND: Duration = Duration::from_mins(1);
 
 pub(super) struct Member {
     pub(super) shared: Arc<Shared>,
     pub(super) node: NodeId,
-    pub(super) partitions: Vec<i32>,
+    /// All of the topic on this node.
+    pub(super) partitions: Vec<PartitionId>,
     pub(super) holdings: HashMap<PartitionId, Arc<Holding>>,
     /// Partitions being given up, until they are answered.
     pub(super) draining: JoinSet<Arc<Holding>>,
@@ -66,9 +80,13 @@ pub(super) struct Member {
     pub(super) other_server: bool,
     /// The node knows where the group starts.
     pub(super) started: bool,
-    /// Why acknowledgements were not committed since the last flush that told.
-    pub(super) uncommitted: Option<Error>,
-    failing: bool,
+    pub(super) pace: Pace,
+    /// Something that is wanted may be lacking: to be found out.
+    pub(super) lacks: bool,
+    /// Since when something is wanted that is not held.
+    lacking_since: Option<Instant>,
+    /// When it was said last that the node is in trouble.
+    trouble: Option<Instant>,
     stop: Option<(Instant, oneshot::Sender<Result<()>>)>,
 }
 
@@ -77,12 +95,11 @@ pub(crate) async fn run(
     shared: Arc<Shared>,
     node: NodeId,
     partitions: Vec<PartitionId>,
-    commands: mpsc::UnboundedReceiver<Command>,
+    mut commands: mpsc::UnboundedReceiver<Command>,
 ) {
-    let hints = shared.cluster.inner.notifier.subscribe(&partitions);
-    let numbers = partitions.iter().map(|partition| partition.as_i32());
+    let pace = Pace::new(shared.options.flush_interval);
     let mut member = Member {
-        partitions: numbers.collect(),
+        partitions,
         shared,
         node,
         holdings: HashMap::new(),
@@ -92,58 +109,150 @@ pub(crate) async fn run(
         incarnation: None,
         other_server: false,
         started: false,
-        uncommitted: None,
-        failing: false,
+        pace,
+        lacks: false,
+        lacking_since: None,
+        trouble: None,
         stop: None,
     };
-    member.run(commands, hints).await;
-    member.end().await;
+    let cluster_ends = member.shared.cluster.inner.shutdown.clone();
+    loop {
+        member.sleep(&mut commands).await;
+        let mut outcome = Ok(());
+        if member.stop.is_none() && !cluster_ends.is_cancelled() {
+            let shared = Arc::clone(&member.shared);
+            let hints = shared.cluster.inner.notifier.subscribe(&member.partitions);
+            member.work(&mut commands, hints).await;
+            outcome = member.leave().await;
+        }
+        if let Some((_, reply)) = member.stop.take() {
+            let _ = reply.send(outcome);
+            return;
+        }
+        if cluster_ends.is_cancelled() {
+            return;
+        }
+        member.note(outcome);
+    }
 }
 
 impl Member {
-    async fn run(&mut self, mut commands: mpsc::UnboundedReceiver<Command>, mut hints: Hints) {
-        let options = &self.shared.options;
-        let mut flush = patient(options.flush_interval);
-        let mut acquire = patient(ACQUIRE_INTERVAL.min(options.lease / 3));
-        let (lease, poll) = (options.lease, options.poll_interval);
+    /// Until something is wanted here. Where the node did not answer, it is asked now and then: others
+    /// take its partitions as long as this one does not reach it.
+    async fn sleep(&mut self, commands: &mut mpsc::UnboundedReceiver<Command>) {
+        let cluster_ends = self.shared.cluster.inner.shutdown.clone();
+        let mut probe_at = Instant::now();
+        while self.stop.is_none() && self.wanted().is_empty() {
+            let probes = self.shared.reach.is_failing(self.node);
+            tokio::select! {
+                command = commands.recv() => match command {
+                    Some(Command::Probe) => self.probe().await,
+                    Some(command) => self.obey(command).await,
+                    None => return,
+                },
+                () = sleep_until(probe_at), if probes => {
+                    self.probe().await;
+                    probe_at = Instant::now() + self.shared.options.lease / 3;
+                }
+                () = cluster_ends.cancelled() => return,
+            }
+        }
+    }
+
+    async fn probe(&mut self) {
+        let connected = timeout(STATEMENT, self.shared.connection(self.node)).await;
+        self.shared.reach.note(self.node, matches!(connected, Ok(Ok(_))));
+    }
+
+    /// What it should have here.
+    pub(super) fn wanted(&self) -> BTreeSet<PartitionId> {
+        self.shared.wanted_of(&self.partitions)
+    }
+
+    /// Until nothing is wanted and nothing held, or the consumer stops.
+    async fn work(&mut self, commands: &mut mpsc::UnboundedReceiver<Command>, mut hints: Hints) {
+        let (lease, poll) = (self.shared.options.lease, self.shared.options.poll_interval);
         let mut renew_at = Instant::now();
+        let mut acquire_at = Instant::now();
         let mut look_at = Instant::now() + jitter(poll);
         let cluster_ends = self.shared.cluster.inner.shutdown.clone();
+        let mut places = self.shared.cluster.inner.nodes.presence().changes();
+        let mut listening = self.is_listening();
         while !self.is_done() {
             if self.other_server || self.renewed.is_none() {
                 renew_at = renew_at.min(Instant::now() + UNSETTLED);
             }
             tokio::select! {
-                () = sleep_until(renew_at) => {
-                    let soon = match self.attempt(Work::Renew).await {
-                        true if self.other_server => UNSETTLED,
-                        true => lease,
-                        false => RENEW_AGAIN,
-                    };
-                    renew_at = Instant::now() + soon.min(lease * 3 / 10);
-                }
-                _ = acquire.tick(), if self.stop.is_none() => {
+                () = sleep_until(renew_at) => renew_at = self.renew_soon().await,
+                () = sleep_until(acquire_at), if self.stop.is_none() => {
                     self.attempt(Work::Balance).await;
+                    acquire_at = Instant::now() + self.acquire_again();
                 }
-                _ = flush.tick() => {
+                () = sleep_until(self.pace.due()) => {
                     self.attempt(Work::Flush).await;
                 }
                 () = sleep_until(look_at) => {
                     self.attempt(Work::Look).await;
                     look_at = Instant::now() + jitter(poll);
                 }
-                Some(hint) = hints.next() => self.hear(hint),
-                Some(Ok(holding)) = self.draining.join_next() => self.give_back(holding).await,
-                Some(command) = commands.recv() => self.obey(command).await,
-                () = stopped(&self.holdings, self.stop.as_ref()) => return,
+                // Whoever misses the session must find the lease renewed.
+                _ = places.changed() => {
+                    if std::mem::replace(&mut listening, self.is_listening()) != listening {
+                        renew_at = Instant::now();
+                    }
+                }
+                Some(hint) = hints.next() => self.hear(hint).await,
+                Some(Ok(holding)) = self.draining.join_next() => {
+                    let others = std::iter::from_fn(|| self.draining.try_join_next());
+                    let answered = others.filter_map(Result::ok).chain([holding]).collect();
+                    self.give_back(answered).await;
+                }
+                command = commands.recv() => match command {
+                    Some(Command::Renew) => renew_at = Instant::now(),
+                    Some(Command::Rebalance) => {
+                        (self.lacking_since, acquire_at) = (None, Instant::now());
+                    }
+                    Some(command) => self.obey(command).await,
+                    None => return,
+                },
                 () = cluster_ends.cancelled() => return,
+            }
+            renew_at = renew_at.min(self.renewed.map_or(renew_at, |at| at + lease * 3 / 10));
+            if std::mem::take(&mut self.lacks) {
+                acquire_at = acquire_at.min(Instant::now() + self.acquire_again());
             }
         }
     }
 
-    /// Told to stop, with nothing left to wait for.
+    fn is_listening(&self) -> bool {
+        self.shared.cluster.inner.nodes.presence().is_at(Place::Node(self.node))
+    }
+
+    /// Nothing is left to do here.
     fn is_done(&self) -> bool {
-        self.stop.is_some() && self.holdings.is_empty()
+        self.holdings.is_empty() && (self.stop.is_some() || self.wanted().is_empty())
+    }
+
+    /// Renews; returns when to do it again.
+    async fn renew_soon(&mut self) -> Instant {
+        let soon = match self.attempt(Work::Renew).await {
+            true if self.other_server => UNSETTLED,
+            true => self.shared.options.lease,
+            false => RENEW_AGAIN,
+        };
+        Instant::now() + soon.min(self.shared.options.lease * 3 / 10)
+    }
+
+    /// How long until it tries again for what it lacks.
+    fn acquire_again(&mut self) -> Duration {
+        let wanted = self.wanted();
+        if wanted.iter().all(|partition| self.holdings.contains_key(partition)) {
+            self.lacking_since = None;
+            return Duration::from_hours(1);
+        }
+        let since = *self.lacking_since.get_or_insert_with(Instant::now);
+        let again = if since.elapsed() < EAGER { ACQUIRE_AGAIN.0 } else { ACQUIRE_AGAIN.1 };
+        again.min(self.shared.options.lease / 3)
     }
 
     /// Tries something that may fail and is tried again; says whether it was done.
@@ -172,23 +281,27 @@ impl Member {
         done
     }
 
-    /// Says once that a node is in trouble, and once that it is well again.
+    /// Says once that a node is in trouble, then now and then, and once that it is well again.
     pub(super) fn note(&mut self, outcome: Result<()>) {
         match outcome {
-            Ok(()) if self.failing => {
-                self.failing = false;
-                tracing::info!(node = %self.node, group = %self.shared.group, "node is back");
+            Ok(()) => {
+                self.shared.reach.note(self.node, true);
+                if self.trouble.take().is_some() {
+                    tracing::info!(node = %self.node, group = %self.shared.group, "node is back");
+                }
             }
             // A partition's trouble, and not the node's; the stream says so.
             Err(error) if matches!(error.kind(), ErrorKind::LeaseLost | ErrorKind::Reset) => {}
-            Err(error) if !self.failing => {
-                self.failing = true;
-                tracing::error!(
-                    node = %self.node, group = %self.shared.group, error = %error.chain(),
-                    "node in trouble: its partitions pause"
-                );
+            Err(error) => {
+                self.shared.reach.note(self.node, false);
+                if self.trouble.is_none_or(|said| said.elapsed() >= REMIND) {
+                    self.trouble = Some(Instant::now());
+                    tracing::error!(
+                        node = %self.node, group = %self.shared.group, error = %error.chain(),
+                        "node in trouble: its partitions pause"
+                    );
+                }
             }
-            _ => {}
         }
     }
 
@@ -201,6 +314,8 @@ impl Member {
                 (None, _) => holding.wake.notify_one(),
             }
         }
+        // In one order, so that one statement serves many looks.
+        known.sort_unstable_by_key(|(partition, ..)| *partition);
         for part in known.chunks(fetch::MAX_LOOK) {
             let connection = self.shared.connection(self.node).await?;
             let changed = fetch::look(&connection, part)
@@ -211,9 +326,18 @@ impl Member {
         Ok(())
     }
 
-    fn hear(&mut self, hint: Hint) {
+    /// Something was appended, or a partition given back.
+    async fn hear(&mut self, hint: Hint) {
+        let lacks = |partition: &PartitionId| {
+            !self.holdings.contains_key(partition) && self.shared.wants(*partition)
+        };
         match hint {
-            Hint::Partitions(partitions) => self.wake(&partitions),
+            Hint::Partitions(partitions) => {
+                self.wake(&partitions);
+                if self.stop.is_none() && partitions.iter().any(lacks) {
+                    self.attempt(Work::Balance).await;
+                }
+            }
             Hint::Look => self.wake_all(),
         }
     }
@@ -240,19 +364,18 @@ impl Member {
                 self.lose_tail(partition, owner).await;
                 self.attempt(Work::Balance).await;
             }
-            Command::Rebalance(reply) => {
-                self.attempt(Work::Balance).await;
-                let _ = reply.send(Ok(()));
-            }
             Command::Stop { until, reply } => {
-                self.holdings.values().for_each(|holding| holding.drain());
+                let all: Vec<_> = self.holdings.values().cloned().collect();
+                all.into_iter().for_each(|holding| self.give_up(holding, until));
                 self.stop = Some((until, reply));
             }
+            // Those who sleep are woken by any command, and who works does this anyway.
+            Command::Rebalance | Command::Renew | Command::Probe => {}
         }
     }
 
-    /// Commits and releases all that is left, and leaves.
-    async fn end(mut self) {
+    /// Commits and releases all that is left, and ends the lease. With it ends what was not committed.
+    async fn leave(&mut self) -> Result<()> {
         let holdings: Vec<Arc<Holding>> = self.holdings.values().cloned().collect();
         for holding in &holdings {
             holding.end(ErrorKind::LeaseLost);
@@ -269,9 +392,12 @@ impl Member {
             let what = format!("commit acknowledgements on node {}: no answer", self.node);
             Err(Error::new(ErrorKind::Timeout, what))
         });
-        if let Some((_, reply)) = self.stop {
-            let _ = reply.send(outcome);
+        for holding in holdings {
+            self.forget(&holding);
         }
+        (self.renewed, self.kept_since, self.incarnation) = (None, None, None);
+        self.other_server = false;
+        outcome
     }
 }
 
@@ -282,22 +408,4 @@ enum Work {
     Balance,
     Flush,
     Look,
-}
-
-/// An interval that does not catch up on ticks it missed.
-fn patient(period: Duration) -> tokio::time::Interval {
-    let mut interval = interval(period);
-    interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    interval
-}
-
-/// After a stop: all that was handed out is answered, or the deadline is over.
-async fn stopped<T>(holdings: &HashMap<PartitionId, Arc<Holding>>, stop: Option<&(Instant, T)>) {
-    let Some((deadline, _)) = stop else {
-        return std::future::pending().await;
-    };
-    tokio::select! {
-        _ = join_all(holdings.values().map(|holding| holding.drained())) => {}
-        () = sleep_until(*deadline) => {}
-    }
 }

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::task::{Context, Poll};
 use std::time::{Duration, SystemTime};
 
@@ -10,12 +11,13 @@ use bytes::Bytes;
 use futures_util::Stream;
 use serde::de::DeserializeOwned;
 use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
 
 use crate::codec::{Codec, Json};
-use crate::consumer::budget::Room;
-use crate::consumer::holding::Holding;
+use crate::consumer::holding::{Hand, Holding};
+use crate::consumer::lanes::{Lanes, Unread};
 use crate::consumer::{ConsumerHandle, Event};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::id::{MessageId, PartitionId, Uid};
 use crate::message::{DUPLICATE_HEADER, Headers, RESERVED_HEADER_PREFIX, UID_HEADER};
 use crate::metrics as names;
@@ -33,26 +35,20 @@ use crate::store::fetch::Batch;
 #[must_use = "a stream does nothing unless polled"]
 pub struct Messages {
     events: mpsc::UnboundedReceiver<Event>,
-    current: Option<Current>,
+    /// The batch that is being handed out.
+    current: Option<Unread>,
+    /// Of that batch.
+    handed: u64,
+    lanes: Lanes,
     topic: TopicName,
     handle: ConsumerHandle,
 }
 
-/// A batch that is being handed out.
-struct Current {
-    origin: Arc<Origin>,
-    next: i64,
-    handed: u64,
-    /// Whether parts of it were acknowledged in an earlier holding.
-    patchy: bool,
-    _room: Room,
-}
-
 /// What all deliveries of a batch share, so that each has one count of references to keep.
-struct Origin {
-    holding: Arc<Holding>,
-    row: Arc<Batch>,
-    topic: TopicName,
+pub(super) struct Origin {
+    pub(super) holding: Arc<Holding>,
+    pub(super) row: Arc<Batch>,
+    pub(super) topic: TopicName,
 }
 
 impl Messages {
@@ -61,7 +57,7 @@ impl Messages {
         topic: TopicName,
         handle: ConsumerHandle,
     ) -> Self {
-        Self { events, current: None, topic, handle }
+        Self { events, current: None, handed: 0, lanes: Lanes::default(), topic, handle }
     }
 
     /// A handle to flush and to shut down with, from anywhere.
@@ -74,6 +70,22 @@ impl Messages {
         futures_util::StreamExt::next(self).await
     }
 
+    /// The next deliveries, at least one and at most so many: waits for the first only. `None` after a
+    /// shutdown. Cancel safe.
+    pub async fn next_batch(&mut self, most: usize) -> Option<Result<Vec<Delivery>>> {
+        let first = match self.next().await? {
+            Ok(first) => first,
+            Err(news) => return Some(Err(news)),
+        };
+        let mut batch = vec![first];
+        while batch.len() < most
+            && let Some(delivery) = self.hand_out()
+        {
+            batch.push(delivery);
+        }
+        Some(Ok(batch))
+    }
+
     /// Commits what was acknowledged; see [`ConsumerHandle::flush`].
     pub async fn flush(&self) -> Result<()> {
         self.handle.flush().await
@@ -84,30 +96,64 @@ impl Messages {
         self.handle.shutdown(deadline).await
     }
 
-    /// The next message of the current batch.
+    /// The next message of what was fetched.
     fn hand_out(&mut self) -> Option<Delivery> {
-        let current = self.current.as_mut()?;
-        let Origin { holding, row, .. } = &*current.origin;
-        while current.next <= row.last_id() {
-            let id = current.next;
-            if current.patchy && holding.tracker().is_acked(id) {
-                current.next += 1;
-                continue;
+        loop {
+            let mut batch = match self.current.take() {
+                Some(batch) => batch,
+                None => self.lanes.next()?,
+            };
+            if self.handle.is_shutting_down() {
+                self.count();
+                self.lanes.clear();
+                return None;
             }
-            if self.handle.is_shutting_down() || !holding.hand_out() {
-                break;
+            match batch.hand_out() {
+                Some(Ok(delivery)) => {
+                    self.handed += 1;
+                    self.current = Some(batch);
+                    return Some(delivery);
+                }
+                Some(Err(Hand::Wait)) => self.lanes.park(batch),
+                // With what is left of the partition.
+                Some(Err(_)) => self.lanes.give_back(batch),
+                None => self.lanes.finish(batch),
             }
-            current.next += 1;
-            current.handed += 1;
-            return Some(Delivery {
-                index: usize::try_from(id - row.base_id).unwrap_or(0),
-                origin: Arc::clone(&current.origin),
-                answered: false,
-            });
+            self.count();
         }
-        ::metrics::counter!(names::DELIVERED).increment(current.handed);
-        self.current = None;
-        None
+    }
+
+    fn count(&mut self) {
+        ::metrics::counter!(names::DELIVERED).increment(std::mem::take(&mut self.handed));
+    }
+
+    /// Takes in what has come; returns news for whoever consumes, or that all has ended.
+    fn take_in(&mut self, context: &mut Context<'_>) -> Poll<Option<Error>> {
+        loop {
+            match self.events.poll_recv(context) {
+                Poll::Pending => return Poll::Pending,
+                Poll::Ready(None) => return Poll::Ready(None),
+                Poll::Ready(Some(Event::Error(news))) => {
+                    // The shutdown returns it.
+                    if !self.handle.is_shutting_down() {
+                        return Poll::Ready(Some(news));
+                    }
+                }
+                Poll::Ready(Some(event)) => self.absorb(event),
+            }
+        }
+    }
+
+    fn absorb(&mut self, event: Event) {
+        match event {
+            Event::Batch(read) => self.lanes.push(Unread::new(read, &self.topic)),
+            Event::Turn(owner) => self.lanes.turn(owner),
+            Event::Pressure => {
+                self.handle.shared.pressed.store(false, Ordering::Release);
+                self.lanes.make_room();
+            }
+            Event::Error(_) => {}
+        }
     }
 }
 
@@ -115,28 +161,19 @@ impl Stream for Messages {
     type Item = Result<Delivery>;
 
     fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        loop {
-            if let Some(delivery) = self.hand_out() {
-                return Poll::Ready(Some(Ok(delivery)));
-            }
-            match std::task::ready!(self.events.poll_recv(context)) {
-                Some(Event::Batch { holding, row, from, patchy, room }) => {
-                    let origin = Origin { holding, row, topic: self.topic.clone() };
-                    self.current = Some(Current {
-                        origin: Arc::new(origin),
-                        next: from,
-                        handed: 0,
-                        patchy,
-                        _room: room,
-                    });
-                }
-                Some(Event::Error(error)) if !self.handle.is_shutting_down() => {
-                    return Poll::Ready(Some(Err(error)));
-                }
-                // The shutdown returns it.
-                Some(Event::Error(_)) => {}
-                None => return Poll::Ready(None),
-            }
+        // A batch is handed out whole before it is looked what has come.
+        if self.current.is_some()
+            && let Some(delivery) = self.hand_out()
+        {
+            return Poll::Ready(Some(Ok(delivery)));
+        }
+        match self.take_in(context) {
+            Poll::Ready(Some(news)) => Poll::Ready(Some(Err(news))),
+            Poll::Ready(None) => Poll::Ready(None),
+            Poll::Pending => match self.hand_out() {
+                Some(delivery) => Poll::Ready(Some(Ok(delivery))),
+                None => Poll::Pending,
+            },
         }
     }
 }
@@ -159,15 +196,41 @@ impl fmt::Debug for Messages {
 /// the partition after this consumer; until then the group's position can't pass it.
 pub struct Delivery {
     origin: Arc<Origin>,
-    index: usize,
+    index: u32,
+    attempt: u32,
+    /// Answered, or never counted as handed out.
     answered: bool,
 }
 
 impl Delivery {
+    /// Of a message that is counted as handed out.
+    pub(super) fn new(origin: &Arc<Origin>, id: i64) -> Self {
+        let index = u32::try_from(id - origin.row.base_id).unwrap_or(0);
+        Self { origin: Arc::clone(origin), index, attempt: 1, answered: false }
+    }
+
+    /// The same message in other hands, which may acknowledge it; this one is what counts.
+    pub(super) fn twin(&self, attempt: u32) -> Self {
+        Self { origin: Arc::clone(&self.origin), index: self.index, attempt, answered: true }
+    }
+
+    /// Whether it was acknowledged.
+    pub(super) fn is_acked(&self) -> bool {
+        self.origin.holding.tracker().is_acked(self.number())
+    }
+
+    fn number(&self) -> i64 {
+        self.origin.row.base_id + i64::from(self.index)
+    }
+
+    fn place(&self) -> usize {
+        self.index as usize
+    }
+
     /// Where the message is.
     pub fn id(&self) -> MessageId {
-        let id = self.origin.row.base_id + i64::try_from(self.index).unwrap_or(0);
-        MessageId::try_from(id).unwrap_or_else(|_| unreachable!("the table's CHECKs see to it"))
+        MessageId::try_from(self.number())
+            .unwrap_or_else(|_| unreachable!("the table's CHECKs see to it"))
     }
 
     /// The message's identity, the same however often it is stored.
@@ -176,7 +239,7 @@ impl Delivery {
         first.unwrap_or(Uid {
             producer: self.origin.row.producer,
             sequence: self.origin.row.sequence,
-            index: u32::try_from(self.index).unwrap_or(u32::MAX),
+            index: self.index,
         })
     }
 
@@ -198,7 +261,7 @@ impl Delivery {
 
     /// The key it was sent with.
     pub fn key(&self) -> Option<&str> {
-        let key = self.origin.row.keys.as_ref()?.element(self.index)?;
+        let key = self.origin.row.keys.as_ref()?.element(self.place())?;
         std::str::from_utf8(key).ok()
     }
 
@@ -215,12 +278,12 @@ impl Delivery {
 
     /// The payload, as it was sent.
     pub fn payload(&self) -> &[u8] {
-        self.origin.row.payloads.element(self.index).unwrap_or_default()
+        self.origin.row.payloads.element(self.place()).unwrap_or_default()
     }
 
     /// The payload without a copy. It keeps its whole batch in memory.
     pub fn payload_bytes(&self) -> Bytes {
-        self.origin.row.payloads.bytes(self.index).unwrap_or_default()
+        self.origin.row.payloads.bytes(self.place()).unwrap_or_default()
     }
 
     /// The payload read as JSON. A payload that is something else is an error of the kind
@@ -239,9 +302,16 @@ impl Delivery {
         self.origin.row.appended_at
     }
 
-    /// Which attempt this is, from 1.
+    /// Which attempt this is, from 1: [`Messages::run`] repeats what its handler failed at.
     pub fn attempt(&self) -> u32 {
-        1
+        self.attempt
+    }
+
+    /// Cancelled when the partition is not this consumer's any more: it went to another one, its position
+    /// was moved, or it was waited for long enough when it was given back. What is acknowledged from then
+    /// on is refused, and the message is delivered again: work that can be given up should be.
+    pub fn revoked(&self) -> CancellationToken {
+        self.origin.holding.revoked.clone()
     }
 
     /// A number that stands for the acquisition under which it was handed out, for `shardmq verify`.
@@ -261,15 +331,16 @@ impl Delivery {
     /// [`LeaseLost`](crate::ErrorKind::LeaseLost) where the partition is known to be another consumer's
     /// already: the message is delivered there too.
     pub fn ack(mut self) -> Result<()> {
-        self.answered = true;
-        let id = self.origin.row.base_id + i64::try_from(self.index).unwrap_or(0);
-        let result = self.origin.holding.ack(id);
-        self.origin.holding.take_back();
+        let counted = !std::mem::replace(&mut self.answered, true);
+        let result = self.origin.holding.ack(self.number());
+        if counted {
+            self.origin.holding.take_back();
+        }
         result
     }
 
     fn all_headers(&self) -> Headers {
-        let json = self.origin.row.headers.as_ref().and_then(|all| all.element(self.index));
+        let json = self.origin.row.headers.as_ref().and_then(|all| all.element(self.place()));
         let text = json.and_then(|json| json.get(1..)).unwrap_or(b"{}");
         let values: serde_json::Map<String, serde_json::Value> =
             serde_json::from_slice(text).unwrap_or_default();

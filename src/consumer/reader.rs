@@ -22,9 +22,9 @@ use std::time::Duration;
 use tokio::time::timeout;
 
 use crate::consumer::budget::Room;
-use crate::consumer::holding::Holding;
+use crate::consumer::holding::{Holding, Place};
 use crate::consumer::member::Command;
-use crate::consumer::{Event, Shared};
+use crate::consumer::{Event, Read, Shared};
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::Day;
 use crate::metrics as names;
@@ -35,6 +35,8 @@ use crate::store::upkeep;
 
 /// The most rows of one fetch.
 const MAX_ROWS: i32 = 512;
+/// How long a reader waits for room before it says so, and before it says so again.
+const PRESSURE: Duration = Duration::from_millis(500);
 /// How long room is held for a connection.
 const BUSY: Duration = Duration::from_millis(50);
 /// How long one fetch may take: the largest message over a slow line.
@@ -112,6 +114,7 @@ impl Reader {
     /// brought all there was comes with a hint, or a look, which wakes this reader again.
     async fn drain(&mut self) -> Result<(), Stop> {
         loop {
+            self.turn().await;
             let Some(day) = self.day else {
                 self.day = self.look().await?;
                 self.holding.set_position(self.day, self.position);
@@ -138,6 +141,24 @@ impl Reader {
             }
             self.shared.failpoint("closed").await;
         }
+    }
+
+    /// Waits while nothing is to be read, and goes back where what was read was dropped.
+    async fn turn(&mut self) {
+        while self.holding.is_paused() || self.holding.is_far_ahead() {
+            self.holding.wake.notified().await;
+        }
+        if let Some(place) = self.holding.unless_rewound(|_| {}) {
+            self.go_back(place);
+        }
+    }
+
+    fn go_back(&mut self, place: Place) {
+        self.position = place.position;
+        self.day = fetch::day_of(place.position);
+        self.next = None;
+        self.last = place.last;
+        self.holding.set_position(self.day, self.position);
     }
 
     /// Where the partition stands: the day to be read after this one, if there is one. A position that
@@ -196,7 +217,7 @@ impl Reader {
         connection.finished();
         let Some(rows) = read? else { return self.table_gone(day).await };
         // A position beyond the end of the log has nothing yet to be compared with.
-        if let Some(row) = rows.last().filter(|row| row.last_id() >= self.position) {
+        if let Some(row) = rows.first().filter(|row| row.last_id() == self.position) {
             self.last = Some((day, row.identity()));
         }
         let full = rows.len() >= usize::try_from(MAX_ROWS).unwrap_or(usize::MAX);
@@ -204,7 +225,9 @@ impl Reader {
             rows.into_iter().filter(|row| row.last_id() > self.position).collect();
         let bytes: usize = new.iter().map(|row| row.bytes).sum();
         let (any, full) = (!new.is_empty(), full || bytes >= bound);
-        self.deliver(new, reserved);
+        if !self.deliver(new, day, reserved) {
+            return Ok(Fetched::Full);
+        }
         Ok(match (any, full) {
             (false, _) => Fetched::Nothing,
             (true, false) => Fetched::Rows,
@@ -301,7 +324,7 @@ impl Reader {
     async fn room_and_connection(&self) -> Result<(Room, Connection)> {
         let node = self.holding.partition.node();
         loop {
-            let room = self.shared.budget.reserve().await;
+            let room = self.room().await;
             if let Ok(connection) = timeout(BUSY, self.shared.connection(node)).await {
                 return Ok((room, connection?));
             }
@@ -310,17 +333,41 @@ impl Reader {
         }
     }
 
-    /// Hands rows to the stream, each with its part of the room that was reserved; the rest goes back.
-    fn deliver(&mut self, rows: Vec<Batch>, mut reserved: Room) {
-        for row in rows {
-            let from = self.position.max(row.base_id - 1) + 1;
-            self.position = row.last_id();
-            let patchy = self.holding.tracker().read(from, self.position);
-            let room = reserved.split(self.shared.weight(&row));
-            let holding = Arc::clone(&self.holding);
-            self.shared.send(Event::Batch { holding, row: Arc::new(row), from, patchy, room });
+    /// Room for a fetch. While there is none, what nobody takes of others may be dropped for it.
+    async fn room(&self) -> Room {
+        loop {
+            if let Ok(room) = timeout(PRESSURE, self.shared.budget.reserve()).await {
+                return room;
+            }
+            self.shared.press();
         }
-        self.holding.set_position(self.day, self.position);
+    }
+
+    /// Hands rows to the stream, each with its part of the room that was reserved; the rest goes back.
+    /// False where not all were: too much lies above the cursor, or there is a place to go back to.
+    fn deliver(&mut self, rows: Vec<Batch>, day: Day, mut reserved: Room) -> bool {
+        let holding = Arc::clone(&self.holding);
+        for row in rows {
+            if holding.is_far_ahead() {
+                return false;
+            }
+            let from = self.position.max(row.base_id - 1) + 1;
+            let (last_id, identity) = (row.last_id(), row.identity());
+            let rewound = holding.unless_rewound(|round| {
+                let patchy = holding.tracker().read(from, last_id);
+                let room = reserved.split(self.shared.weight(&row));
+                let row = Arc::new(row);
+                let batch = Read { holding: Arc::clone(&holding), row, from, patchy, round, room };
+                self.shared.send(Event::Batch(batch));
+            });
+            if let Some(place) = rewound {
+                self.go_back(place);
+                return false;
+            }
+            (self.position, self.last) = (last_id, Some((day, identity)));
+            holding.set_position(self.day, self.position);
+        }
+        true
     }
 }
 

@@ -1,95 +1,304 @@
-//! Who else is in the group: a heartbeat in the control database, and the even share that follows.
+//! Who is in the group, and which partitions each has: heartbeats in the control database, and the
+//! assignment that is agreed upon there.
+//!
+//! ```text
+//! heartbeat ─> who is there? ─> as the assignment has it? ─ yes ─> take it over, where it is new
+//!     ^          │                         │ no
+//!     │          └ silent or dead:         └─> compute the next one, record it in the place of the last
+//!     │            leave it out
+//!     └── every three tenths of a lease, and at once when the group has news
+//! ```
+//!
+//! Everybody computes the same from what is recorded, so it does not matter who is first.
+//!
+//! A member is left out that was silent for two thirds of its lease, so that another one is ready on its
+//! nodes when the lease ends. Whoever was out of touch itself knows nothing of the silence of others.
+//! Sooner, where the process has died: its listening session is missing in two looks, and no heartbeat
+//! came in between. Who was left out and lives is back with its next heartbeat.
 
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
-use tokio::time::{Instant, timeout};
+use crc::{CRC_64_XZ, Crc};
+use tokio::sync::broadcast::error::RecvError;
+use tokio::time::{Instant, sleep_until, timeout};
+use uuid::Uuid;
 
+use crate::cluster::Place;
 use crate::consumer::Shared;
-use crate::consumer::member::Command;
-use crate::deadline::in_time;
-use crate::error::Result;
+use crate::consumer::assignment::{Owners, Peer, assign};
+use crate::consumer::wanted::Wanted;
+use crate::deadline::{in_time, jitter};
+use crate::error::{Error, ErrorKind, Result};
+use crate::id::{NodeId, PartitionId};
+use crate::metrics as names;
 use crate::store::connect::refused;
-use crate::store::control;
-use crate::topology::share;
+use crate::store::membership::{self, Assignment, Heard, Seen, Sign};
 
 /// How long a statement may take: a database that hangs must hold nobody up.
 const STATEMENT: Duration = Duration::from_secs(2);
-
 /// After how many leases without a word from the control database partitions that are free are taken
 /// whoever's they should be.
 const PATIENCE: u32 = 2;
+/// Between the two looks at a session that is missing: its process hears at once if it was cut off.
+const SECOND_LOOK: Duration = Duration::from_secs(1);
+/// How long a member must have been in touch before it knows that another one is silent. After a restart
+/// of the database everybody seems silent: each has sent a heartbeat by then.
+const GRACE: Duration = Duration::from_secs(3);
+/// How soon a heartbeat that failed is tried again.
+const AGAIN: Duration = Duration::from_millis(500);
+/// How often to try to agree: each failure means that somebody else was first.
+const ATTEMPTS: u32 = 5;
 
-/// Beats until the consumer stops. With the control database away, everybody keeps what they have, and
-/// after a while also takes what nobody does.
-pub(crate) async fn run(shared: Arc<Shared>) {
-    let mut interval = tokio::time::interval(shared.options.lease / 3);
-    let (mut heard, mut away) = (Instant::now(), false);
-    loop {
-        tokio::select! {
-            _ = interval.tick() => {}
-            () = shared.stopping.cancelled() => return,
+const CRC: Crc<u64> = Crc::<u64>::new(&CRC_64_XZ);
+
+/// What a member knows of its group.
+pub(crate) struct Roster {
+    shared: Arc<Shared>,
+    /// Version and basis of the assignment that was taken over.
+    known: Option<(i64, String)>,
+    /// Members whose session was missing, and since when without a heartbeat.
+    suspects: HashMap<Uuid, (SystemTime, Instant)>,
+    /// When the control database last answered, and since when it does without a break.
+    heard: Instant,
+    in_touch_since: Option<Instant>,
+    away: bool,
+}
+
+impl Roster {
+    pub(crate) fn new(shared: Arc<Shared>) -> Self {
+        Self {
+            shared,
+            known: None,
+            suspects: HashMap::new(),
+            heard: Instant::now(),
+            in_touch_since: None,
+            away: false,
         }
-        match beat(&shared).await {
-            Ok(()) => {
-                if std::mem::take(&mut away) {
-                    tracing::info!(group = %shared.group, "the control database is back");
+    }
+
+    /// Beats until the consumer stops. With the control database away, everybody keeps what they have,
+    /// and after a while also takes what nobody does.
+    pub(crate) async fn run(mut self) {
+        let shared = Arc::clone(&self.shared);
+        let presence = shared.cluster.inner.nodes.presence();
+        let (mut news, mut places) = (presence.group_news(), presence.changes());
+        let mut listening = presence.is_at(Place::Control);
+        let ours = format!("{} {}", shared.topology.topic, shared.group);
+        let mut due = self.next();
+        loop {
+            tokio::select! {
+                () = sleep_until(due) => {}
+                heard = news.recv() => match heard {
+                    Ok(Some(group)) if group != ours => continue,
+                    Ok(_) | Err(RecvError::Lagged(_)) => {
+                        // Cursors may have been moved.
+                        shared.renew_all();
+                    }
+                    Err(RecvError::Closed) => return,
+                },
+                _ = places.changed() => {
+                    let now = presence.is_at(Place::Control);
+                    if std::mem::replace(&mut listening, now) == now {
+                        continue;
+                    }
                 }
-                heard = Instant::now();
+                // At once: the others find out what will be theirs while this one finishes.
+                () = shared.stopping.cancelled() => return leave(&shared).await,
             }
-            Err(error) => {
-                if !std::mem::replace(&mut away, true) {
-                    tracing::warn!(
-                        group = %shared.group, error = %error.chain(),
-                        "no heartbeat: the consumer keeps the partitions that it has"
-                    );
-                }
-                if heard.elapsed() > shared.options.lease * PATIENCE {
-                    take_share(&shared, shared.topology.partitions.len());
-                }
-            }
+            // What came meanwhile is answered by this heartbeat too.
+            while news.try_recv().is_ok() {}
+            let outcome = self.beat().await;
+            due = self.note(outcome);
         }
     }
-}
 
-/// One heartbeat; a new share is told to the members of all nodes.
-pub(crate) async fn beat(shared: &Shared) -> Result<()> {
-    let _turn = shared.registering.lock().await;
-    if shared.stopping.is_cancelled() {
-        return Ok(());
+    /// When the next heartbeat is due.
+    fn next(&self) -> Instant {
+        let regular = Instant::now() + jitter(self.shared.options.lease * 27 / 100);
+        let look = self.suspects.values().map(|(_, since)| *since + SECOND_LOOK).min();
+        look.map_or(regular, |look| look.min(regular))
     }
-    let share = in_time(STATEMENT, "send a heartbeat", try_beat(shared)).await?;
-    take_share(shared, share);
-    Ok(())
-}
 
-fn take_share(shared: &Shared, share: usize) {
-    if shared.share.swap(share, Ordering::AcqRel) != share {
-        drop(shared.command(Command::Rebalance));
+    /// Says once that the control database is away, and once that it is back.
+    fn note(&mut self, outcome: Result<()>) -> Instant {
+        let Err(error) = outcome else {
+            if std::mem::take(&mut self.away) {
+                tracing::info!(group = %self.shared.group, "the control database is back");
+            }
+            return self.next();
+        };
+        if !std::mem::replace(&mut self.away, true) {
+            tracing::warn!(
+                group = %self.shared.group, error = %error.chain(),
+                "no heartbeat: the consumer keeps the partitions that it has"
+            );
+        }
+        if self.heard.elapsed() > self.shared.options.lease * PATIENCE {
+            self.known = None;
+            self.shared.want(Wanted::Anything);
+        }
+        Instant::now() + AGAIN.min(self.shared.options.lease * 3 / 10)
     }
-}
 
-async fn try_beat(shared: &Shared) -> Result<usize> {
-    let connection = shared.cluster.inner.control.get().await?;
-    let lease = shared.options.lease.as_secs_f64();
-    let names = (&shared.topology.topic, &shared.group);
-    let members = control::heartbeat(connection, shared.member, names, &host(), lease)
+    /// One heartbeat, and what follows from the answer.
+    pub(crate) async fn beat(&mut self) -> Result<()> {
+        let Some(mut heard) = self.send().await? else { return Ok(()) };
+        let now = Instant::now();
+        if self.in_touch_since.is_none() || now - self.heard > self.shared.options.lease / 2 {
+            self.in_touch_since = Some(now);
+        }
+        self.heard = now;
+        self.leave_out(&mut heard.members).await?;
+        let died = heard.members.iter().filter(|seen| seen.died).map(|seen| seen.member);
+        self.shared.note_dead(died.collect());
+        let unreachable = heard.members.iter().flat_map(|seen| &seen.unreachable);
+        self.shared.probe(unreachable.filter_map(|number| node(*number)).collect());
+        let peers = heard.members.iter().filter(|seen| !seen.gone).map(peer).collect();
+        self.agree(peers, heard.assignment).await
+    }
+
+    /// None where the consumer has left meanwhile.
+    async fn send(&self) -> Result<Option<Heard>> {
+        let shared = &self.shared;
+        let _turn = shared.registering.lock().await;
+        if shared.stopping.is_cancelled() {
+            return Ok(None);
+        }
+        let what = "send a heartbeat to the control database";
+        let (unreachable, avoid) = shared.out_of_reach();
+        let host = host();
+        let sign = Sign {
+            member: shared.member,
+            host: &host,
+            lease_secs: shared.options.lease.as_secs_f64(),
+            only: shared.options.only.as_ref().map(|only| numbers(only)),
+            unreachable,
+            avoid,
+            session: shared.cluster.inner.nodes.presence().session(Place::Control),
+        };
+        let names = (&shared.topology.topic, &shared.group);
+        let sent = async {
+            let connection = shared.cluster.inner.control.get().await?;
+            let heard = membership::heartbeat(connection, names, &sign).await;
+            heard.map_err(|error| refused(error, what))
+        };
+        in_time(STATEMENT, what, sent).await.map(Some)
+    }
+
+    /// Leaves those out who are silent for too long, or whose process has died.
+    async fn leave_out(&mut self, members: &mut [Seen]) -> Result<()> {
+        let missing: Vec<Uuid> = members.iter().filter(|m| m.missing).map(|m| m.member).collect();
+        self.suspects.retain(|member, _| missing.contains(member));
+        let in_touch = self.in_touch_since.is_some_and(|since| since.elapsed() >= GRACE);
+        for seen in members.iter_mut().filter(|seen| !seen.died) {
+            let died = seen.missing && (seen.silent || self.is_missed_again(seen));
+            let silent = seen.silent && in_touch && !seen.gone;
+            if !(died || silent) {
+                continue;
+            }
+            let what = format!("leave member {} out", seen.member);
+            let connection = self.shared.cluster.inner.control.get().await?;
+            let left_out = membership::bury(connection, seen.member, seen.heartbeat_at, died);
+            let left_out = in_time(STATEMENT, &what, async {
+                left_out.await.map_err(|error| refused(error, &what))
+            });
+            if left_out.await? {
+                (seen.gone, seen.died) = (true, died);
+                tracing::info!(group = %self.shared.group, member = %seen.member, died, "member left out");
+                self.suspects.remove(&seen.member);
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether a session that is missing was so a while ago too, with no heartbeat since.
+    fn is_missed_again(&mut self, seen: &Seen) -> bool {
+        let now = (seen.heartbeat_at, Instant::now());
+        let (heartbeat, since) = self.suspects.entry(seen.member).or_insert(now);
+        if *heartbeat != seen.heartbeat_at {
+            (*heartbeat, *since) = now;
+        }
+        since.elapsed() >= SECOND_LOOK
+    }
+
+    /// Takes the assignment over that is of these members, or makes it.
+    async fn agree(&mut self, peers: Vec<Peer>, recorded: Option<(i64, String)>) -> Result<()> {
+        let basis = basis(&peers, &self.shared.topology.partitions);
+        if recorded == self.known && recorded.as_ref().is_some_and(|(_, known)| *known == basis) {
+            return Ok(());
+        }
+        for _ in 0..ATTEMPTS {
+            let before = self.read().await?;
+            let (next, is_new) = match before {
+                Some(before) if before.basis == basis => (before, false),
+                before => (self.compute(before.unwrap_or_default(), &peers, &basis), true),
+            };
+            if !is_new || self.record(&next).await? {
+                let mine = owners(&next).into_iter().filter(|(_, m)| *m == self.shared.member);
+                let mine = mine.map(|(partition, _)| partition).collect();
+                self.known = Some((next.version, next.basis));
+                ::metrics::counter!(names::ASSIGNED).increment(1);
+                self.shared.want(Wanted::These(mine));
+                return Ok(());
+            }
+        }
+        let what = format!("agree with group {} on who has what", self.shared.group);
+        Err(Error::new(ErrorKind::Conflict, what))
+    }
+
+    fn compute(&self, before: Assignment, peers: &[Peer], basis: &str) -> Assignment {
+        let partitions = &self.shared.topology.partitions;
+        let owners = assign(partitions, peers, &owners(&before));
+        let members: Vec<Uuid> = peers.iter().map(|peer| peer.member).collect();
+        let place = |partition| {
+            let owner = owners.get(partition)?;
+            let place = members.iter().position(|member| member == owner)?;
+            i32::try_from(place + 1).ok()
+        };
+        Assignment {
+            version: before.version + 1,
+            basis: basis.to_owned(),
+            owners: partitions.iter().map(|partition| place(partition).unwrap_or(0)).collect(),
+            partitions: numbers(partitions),
+            members,
+        }
+    }
+
+    async fn read(&self) -> Result<Option<Assignment>> {
+        let shared = &self.shared;
+        let what = format!("read the assignment of group {}", shared.group);
+        in_time(STATEMENT, &what, async {
+            let connection = shared.cluster.inner.control.get().await?;
+            let found =
+                membership::assignment(&connection, &shared.topology.topic, &shared.group).await;
+            found.map_err(|error| refused(error, &what))
+        })
         .await
-        .map_err(|error| refused(error, "send a heartbeat to the control database"))?;
-    if let Some(only) = &shared.options.only {
-        return Ok(only.len());
     }
-    let rank = members.iter().position(|member| *member == shared.member).unwrap_or(0);
-    Ok(share(shared.topology.partitions.len(), members.len(), rank))
+
+    /// False where somebody else was first.
+    async fn record(&self, next: &Assignment) -> Result<bool> {
+        let shared = &self.shared;
+        let what = format!("record the assignment of group {}", shared.group);
+        in_time(STATEMENT, &what, async {
+            let connection = shared.cluster.inner.control.get().await?;
+            let names = (&shared.topology.topic, &shared.group);
+            let recorded = membership::assign(connection, names, next).await;
+            recorded.map_err(|error| refused(error, &what))
+        })
+        .await
+    }
 }
 
-/// Takes the member off the list.
+/// Takes the member off the list, so that the others know what will be theirs.
 pub(crate) async fn leave(shared: &Shared) {
     shared.stopping.cancel();
     let left = async {
+        let _turn = shared.registering.lock().await;
         let connection = shared.cluster.inner.control.get().await?;
-        control::leave(connection, shared.member)
+        membership::leave(connection, shared.member)
             .await
             .map_err(|error| refused(error, "leave the group"))
     };
@@ -99,15 +308,49 @@ pub(crate) async fn leave(shared: &Shared) {
     }
 }
 
+fn peer(seen: &Seen) -> Peer {
+    let partition = |number: &i32| PartitionId::from_i32(*number).ok();
+    Peer {
+        member: seen.member,
+        only: seen.only.as_ref().map(|only| only.iter().filter_map(partition).collect()),
+        avoid: seen.avoid.iter().filter_map(|number| node(*number)).collect(),
+    }
+}
+
+fn node(number: i32) -> Option<NodeId> {
+    NodeId::new(u8::try_from(number).ok()?).ok()
+}
+
+fn numbers<'a>(partitions: impl IntoIterator<Item = &'a PartitionId>) -> Vec<i32> {
+    partitions.into_iter().map(|partition| partition.as_i32()).collect()
+}
+
+fn owners(assignment: &Assignment) -> Owners {
+    let pairs = assignment.partitions.iter().zip(&assignment.owners);
+    let owner = |(partition, place): (&i32, &i32)| {
+        let place = usize::try_from(*place).ok()?.checked_sub(1)?;
+        Some((PartitionId::from_i32(*partition).ok()?, *assignment.members.get(place)?))
+    };
+    pairs.filter_map(owner).collect()
+}
+
+/// What an assignment is computed from, in short.
+fn basis(peers: &[Peer], partitions: &[PartitionId]) -> String {
+    let mut digest = CRC.digest();
+    for partition in partitions {
+        digest.update(&partition.as_i32().to_le_bytes());
+    }
+    for peer in peers {
+        digest.update(peer.member.as_bytes());
+        let only: BTreeSet<i32> = peer.only.iter().flatten().map(|p| p.as_i32()).collect();
+        digest.update(format!("{}{only:?}{:?}", peer.only.is_some(), peer.avoid).as_bytes());
+    }
+    format!("{}-{}-{:016x}", peers.len(), partitions.len(), digest.finalize())
+}
+
 /// This machine's name.
 fn host() -> String {
     let read = |path: &str| std::fs::read_to_string(path).ok();
     let name = std::env::var("HOSTNAME").ok().or_else(|| read("/proc/sys/kernel/hostname"));
     name.map_or_else(|| "unknown".to_owned(), |name| name.trim().to_owned())
-}
-
-/// A duration give or take a fifth, so that many don't act at once.
-pub(crate) fn jitter(duration: Duration) -> Duration {
-    let random = uuid::Uuid::new_v4().as_u128() % 401;
-    duration * u32::try_from(800 + random).unwrap_or(1000) / 1000
 }

@@ -185,23 +185,3 @@ pub(crate) async fn make_group(
     let params: [&dyn Param; 4] = [&topic, &group, &start.at, &start.id];
     write(connection, Durability::Durable, sql::CONTROL_MAKE_GROUP, &params).await.map(drop)
 }
-
-/// A consumer's sign of life; returns all live members of its group, in order.
-pub(crate) async fn heartbeat(
-    connection: Connection,
-    member: Uuid,
-    (topic, group): (&TopicName, &GroupName),
-    host: &str,
-    lease_secs: f64,
-) -> Result<Vec<Uuid>, Error> {
-    let (topic, group) = (topic.as_str(), group.as_str());
-    let pid = i32::try_from(std::process::id()).unwrap_or(0);
-    let params: [&dyn Param; 6] = [&member, &topic, &group, &host, &pid, &lease_secs];
-    let rows = write(connection, Durability::Relaxed, sql::CONTROL_HEARTBEAT, &params).await?;
-    Ok(rows.iter().map(|row| row.get(0)).collect())
-}
-
-/// A consumer that leaves.
-pub(crate) async fn leave(connection: Connection, member: Uuid) -> Result<(), Error> {
-    write(connection, Durability::Relaxed, sql::CONTROL_LEAVE, &[&member]).await.map(drop)
-}

@@ -12,8 +12,8 @@ use crate::store::node::{Connection, query};
 use crate::store::packed::Unpacked;
 use crate::store::sql;
 
-/// The most tables that one look covers.
-pub(crate) const MAX_LOOK: usize = 32;
+/// The most tables that one look covers: all of a node.
+pub(crate) const MAX_LOOK: usize = 99;
 
 /// A row of a day table: a batch. The arrays are empty in the overlap, the row that ends at the
 /// position that was read from.
@@ -52,6 +52,11 @@ impl Batch {
             sequence: self.sequence,
             appended_at: self.appended_at,
         }
+    }
+
+    /// Its day and identity, to be found again.
+    pub(crate) fn place(&self) -> Option<(Day, Identity)> {
+        Some((day_of(self.base_id)?, self.identity()))
     }
 
     pub(crate) fn last_id(&self) -> i64 {

@@ -37,6 +37,8 @@ pub(crate) struct Acquired {
     pub(crate) acked_id: i64,
     /// Ids above it that are acknowledged too: first and last of each run.
     pub(crate) acked_ahead: Vec<(i64, i64)>,
+    /// Whose it was, if it was not given back.
+    pub(crate) owner_before: Option<Uuid>,
 }
 
 /// Where a group starts on this node, if it knows.
@@ -90,9 +92,10 @@ pub(crate) async fn renew(
     group: &GroupName,
     lease_secs: f64,
     incarnation: Option<SystemTime>,
+    session: Option<String>,
 ) -> Result<Renewed, Error> {
     let group = group.as_str();
-    let params: [&dyn Param; 4] = [&member, &group, &lease_secs, &incarnation];
+    let params: [&dyn Param; 5] = [&member, &group, &lease_secs, &incarnation, &session];
     let rows = write(connection, Durability::Relaxed, sql::RENEW, &params).await?;
     let owned = rows.iter().filter_map(|row| {
         let partition = PartitionId::from_i32(row.get::<_, Option<i32>>(2)?).ok()?;
@@ -106,18 +109,31 @@ pub(crate) async fn renew(
     })
 }
 
-/// Takes up to `most` of these partitions that are free, or, where `ended_too`, whose member's lease
-/// has ended; the lease of `member` must be live.
+/// Who takes partitions, and whose.
+#[derive(Debug)]
+pub(crate) struct Taker<'a> {
+    /// Its own lease must be live.
+    pub(crate) member: Uuid,
+    pub(crate) lease_secs: f64,
+    /// Whether what a member has whose lease is over may be taken.
+    pub(crate) ended_too: bool,
+    /// Members that have died, as others saw.
+    pub(crate) gone: &'a [Uuid],
+    /// Members that have died for certain.
+    pub(crate) dead: &'a [Uuid],
+}
+
+/// Takes those of these partitions that are free, or a dead member's.
 pub(crate) async fn acquire(
     connection: Connection,
     (topic, group): (&TopicName, &GroupName),
-    member: Uuid,
-    most: i64,
-    ended_too: bool,
+    taker: &Taker<'_>,
     partitions: &[i32],
 ) -> Result<Vec<Acquired>, Error> {
     let (topic, group) = (topic.as_str(), group.as_str());
-    let params: [&dyn Param; 6] = [&topic, &group, &member, &most, &ended_too, &partitions];
+    let Taker { member, lease_secs, ended_too, gone, dead } = taker;
+    let params: [&dyn Param; 8] =
+        [&topic, &group, member, &partitions, ended_too, gone, lease_secs, dead];
     let rows = write(connection, Durability::Durable, sql::ACQUIRE, &params).await?;
     let acquired = rows.iter().filter_map(|row| {
         Some(Acquired {
@@ -126,6 +142,7 @@ pub(crate) async fn acquire(
             acked_id: row.get(4),
             acked_ahead: parse_ranges(row.get(5)),
             incarnation: row.get(6),
+            owner_before: row.get(7),
         })
     });
     Ok(acquired.collect())

@@ -14,6 +14,8 @@ use crate::store::target::{Messages, Target};
 pub(crate) const HINTS: &str = "shardmq";
 /// The channel of the control database, which tells of each new version of the topology.
 pub(crate) const TOPOLOGY: &str = "shardmq_topology";
+/// Another one there, which tells of groups: `topic group`.
+pub(crate) const GROUPS: &str = "shardmq_group";
 
 /// A connection to listen on.
 pub(crate) struct Session {
@@ -43,17 +45,18 @@ pub(crate) async fn open(target: &Target, what: &str, trusted: bool) -> Result<O
     Ok(direct.then_some(Session { client, messages, marker }))
 }
 
-/// Asks to hear of everything in a channel; false where a pooler answers, which is not asked.
+/// Asks to hear of everything in these channels; false where a pooler answers, which is not asked.
 pub(crate) async fn begin(
     client: &Client,
     marker: Option<&Marker>,
-    channel: &str,
+    channels: &[&str],
 ) -> Result<bool, Error> {
     if let Some(marker) = marker
         && !marker.is_there(client).await?
     {
         return Ok(false);
     }
-    client.batch_execute(&format!("listen {channel}")).await?;
+    let all: Vec<String> = channels.iter().map(|channel| format!("listen {channel}")).collect();
+    client.batch_execute(&all.join("; ")).await?;
     Ok(true)
 }

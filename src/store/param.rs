@@ -32,6 +32,12 @@ macro_rules! params {
             }
         }
 
+        impl Param for Option<Vec<$rust>> {
+            fn of_type(&self) -> Type {
+                Type::$many
+            }
+        }
+
         impl Param for &[$rust] {
             fn of_type(&self) -> Type {
                 Type::$many

@@ -24,7 +24,10 @@ statements! {
     BEGIN_RELAXED = "begin_relaxed";
     CLAIM_PARTITIONS = "claim_partitions";
     CONTROL_ADD_NODE = "control_add_node";
+    CONTROL_ASSIGN = "control_assign";
+    CONTROL_ASSIGNMENT = "control_assignment";
     CONTROL_BUMP = "control_bump";
+    CONTROL_BURY = "control_bury";
     CONTROL_CLUSTER = "control_cluster";
     CONTROL_CREATE_TOPIC = "control_create_topic";
     CONTROL_DELETE_TOPIC = "control_delete_topic";

@@ -9,9 +9,10 @@ use uuid::Uuid;
 
 use crate::support::reading::{cursor, cursors, seek};
 use crate::support::stored::{number, topic};
-use crate::support::{TestCluster, within};
+use crate::support::{TestCluster, client, eventually, within};
 
 const SECOND: Duration = Duration::from_secs(1);
+const ALL: i64 = 9;
 const FLUSH: &str = include_str!("../../src/store/sql/flush.sql");
 const ACQUIRE: &str = include_str!("../../src/store/sql/acquire.sql");
 const RENEW: &str = include_str!("../../src/store/sql/renew.sql");
@@ -38,13 +39,38 @@ async fn ready(partitions: usize) -> (TestCluster, Client, Vec<shardmq::Partitio
 
 async fn renew(sql: &Client, member: Uuid, seconds: f64) {
     let known: Option<SystemTime> = None;
-    sql.query(RENEW, &[&member, &"g", &seconds, &known]).await.unwrap();
+    let session: Option<&str> = None;
+    sql.query(RENEW, &[&member, &"g", &seconds, &known, &session]).await.unwrap();
 }
 
+/// Asks for all that there can be, or for the first so many that are free.
 async fn acquire(sql: &Client, member: Uuid, most: i64, ended_too: bool) -> Vec<Fence> {
-    let all: Vec<i32> = (10_101..=10_199).collect();
-    let rows =
-        sql.query(ACQUIRE, &[&"orders", &"g", &member, &most, &ended_too, &all]).await.unwrap();
+    if most == ALL {
+        let all: Vec<i32> = (10_101..=10_199).collect();
+        return take(sql, member, &all, ended_too, &[]).await;
+    }
+    let free = "select c.partition from shardmq.cursor c
+                 where c.member is null or $2 and not exists (select from shardmq.member m
+                        where m.member = c.member and m.leased_until > clock_timestamp())
+                 order by 1 limit $1";
+    let free = sql.query(free, &[&most, &ended_too]).await.unwrap();
+    let wanted: Vec<i32> = free.iter().map(|row| row.get(0)).collect();
+    take(sql, member, &wanted, ended_too, &[]).await
+}
+
+/// Takes these, also those of members that have died.
+async fn take(
+    sql: &Client,
+    member: Uuid,
+    wanted: &[i32],
+    ended_too: bool,
+    gone: &[Uuid],
+) -> Vec<Fence> {
+    let (lease, dead) = (10.0_f64, Vec::<Uuid>::new());
+    let rows = sql
+        .query(ACQUIRE, &[&"orders", &"g", &member, &wanted, &ended_too, &gone, &lease, &dead])
+        .await
+        .unwrap();
     rows.iter()
         .map(|row| Fence {
             partition: row.get(0),
@@ -137,6 +163,34 @@ async fn a_row_that_a_transaction_has_locked_is_passed_over_and_the_others_move(
     open.commit().await.unwrap();
     assert_eq!(states(flush(&sql, &fences, 9).await), ["lease_lost", "moved", "lease_lost"]);
     assert_eq!(cursor(&sql, "g", partitions[1]).await.acked_id, 9);
+}
+
+/// What others saw is believed only where the node does not say otherwise.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_dead_member_s_partitions_are_taken_before_its_lease_ends_unless_its_session_is_there() {
+    let (test, sql, _) = ready(2).await;
+    let [dead, well, taker] = [1, 2, 3].map(|_| Uuid::now_v7());
+    let here = client(&format!("{}?application_name=shardmq_listen_here", test.node_urls[0])).await;
+    for (member, session) in [(dead, "shardmq_listen_gone"), (well, "shardmq_listen_here")] {
+        let known: Option<SystemTime> = None;
+        let renewed = sql.query(RENEW, &[&member, &"g", &10.0_f64, &known, &Some(session)]).await;
+        renewed.unwrap();
+    }
+    renew(&sql, taker, 10.0).await;
+    assert_eq!(take(&sql, dead, &[10_101], false, &[]).await.len(), 1);
+    assert_eq!(take(&sql, well, &[10_102], false, &[]).await.len(), 1);
+    let both = [10_101, 10_102];
+    assert!(take(&sql, taker, &both, true, &[]).await.is_empty(), "nobody says that they are dead");
+    let up = "select pg_postmaster_start_time() < clock_timestamp() - interval '10 s'";
+    let up = async || sql.query_one(up, &[]).await.unwrap().get::<_, bool>(0);
+    if !up().await {
+        // After a restart all sessions are new.
+        assert!(take(&sql, taker, &both, false, &[dead, well]).await.is_empty());
+    }
+    eventually("the server is up for longer than a lease", 20 * SECOND, up).await;
+    let taken = take(&sql, taker, &both, false, &[dead, well]).await;
+    assert_eq!(taken.iter().map(|fence| fence.partition).collect::<Vec<_>>(), [10_101]);
+    drop(here);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -31,7 +31,7 @@ async fn listeners(sql: &Client) -> Vec<i32> {
     let rows = sql
         .query(
             "select pid from pg_stat_activity
-              where datname = current_database() and application_name = 'shardmq listen'",
+              where datname = current_database() and application_name like 'shardmq listen %'",
             &[],
         )
         .await

@@ -342,7 +342,8 @@ async fn hints_are_heard_at_the_address_that_is_given_for_listening() {
     let producer = cluster.producer("orders").build().await.unwrap();
     let mut messages = cluster.consumer("orders", "g").poll_interval(NEVER).stream().await.unwrap();
     let sql = test.sql(0).await;
-    let listens = "select count(*) from pg_stat_activity where application_name = 'shardmq listen'
+    let listens =
+        "select count(*) from pg_stat_activity where application_name like 'shardmq listen %'
                       and datname = current_database() and query = 'listen shardmq'";
     let listens = || async { sql.query_one(listens, &[]).await.unwrap().get::<_, i64>(0) == 1 };
     eventually("somebody listens", SOON, listens).await;

@@ -37,7 +37,7 @@ async fn refused(url: &str, because: &str) {
 /// Which sessions of a server's programs are encrypted.
 async fn sessions(sql: &tokio_postgres::Client) -> BTreeSet<(String, bool)> {
     let asked =
-        "select distinct application_name, ssl from pg_stat_activity join pg_stat_ssl using (pid)
+        "select distinct regexp_replace(application_name, ' [0-9a-f]{32}$', ''), ssl from pg_stat_activity join pg_stat_ssl using (pid)
                   where application_name like 'shardmq%' and datname = current_database()";
     let rows = sql.query(asked, &[]).await.unwrap();
     rows.iter().map(|row| (row.get(0), row.get(1))).collect()

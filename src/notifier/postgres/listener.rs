@@ -15,8 +15,8 @@ use tokio::time::{Instant, sleep, sleep_until};
 use tokio_postgres::{AsyncMessage, Client};
 
 use super::Channel;
-use crate::cluster::{ListenAt, Nodes};
-use crate::consumer::jitter;
+use crate::cluster::{ListenAt, Nodes, Place};
+use crate::deadline::jitter;
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::PartitionId;
 use crate::metrics as names;
@@ -93,15 +93,16 @@ async fn listen_once(nodes: &Nodes, channel: &Channel, backoff: &mut Duration) -
     // At an address that was given for listening no pooler is looked for.
     let trusted = matches!(at, ListenAt::Given(_));
     let what = "connect to listen for hints";
-    let target = listen::target(from, "shardmq listen")?;
+    let place = Place::Node(channel.node);
+    let target = listen::target(from, &nodes.presence().name(place))?;
     let session = listen::open(&target, what, trusted).await?;
     let Some(Session { client, mut messages, marker }) = session else {
         return Ok(End::Pooled);
     };
     // The connection is driven while statements are answered; what is heard meanwhile goes out too.
-    let begin: Answer<'_> = Box::pin(listen::begin(&client, marker.as_ref(), HINTS));
+    let begin: Answer<'_> = Box::pin(listen::begin(&client, marker.as_ref(), &[HINTS]));
     let mut statement = OptionFuture::from(Some(begin));
-    let (mut answered, mut listening) = (false, false);
+    let (mut answered, mut present) = (false, None);
     let mut pulse = Pulse::new();
     loop {
         tokio::select! {
@@ -111,7 +112,8 @@ async fn listen_once(nodes: &Nodes, channel: &Channel, backoff: &mut Duration) -
                 }
                 statement = None.into();
                 answered = true;
-                if !std::mem::replace(&mut listening, true) {
+                if present.is_none() {
+                    present = Some(nodes.presence().arrive(place));
                     *backoff = BACKOFF.0;
                     // Listen first, look second: nothing can fall in between.
                     let _ = channel.hints.send(Hint::Look);

@@ -1,13 +1,14 @@
 -- Renews the lease of a member, and says what it owns on this node and which server this is. Where
 -- that is another than the member last saw, nothing is renewed until it has looked at its partitions.
 -- Primary key; an update within the page. The member's row is made where it is missing.
--- $1 member  $2 group  $3 lease in seconds  $4 incarnation, or null
+-- $1 member  $2 group  $3 lease in seconds  $4 incarnation, or null  $5 session, or null
 with server as (
     select pg_postmaster_start_time() as incarnation,
            coalesce($4::timestamptz = pg_postmaster_start_time(), true) as same),
 renewed as (
-    insert into shardmq.member as m (member, group_name, leased_until)
-    select $1, $2, shardmq.clock() + make_interval(secs => $3) from server where same
-    on conflict (member) do update set leased_until = excluded.leased_until)
+    insert into shardmq.member as m (member, group_name, leased_until, session)
+    select $1, $2, shardmq.clock() + make_interval(secs => $3), $5::text from server where same
+    on conflict (member) do update
+        set leased_until = excluded.leased_until, session = excluded.session)
 select server.incarnation, server.same, c.partition, c.owner, c.epoch, c.reset_epoch
   from server left join shardmq.cursor c on c.group_name = $2 and c.member = $1

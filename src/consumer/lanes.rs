@@ -1,0 +1,233 @@
+//! What was fetched and not handed out, by partition: each has a lane, and lanes take turns.
+//!
+//! ```text
+//!           push                 next
+//! reader ─────────> lane ready ───────> its first batch is handed out
+//!                     ^   │
+//!                     │   └── paused, or too patchy: parked until a turn is told
+//!                     └────── something is left, and others had their turn
+//! ```
+//!
+//! A lane that is parked keeps what was fetched for a while only: where others need the room it is
+//! dropped, and read again later from the last message that was handed out.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::Instant;
+use uuid::Uuid;
+
+use crate::consumer::Read;
+use crate::consumer::budget::Room;
+use crate::consumer::holding::{Hand, Holding, Place};
+use crate::consumer::messages::{Delivery, Origin};
+use crate::name::TopicName;
+
+/// How long a lane that waits keeps what was fetched, where others need the room.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+/// A batch of which something is left to be handed out.
+pub(super) struct Unread {
+    pub(super) origin: Arc<Origin>,
+    next: i64,
+    /// Whether parts of it were acknowledged in an earlier holding.
+    patchy: bool,
+    round: u32,
+    room: Arc<Room>,
+}
+
+impl Unread {
+    pub(super) fn new(read: Read, topic: &TopicName) -> Self {
+        let Read { holding, row, from, patchy, round, room } = read;
+        let origin = Arc::new(Origin { holding, row, topic: topic.clone() });
+        Self { origin, next: from, patchy, round, room: Arc::new(room) }
+    }
+
+    /// The next message that is to be handed out.
+    pub(super) fn peek(&mut self) -> Option<i64> {
+        let Origin { holding, row, .. } = &*self.origin;
+        while self.next <= row.last_id() {
+            if !self.patchy || !holding.tracker().is_acked(self.next) {
+                return Some(self.next);
+            }
+            self.next += 1;
+        }
+        None
+    }
+
+    /// Hands out the next message, or says why not; none at the end.
+    pub(super) fn hand_out(&mut self) -> Option<Result<Delivery, Hand>> {
+        let id = self.peek()?;
+        Some(match self.origin.holding.hand_out() {
+            Hand::Out => {
+                self.next = id + 1;
+                Ok(Delivery::new(&self.origin, id))
+            }
+            other => Err(other),
+        })
+    }
+
+    /// Passes the next message over: somebody else hands it out.
+    pub(super) fn skip(&mut self) {
+        self.next += 1;
+    }
+
+    /// Keeps the room of the batch for as long as it is kept.
+    pub(super) fn room(&self) -> Arc<Room> {
+        Arc::clone(&self.room)
+    }
+
+    /// Everything of it was handed out.
+    pub(super) fn finish(self) {
+        self.origin.holding.pass(self.origin.row.place());
+    }
+
+    fn is_current(&self) -> bool {
+        self.origin.holding.is_held() && self.origin.holding.round() == self.round
+    }
+}
+
+/// The lanes of a consumer.
+#[derive(Default)]
+pub(super) struct Lanes {
+    lanes: HashMap<Uuid, Lane>,
+    ready: VecDeque<Uuid>,
+}
+
+struct Lane {
+    holding: Arc<Holding>,
+    batches: VecDeque<Unread>,
+    state: State,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    /// In the queue of those that take turns.
+    Ready,
+    /// Its batch is being handed out.
+    Taken,
+    /// It waits since then.
+    Parked(Instant),
+}
+
+impl Lanes {
+    /// Adds what was read last of a partition.
+    pub(super) fn push(&mut self, batch: Unread) {
+        if !batch.is_current() {
+            return;
+        }
+        let owner = batch.origin.holding.owner();
+        let lane = self.lanes.entry(owner).or_insert_with(|| {
+            self.ready.push_back(owner);
+            let holding = Arc::clone(&batch.origin.holding);
+            Lane { holding, batches: VecDeque::new(), state: State::Ready }
+        });
+        lane.batches.push_back(batch);
+    }
+
+    /// The first batch of the lane whose turn it is. It must be given back, or finished.
+    pub(super) fn next(&mut self) -> Option<Unread> {
+        while let Some(owner) = self.ready.pop_front() {
+            let Some(lane) = self.lanes.get_mut(&owner) else { continue };
+            if !lane.holding.is_held() {
+                self.lanes.remove(&owner);
+                continue;
+            }
+            if let Some(batch) = lane.batches.pop_front() {
+                lane.state = State::Taken;
+                return Some(batch);
+            }
+            self.lanes.remove(&owner);
+        }
+        None
+    }
+
+    /// The batch of the lane's turn is through: the next one's turn comes after the others.
+    pub(super) fn finish(&mut self, batch: Unread) {
+        let owner = batch.origin.holding.owner();
+        batch.finish();
+        self.queue(owner);
+    }
+
+    /// Something of the batch is left, for the lane's next turn.
+    pub(super) fn give_back(&mut self, batch: Unread) {
+        let owner = self.put_first(batch);
+        self.queue(owner);
+    }
+
+    /// The same, but the lane waits for a turn to be told.
+    pub(super) fn park(&mut self, batch: Unread) {
+        let owner = self.put_first(batch);
+        self.park_lane(owner);
+    }
+
+    /// A lane has no turn until one is told.
+    pub(super) fn park_lane(&mut self, owner: Uuid) {
+        if let Some(lane) = self.lanes.get_mut(&owner) {
+            lane.state = State::Parked(Instant::now());
+            // A turn that was told before is not told again.
+            if lane.holding.is_paused() {
+                lane.drop_unread();
+            }
+        }
+    }
+
+    fn put_first(&mut self, batch: Unread) -> Uuid {
+        let owner = batch.origin.holding.owner();
+        if let Some(lane) = self.lanes.get_mut(&owner).filter(|_| batch.is_current()) {
+            lane.batches.push_front(batch);
+        }
+        owner
+    }
+
+    fn queue(&mut self, owner: Uuid) {
+        if let Some(lane) = self.lanes.get_mut(&owner) {
+            lane.state = State::Ready;
+            self.ready.push_back(owner);
+        }
+    }
+
+    /// A lane has its turn again, if nothing keeps it from that: its partition was resumed or paused, or
+    /// is no longer held, or less patchy.
+    pub(super) fn turn(&mut self, owner: Uuid) {
+        let Some(lane) = self.lanes.get_mut(&owner) else { return };
+        if !lane.holding.is_held() {
+            // What is being handed out finds out by itself.
+            if lane.state != State::Taken {
+                self.lanes.remove(&owner);
+            }
+        } else if lane.holding.is_paused() && lane.state != State::Taken {
+            lane.drop_unread();
+        } else if lane.holding.may_go() && matches!(lane.state, State::Parked(_)) {
+            self.queue(owner);
+        }
+    }
+
+    /// Drops what was fetched of lanes that wait, or are no longer held: others need the room.
+    pub(super) fn make_room(&mut self) {
+        self.lanes.retain(|_, lane| lane.state == State::Taken || lane.holding.is_held());
+        for lane in self.lanes.values_mut() {
+            if matches!(lane.state, State::Parked(since) if since.elapsed() >= PATIENCE) {
+                lane.drop_unread();
+            }
+        }
+    }
+
+    /// Drops everything.
+    pub(super) fn clear(&mut self) {
+        (self.lanes, self.ready) = (HashMap::new(), VecDeque::new());
+    }
+}
+
+impl Lane {
+    /// Drops what was fetched; the reader goes back to the last message that was handed out.
+    fn drop_unread(&mut self) {
+        let Some(first) = self.batches.front() else { return };
+        let row = &first.origin.row;
+        let is_begun = first.next > row.base_id;
+        let last = if is_begun { row.place() } else { self.holding.passed() };
+        self.holding.rewind(Place { position: first.next - 1, last });
+        self.batches.clear();
+    }
+}
