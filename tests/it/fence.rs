@@ -222,14 +222,17 @@ async fn of_many_that_take_at_once_each_partition_has_one() {
     let (test, sql, _) = ready(20).await;
     for round in 0..5 {
         let mut takers = Vec::new();
-        for _ in 0..6 {
+        for nth in 0..6 {
             let client = test.sql(0).await;
             takers.push(tokio::spawn(async move {
                 let member = Uuid::now_v7();
                 renew(&client, member, 10.0).await;
                 let mut taken = Vec::new();
+                // Each partition is wanted by several, and at last by all.
+                let some: Vec<i32> = (0..8).map(|n| 10_101 + (nth * 3 + n) % 20).collect();
+                taken.extend(take(&client, member, &some, true, &[]).await);
                 for _ in 0..4 {
-                    taken.extend(acquire(&client, member, 2, true).await);
+                    taken.extend(acquire(&client, member, ALL, true).await);
                 }
                 taken
             }));
