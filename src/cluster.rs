@@ -226,6 +226,13 @@ impl Cluster {
         ConsumerBuilder::new(self.clone(), topic, group)
     }
 
+    /// A consumer of a topic that gets every message, whoever else consumes it: in a group of its own,
+    /// which begins with the messages that are sent from now on, and is removed when the consumer has
+    /// shut down. Of one that crashed it is removed after ten minutes.
+    pub fn broadcast(&self, topic: &str) -> ConsumerBuilder {
+        ConsumerBuilder::broadcast(self.clone(), topic)
+    }
+
     /// Ends the background tasks and connections that this cluster's clones share. Shut down producers
     /// and consumers before. Idempotent; waits at most 5 s.
     pub async fn shutdown(&self) {

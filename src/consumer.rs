@@ -26,12 +26,14 @@ mod assignment;
 mod budget;
 mod commit;
 mod holding;
+mod keys;
 mod lanes;
 mod lease;
 mod member;
 mod messages;
 mod reader;
 mod roster;
+mod runner;
 mod start;
 mod wanted;
 
@@ -57,9 +59,25 @@ pub enum Start {
     Id(MessageId),
 }
 
+/// What [`Messages::run`] never has in hand at the same time. A stream hands messages out in the order of
+/// their partitions whatever this says: what is done with them at a time is its reader's affair.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub enum Order {
+    /// Two messages of one partition: each is done before the next one is begun.
+    #[default]
+    ByPartition,
+    /// Two messages of one key. Those of different keys, and those without a key, go in parallel.
+    ByKey,
+    /// Nothing: all go in parallel.
+    Unordered,
+}
+
 #[derive(Clone)]
 pub(crate) struct Options {
     start: Start,
+    broadcast: bool,
+    order: Order,
     prefetch_messages: usize,
     prefetch_bytes: usize,
     lease: Duration,
@@ -89,6 +107,8 @@ impl ConsumerBuilder {
     pub(crate) fn new(cluster: Cluster, topic: &str, group: &str) -> Self {
         let options = Options {
             start: Start::Earliest,
+            broadcast: false,
+            order: Order::ByPartition,
             prefetch_messages: 100_000,
             prefetch_bytes: 16 << 20,
             lease: Duration::from_secs(10),
@@ -102,9 +122,24 @@ impl ConsumerBuilder {
         Self { cluster, topic: topic.to_owned(), group: group.to_owned(), options }
     }
 
+    /// A group of this consumer alone, which goes when it has gone: it begins with what is sent from now
+    /// on.
+    pub(crate) fn broadcast(cluster: Cluster, topic: &str) -> Self {
+        let group = format!("broadcast-{}", Uuid::now_v7().simple());
+        let mut builder = Self::new(cluster, topic, &group);
+        (builder.options.broadcast, builder.options.start) = (true, Start::Latest);
+        builder
+    }
+
     /// Where the group starts if it is new: at the earliest message by default.
     pub fn start(mut self, start: Start) -> Self {
         self.options.start = start;
+        self
+    }
+
+    /// What a handler never has in hand at the same time: two messages of a partition by default.
+    pub fn order(mut self, order: Order) -> Self {
+        self.options.order = order;
         self
     }
 
@@ -198,7 +233,8 @@ impl ConsumerBuilder {
         let topology = self.cluster.topology(&topic).await?;
         check_partitions(&topology, self.options.only.as_deref())?;
         // Boxed, as the rest is: whoever consumes carries it.
-        let start = start::resolve(&self.cluster, &topology, &group, self.options.start);
+        let Options { start, broadcast, .. } = self.options;
+        let start = start::resolve(&self.cluster, &topology, &group, start, broadcast);
         let start = Box::pin(start).await?;
         let (events, receiver) = mpsc::unbounded_channel();
         let shared = Arc::new(Shared {

@@ -12,6 +12,8 @@ pub const APPEND_FAILED: &str = "shardmq_append_failed_total";
 pub const DELIVERED: &str = "shardmq_delivered_messages_total";
 /// Messages acknowledged.
 pub const ACKED: &str = "shardmq_acked_messages_total";
+/// Calls of a handler that failed, and are repeated.
+pub const HANDLER_FAILED: &str = "shardmq_failed_handlers_total";
 /// Deliveries dropped without an answer.
 pub const UNANSWERED: &str = "shardmq_unanswered_deliveries_total";
 /// Cursors moved.
@@ -45,6 +47,7 @@ pub fn describe() {
         (APPEND_FAILED, "append transactions that failed"),
         (DELIVERED, "messages handed out"),
         (ACKED, "messages acknowledged"),
+        (HANDLER_FAILED, "calls of a handler that failed"),
         (UNANSWERED, "deliveries dropped without an answer"),
         (FLUSHED, "cursors moved"),
         (ASSIGNED, "assignments of a group taken over"),

@@ -20,6 +20,7 @@ use crate::id::{NodeId, PartitionId};
 use crate::metrics as names;
 use crate::store::append::make_days_ahead;
 use crate::store::connect::refused;
+use crate::store::group;
 use crate::store::upkeep::{self, Dropped, Expired};
 
 /// How many days ahead tables are made.
@@ -109,6 +110,8 @@ pub(crate) async fn round(nodes: &Nodes, node: NodeId) -> Result<bool> {
             Err(error) => tracing::warn!(%partition, error = %error.chain(), "upkeep failed"),
         }
     }
+    let swept = group::sweep_broadcasts(pool.get().await?).await;
+    swept.map_err(|error| refused(error, &what))?;
     let days = upkeep::unfrozen_days(&pool.get().await?).await;
     for (partition, day) in days.map_err(|error| refused(error, &what))? {
         let frozen = upkeep::freeze_day(pool.get().await?, partition, day).await;

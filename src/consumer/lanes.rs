@@ -34,14 +34,14 @@ pub(super) struct Unread {
     /// Whether parts of it were acknowledged in an earlier holding.
     patchy: bool,
     round: u32,
-    room: Arc<Room>,
+    _room: Room,
 }
 
 impl Unread {
     pub(super) fn new(read: Read, topic: &TopicName) -> Self {
         let Read { holding, row, from, patchy, round, room } = read;
         let origin = Arc::new(Origin { holding, row, topic: topic.clone() });
-        Self { origin, next: from, patchy, round, room: Arc::new(room) }
+        Self { origin, next: from, patchy, round, _room: room }
     }
 
     /// The next message that is to be handed out.
@@ -73,9 +73,15 @@ impl Unread {
         self.next += 1;
     }
 
-    /// Keeps the room of the batch for as long as it is kept.
-    pub(super) fn room(&self) -> Arc<Room> {
-        Arc::clone(&self.room)
+    pub(super) fn owner(&self) -> Uuid {
+        self.origin.holding.owner()
+    }
+
+    /// The key of a message.
+    pub(super) fn key(&self, id: i64) -> Option<Arc<str>> {
+        let Origin { row, .. } = &*self.origin;
+        let key = row.keys.as_ref()?.element(usize::try_from(id - row.base_id).ok()?)?;
+        std::str::from_utf8(key).ok().map(Arc::from)
     }
 
     /// Everything of it was handed out.
@@ -107,6 +113,8 @@ enum State {
     Ready,
     /// Its batch is being handed out.
     Taken,
+    /// What was handed out of it must be done first; since then.
+    Busy(Instant),
     /// It waits since then.
     Parked(Instant),
 }
@@ -117,7 +125,7 @@ impl Lanes {
         if !batch.is_current() {
             return;
         }
-        let owner = batch.origin.holding.owner();
+        let owner = batch.owner();
         let lane = self.lanes.entry(owner).or_insert_with(|| {
             self.ready.push_back(owner);
             let holding = Arc::clone(&batch.origin.holding);
@@ -145,9 +153,35 @@ impl Lanes {
 
     /// The batch of the lane's turn is through: the next one's turn comes after the others.
     pub(super) fn finish(&mut self, batch: Unread) {
-        let owner = batch.origin.holding.owner();
+        let owner = batch.owner();
         batch.finish();
         self.queue(owner);
+    }
+
+    /// The same, but what was handed out must be done before the lane's next turn.
+    pub(super) fn finish_busy(&mut self, batch: Unread) {
+        let owner = batch.owner();
+        batch.finish();
+        self.set(owner, State::Busy(Instant::now()));
+    }
+
+    /// Something of the batch is left, and what was handed out must be done first.
+    pub(super) fn keep_busy(&mut self, batch: Unread) {
+        let owner = self.put_first(batch);
+        self.set(owner, State::Busy(Instant::now()));
+    }
+
+    /// What was handed out of a lane is done.
+    pub(super) fn free(&mut self, owner: Uuid) {
+        if self.lanes.get(&owner).is_some_and(|lane| matches!(lane.state, State::Busy(_))) {
+            self.queue(owner);
+        }
+    }
+
+    fn set(&mut self, owner: Uuid, state: State) {
+        if let Some(lane) = self.lanes.get_mut(&owner) {
+            lane.state = state;
+        }
     }
 
     /// Something of the batch is left, for the lane's next turn.
@@ -159,14 +193,8 @@ impl Lanes {
     /// The same, but the lane waits for a turn to be told.
     pub(super) fn park(&mut self, batch: Unread) {
         let owner = self.put_first(batch);
-        self.park_lane(owner);
-    }
-
-    /// A lane has no turn until one is told.
-    pub(super) fn park_lane(&mut self, owner: Uuid) {
         if let Some(lane) = self.lanes.get_mut(&owner) {
             lane.state = State::Parked(Instant::now());
-            // A turn that was told before is not told again.
             if lane.holding.is_paused() {
                 lane.drop_unread();
             }
@@ -174,7 +202,7 @@ impl Lanes {
     }
 
     fn put_first(&mut self, batch: Unread) -> Uuid {
-        let owner = batch.origin.holding.owner();
+        let owner = batch.owner();
         if let Some(lane) = self.lanes.get_mut(&owner).filter(|_| batch.is_current()) {
             lane.batches.push_front(batch);
         }
@@ -208,7 +236,9 @@ impl Lanes {
     pub(super) fn make_room(&mut self) {
         self.lanes.retain(|_, lane| lane.state == State::Taken || lane.holding.is_held());
         for lane in self.lanes.values_mut() {
-            if matches!(lane.state, State::Parked(since) if since.elapsed() >= PATIENCE) {
+            if let State::Parked(since) | State::Busy(since) = lane.state
+                && since.elapsed() >= PATIENCE
+            {
                 lane.drop_unread();
             }
         }

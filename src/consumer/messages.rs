@@ -34,14 +34,14 @@ use crate::store::fetch::Batch;
 /// acknowledged is committed if the runtime still lives, else it is delivered again.
 #[must_use = "a stream does nothing unless polled"]
 pub struct Messages {
-    events: mpsc::UnboundedReceiver<Event>,
+    pub(super) events: mpsc::UnboundedReceiver<Event>,
     /// The batch that is being handed out.
     current: Option<Unread>,
     /// Of that batch.
     handed: u64,
-    lanes: Lanes,
+    pub(super) lanes: Lanes,
     topic: TopicName,
-    handle: ConsumerHandle,
+    pub(super) handle: ConsumerHandle,
 }
 
 /// What all deliveries of a batch share, so that each has one count of references to keep.
@@ -144,7 +144,7 @@ impl Messages {
         }
     }
 
-    fn absorb(&mut self, event: Event) {
+    pub(super) fn absorb(&mut self, event: Event) {
         match event {
             Event::Batch(read) => self.lanes.push(Unread::new(read, &self.topic)),
             Event::Turn(owner) => self.lanes.turn(owner),

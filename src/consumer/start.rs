@@ -32,6 +32,7 @@ pub(crate) async fn resolve(
     topology: &Topology,
     name: &GroupName,
     wanted: Start,
+    broadcast: bool,
 ) -> Result<GroupStart> {
     match recorded(cluster, topology, name).await {
         Ok(Some(known)) => return Ok(known),
@@ -42,7 +43,7 @@ pub(crate) async fn resolve(
         Err(error) => return Err(error),
     }
     // Nodes first: whoever finds the group in control finds it on them too.
-    let start = of(cluster, wanted).await?;
+    let start = StartAt { broadcast, ..of(cluster, wanted).await? };
     let nodes: Vec<NodeId> = topology.by_node().into_keys().collect();
     let told = nodes.into_iter().map(|node| tell(cluster, topology, name, node, start));
     for error in join_all(told).await.into_iter().filter_map(Result::err) {
@@ -109,12 +110,13 @@ fn later(start: StartAt, by_clock: bool) -> StartAt {
 }
 
 async fn of(cluster: &Cluster, start: Start) -> Result<StartAt> {
-    Ok(match start {
-        Start::Earliest => StartAt { at: Some(UNIX_EPOCH), id: None },
-        Start::Latest => StartAt { at: None, id: None },
-        Start::At(time) => StartAt { at: Some(time), id: None },
-        Start::Id(id) => StartAt { at: appended_at(cluster, id).await?, id: Some(id.number()) },
-    })
+    let (at, id) = match start {
+        Start::Earliest => (Some(UNIX_EPOCH), None),
+        Start::Latest => (None, None),
+        Start::At(time) => (Some(time), None),
+        Start::Id(id) => (appended_at(cluster, id).await?, Some(id.number())),
+    };
+    Ok(StartAt { at, id, broadcast: false })
 }
 
 /// When the first message at or after an id was appended; none where there is none yet.

@@ -170,7 +170,9 @@ pub(crate) async fn group_start(
 ) -> Result<Option<(StartAt, bool)>, Error> {
     let params: [&dyn Param; 2] = [&topic.as_str(), &group.as_str()];
     let rows = query(connection, sql::CONTROL_GROUP_START, &params).await?;
-    let read = |row: &Row| (StartAt { at: Some(row.get(0)), id: row.get(1) }, row.get(2));
+    let read = |row: &Row| {
+        (StartAt { at: Some(row.get(0)), id: row.get(1), broadcast: row.get(3) }, row.get(2))
+    };
     Ok(rows.first().map(read))
 }
 
@@ -182,6 +184,6 @@ pub(crate) async fn make_group(
     start: StartAt,
 ) -> Result<(), Error> {
     let (topic, group) = (topic.as_str(), group.as_str());
-    let params: [&dyn Param; 4] = [&topic, &group, &start.at, &start.id];
+    let params: [&dyn Param; 5] = [&topic, &group, &start.at, &start.id, &start.broadcast];
     write(connection, Durability::Durable, sql::CONTROL_MAKE_GROUP, &params).await.map(drop)
 }

@@ -17,6 +17,8 @@ use crate::store::sql;
 pub(crate) struct StartAt {
     pub(crate) at: Option<SystemTime>,
     pub(crate) id: Option<i64>,
+    /// The group is of one consumer alone, and goes when that has gone.
+    pub(crate) broadcast: bool,
 }
 
 /// What every commit of a cursor names.
@@ -49,7 +51,11 @@ pub(crate) async fn start(
 ) -> Result<Option<StartAt>, Error> {
     let params: [&dyn Param; 2] = [&topic.as_str(), &group.as_str()];
     let rows = query(connection, sql::GROUP_START_READ, &params).await?;
-    Ok(rows.first().map(|row| StartAt { at: Some(row.get(0)), id: row.get(1) }))
+    Ok(rows.first().map(|row| StartAt {
+        at: Some(row.get(0)),
+        id: row.get(1),
+        broadcast: row.get(2),
+    }))
 }
 
 /// Resolves a group's start on this node, unless somebody did.
@@ -60,7 +66,7 @@ pub(crate) async fn write_start(
     start: StartAt,
 ) -> Result<(), Error> {
     let (topic, group) = (topic.as_str(), group.as_str());
-    let params: [&dyn Param; 4] = [&topic, &group, &start.at, &start.id];
+    let params: [&dyn Param; 5] = [&topic, &group, &start.at, &start.id, &start.broadcast];
     write(connection, Durability::Durable, sql::GROUP_START_WRITE, &params).await.map(drop)
 }
 
@@ -221,6 +227,11 @@ pub(crate) async fn release(
 /// Ends a member's lease.
 pub(crate) async fn leave(connection: Connection, member: Uuid) -> Result<(), Error> {
     write(connection, Durability::Relaxed, sql::LEAVE, &[&member]).await.map(drop)
+}
+
+/// Removes the groups of broadcast consumers that are gone.
+pub(crate) async fn sweep_broadcasts(connection: Connection) -> Result<(), Error> {
+    write(connection, Durability::Relaxed, sql::SWEEP_BROADCASTS, &[]).await.map(drop)
 }
 
 /// Removes members whose lease ended long ago.

@@ -76,6 +76,7 @@ statements! {
     RENEW = "renew";
     ROLL = "roll";
     SET_RETENTION = "set_retention";
+    SWEEP_BROADCASTS = "sweep_broadcasts";
     SWEEP_MEMBERS = "sweep_members";
     UNFROZEN_DAYS = "unfrozen_days";
     UNREGISTER_NODE = "unregister_node";

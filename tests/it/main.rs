@@ -36,6 +36,10 @@ mod fence;
 mod full;
 /// A client that falls silent in the middle, or goes away: no lock stays, nobody is harmed.
 mod half_pipeline;
+/// Handlers: as many at a time as order allows, repeated where they fail.
+mod handlers;
+/// Partitions that are held back: paused by their consumer, or too far ahead of what is acknowledged.
+mod held_back;
 /// Addresses with several hosts: the one that takes writes is found, and followed.
 mod hosts;
 /// Connections are opened when needed, and closed when not.

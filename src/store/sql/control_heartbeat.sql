@@ -11,6 +11,12 @@ with beat as (
         unreachable = excluded.unreachable, avoid = excluded.avoid, session = excluded.session),
 swept as (
     delete from shardmq_control.member where heartbeat_at < clock_timestamp() - interval '1 day'),
+swept_groups as (
+    delete from shardmq_control.consumer_group g
+     where g.broadcast and g.created_at < clock_timestamp() - interval '10 minutes'
+       and not exists (select from shardmq_control.member m
+                        where m.group_name = g.group_name
+                          and m.heartbeat_at > clock_timestamp() - interval '10 minutes')),
 sessions as materialized (
     select application_name from pg_stat_activity
      where datname = current_database() and application_name like 'shardmq topology %'),

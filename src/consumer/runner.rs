@@ -1,0 +1,341 @@
+//! Hands messages to a handler, as many at a time as order allows, and repeats what it failed at.
+//!
+//! ```text
+//!            ┌──────────────── done: acknowledged ──────────────┐
+//!            v                                                  │
+//! lanes ─> unit ─> handler ── failed ─> waits, longer each time ─> handler ..
+//!   │                                   (its partition or key waits too)
+//!   └─ its key is in hand: kept until that is done
+//! ```
+//!
+//! A unit is one message, or a batch. Whoever waits to be repeated takes no place among those that are
+//! worked on at a time: a message that always fails stops its own partition or key, and nothing else.
+
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::error::Error as StdError;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::task::{Id, JoinError, JoinSet};
+use uuid::Uuid;
+
+use crate::consumer::holding::Hand;
+use crate::consumer::keys::{Freed, Keys};
+use crate::consumer::lanes::Unread;
+use crate::consumer::messages::{Delivery, Messages};
+use crate::consumer::{Event, Order};
+use crate::deadline::jitter;
+use crate::metrics as names;
+
+/// Before a unit is tried again: the first time, and at most.
+const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(30));
+/// Events that are taken in before units are started.
+const TURN: usize = 256;
+
+type Failed = Box<dyn StdError + Send + Sync>;
+
+impl Messages {
+    /// Calls a handler with each message, so many at a time (at least 1), and acknowledges those for
+    /// which it returns `Ok`. Each call is a task of its own. The [order](crate::ConsumerBuilder::order)
+    /// says what is never in hand at the same time: two messages of a partition, or of a key, or nothing.
+    ///
+    /// Where it returns an error, or panics, the message is handed to it again: after 100 ms, then twice
+    /// as long each time, up to 30 s. Its partition or key waits for that, others go on.
+    /// [`Delivery::attempt`] counts.
+    ///
+    /// Returns after a [`shutdown`](crate::ConsumerHandle::shutdown), which lets calls that are under way
+    /// end, until its deadline; then they are aborted. To drop it aborts them at once; nothing else is
+    /// lost, and what was not acknowledged is delivered again.
+    ///
+    /// ```no_run
+    /// # async fn example(cluster: shardmq::Cluster) -> shardmq::Result<()> {
+    /// use shardmq::{Delivery, Order};
+    ///
+    /// let messages = cluster.consumer("orders", "billing").order(Order::ByKey).stream().await?;
+    /// let handle = messages.handle();
+    /// tokio::spawn(async move {
+    ///     tokio::signal::ctrl_c().await.ok();
+    ///     handle.shutdown(std::time::Duration::from_secs(30)).await
+    /// });
+    /// messages.run(16, async |order: Delivery| bill(order.payload()).await).await;
+    /// # Ok(())
+    /// # }
+    /// # async fn bill(_: &[u8]) -> Result<(), String> { Ok(()) }
+    /// ```
+    pub async fn run<H, F, E>(self, concurrency: usize, handler: H)
+    where
+        H: Fn(Delivery) -> F + Send + Sync + 'static,
+        F: Future<Output = Result<(), E>> + Send + 'static,
+        E: Into<Box<dyn StdError + Send + Sync>> + Send + 'static,
+    {
+        let handler = Arc::new(handler);
+        let one = move |mut unit: Vec<Delivery>| {
+            let (handler, delivery) = (Arc::clone(&handler), unit.pop());
+            async move {
+                match delivery {
+                    Some(delivery) => handler(delivery).await,
+                    None => Ok(()),
+                }
+            }
+        };
+        self.run_batches(concurrency, 1, one).await;
+    }
+
+    /// The same with batches of up to so many messages, at least one, all of one partition and in its
+    /// order. A batch is what is there, nothing waits for more. By key it has each key once, or many
+    /// messages of one key. After an error those come again that the handler did not acknowledge itself.
+    pub async fn run_batches<H, F, E>(self, concurrency: usize, most: usize, handler: H)
+    where
+        H: Fn(Vec<Delivery>) -> F + Send + Sync + 'static,
+        F: Future<Output = Result<(), E>> + Send + 'static,
+        E: Into<Box<dyn StdError + Send + Sync>> + Send + 'static,
+    {
+        let handler = Arc::new(handler);
+        let options = &self.handle.shared.options;
+        let runner = Runner {
+            order: options.order,
+            keys: Keys::new(options.prefetch_bytes),
+            messages: self,
+            handler: move |unit: Vec<Delivery>| {
+                let handler = Arc::clone(&handler);
+                async move { handler(unit).await.map_err(Into::into) }
+            },
+            concurrency: concurrency.max(1),
+            most: most.max(1),
+            working: JoinSet::new(),
+            units: HashMap::new(),
+            resting: JoinSet::new(),
+            again: VecDeque::new(),
+            blocked: HashSet::new(),
+        };
+        // Boxed: whoever runs it carries it.
+        Box::pin(runner.run()).await;
+    }
+}
+
+/// Messages that are handled together.
+struct Unit {
+    owner: Uuid,
+    deliveries: Vec<Delivery>,
+    /// The keys that nobody else may have in hand.
+    keys: Vec<Arc<str>>,
+    attempt: u32,
+}
+
+struct Runner<H> {
+    messages: Messages,
+    handler: H,
+    order: Order,
+    concurrency: usize,
+    most: usize,
+    working: JoinSet<Result<(), Failed>>,
+    units: HashMap<Id, Unit>,
+    /// Those that failed, until they are tried again. Empty where that is not worth it any more.
+    resting: JoinSet<Unit>,
+    again: VecDeque<Unit>,
+    keys: Keys,
+    /// Acquisitions that can't go on since too much is kept.
+    blocked: HashSet<Uuid>,
+}
+
+impl<H, F> Runner<H>
+where
+    H: Fn(Vec<Delivery>) -> F,
+    F: Future<Output = Result<(), Failed>> + Send + 'static,
+{
+    async fn run(mut self) {
+        loop {
+            self.start_units();
+            tokio::select! {
+                event = self.messages.events.recv() => match event {
+                    Some(event) => self.take_in(event),
+                    None => break,
+                },
+                Some(done) = self.working.join_next_with_id() => self.finish(done),
+                Some(Ok(unit)) = self.resting.join_next() => {
+                    if unit.deliveries.is_empty() {
+                        self.free(unit);
+                    } else {
+                        self.again.push_back(unit);
+                    }
+                }
+            }
+        }
+        // The shutdown has waited for them up to its deadline.
+        self.working.shutdown().await;
+    }
+
+    fn take_in(&mut self, event: Event) {
+        let mut next = Some(event);
+        for _ in 0..TURN {
+            match next {
+                Some(Event::Error(news)) => {
+                    tracing::warn!(news = %news.chain(), "consuming goes on");
+                }
+                Some(Event::Turn(owner)) => {
+                    self.keys.turn(owner);
+                    self.messages.absorb(Event::Turn(owner));
+                }
+                Some(event) => self.messages.absorb(event),
+                None => return,
+            }
+            next = self.messages.events.try_recv().ok();
+        }
+        if let Some(event) = next {
+            self.messages.absorb(event);
+        }
+    }
+
+    fn start_units(&mut self) {
+        if self.messages.handle.is_shutting_down() {
+            self.messages.lanes.clear();
+            self.keys.clear();
+            self.again.clear();
+            return;
+        }
+        while self.working.len() < self.concurrency
+            && let Some(unit) = self.next_unit()
+        {
+            ::metrics::counter!(names::DELIVERED).increment(unit.deliveries.len() as u64);
+            let twins = unit.deliveries.iter().map(|delivery| delivery.twin(unit.attempt));
+            let task = self.working.spawn((self.handler)(twins.collect()));
+            self.units.insert(task.id(), unit);
+        }
+    }
+
+    /// What is to be worked on next: what failed before, what waited for its key, what was fetched.
+    fn next_unit(&mut self) -> Option<Unit> {
+        if let Some(unit) = self.again.pop_front() {
+            return Some(unit);
+        }
+        while let Some(Freed { owner, key, deliveries }) = self.keys.next(self.most) {
+            if !deliveries.is_empty() {
+                return Some(Unit { owner, deliveries, keys: vec![key], attempt: 1 });
+            }
+        }
+        while let Some(mut batch) = self.messages.lanes.next() {
+            let owner = batch.owner();
+            let mut unit = Unit { owner, deliveries: Vec::new(), keys: Vec::new(), attempt: 1 };
+            let end = self.fill(&mut unit, &mut batch);
+            self.put_away(batch, end, unit.deliveries.is_empty());
+            if !unit.deliveries.is_empty() {
+                return Some(unit);
+            }
+        }
+        None
+    }
+
+    /// Takes messages of a batch; says why it stopped.
+    fn fill(&mut self, unit: &mut Unit, batch: &mut Unread) -> End {
+        while unit.deliveries.len() < self.most {
+            let Some(id) = batch.peek() else { return End::Finished };
+            let key = (self.order == Order::ByKey).then(|| batch.key(id)).flatten();
+            if let Some(key) = &key
+                && self.keys.is_busy(unit.owner, key)
+            {
+                if !self.keys.keep(batch, id, key) {
+                    return End::Blocked;
+                }
+                batch.skip();
+                continue;
+            }
+            match batch.hand_out() {
+                Some(Ok(delivery)) => unit.deliveries.push(delivery),
+                Some(Err(Hand::Wait)) => return End::Wait,
+                Some(Err(_)) => return End::Left,
+                None => return End::Finished,
+            }
+            if let Some(key) = key {
+                unit.keys.push(self.keys.begin(unit.owner, key));
+            }
+        }
+        End::Left
+    }
+
+    fn put_away(&mut self, batch: Unread, end: End, nothing: bool) {
+        let (lanes, owner) = (&mut self.messages.lanes, batch.owner());
+        let alone = self.order == Order::ByPartition && !nothing;
+        match end {
+            End::Finished if alone => lanes.finish_busy(batch),
+            End::Finished => lanes.finish(batch),
+            _ if alone => lanes.keep_busy(batch),
+            End::Wait => lanes.park(batch),
+            End::Left => lanes.give_back(batch),
+            End::Blocked => {
+                lanes.keep_busy(batch);
+                self.blocked.insert(owner);
+            }
+        }
+    }
+
+    fn finish(&mut self, done: Result<(Id, Result<(), Failed>), JoinError>) {
+        let (id, failed) = match done {
+            Ok((id, Ok(()))) => (id, None),
+            Ok((id, Err(error))) => (id, Some(crate::error::chain(error.as_ref()))),
+            Err(error) => (error.id(), Some("the handler panicked".to_owned())),
+        };
+        let Some(mut unit) = self.units.remove(&id) else { return };
+        if let Some(why) = failed {
+            let left = unit.deliveries.extract_if(.., |delivery| !delivery.is_acked());
+            let left: Vec<Delivery> = left.collect();
+            // The handler acknowledged these itself.
+            unit.deliveries.drain(..).for_each(|delivery| _ = delivery.ack());
+            unit.deliveries = left;
+            if let Some(first) = unit.deliveries.first() {
+                ::metrics::counter!(names::HANDLER_FAILED).increment(1);
+                tracing::warn!(message = %first.id(), attempt = unit.attempt, error = why, "handler failed");
+                if !first.revoked().is_cancelled() {
+                    return self.rest(unit);
+                }
+            }
+        }
+        self.free(unit);
+    }
+
+    /// Tries a unit again after a while, unless its partition is lost meanwhile.
+    fn rest(&mut self, mut unit: Unit) {
+        let Some(revoked) = unit.deliveries.first().map(Delivery::revoked) else { return };
+        let stopping = self.messages.handle.shared.stopping.clone();
+        let doubled = BACKOFF.0.saturating_mul(1 << (unit.attempt - 1).min(16));
+        unit.attempt += 1;
+        self.resting.spawn(async move {
+            tokio::select! {
+                () = tokio::time::sleep(jitter(doubled.min(BACKOFF.1))) => {}
+                () = revoked.cancelled() => unit.deliveries.clear(),
+                () = stopping.cancelled() => unit.deliveries.clear(),
+            }
+            unit
+        });
+    }
+
+    /// What is left of a unit is done, and what waited for it may go on.
+    fn free(&mut self, unit: Unit) {
+        let Unit { owner, deliveries, keys, .. } = unit;
+        for delivery in deliveries {
+            // Refused where the partition is another's by now; the news say so.
+            let _ = delivery.ack();
+        }
+        for key in keys {
+            self.keys.end(owner, &key);
+        }
+        if self.order == Order::ByPartition {
+            self.messages.lanes.free(owner);
+        }
+        for owner in self.blocked.drain() {
+            self.messages.lanes.free(owner);
+        }
+    }
+}
+
+/// Why no more was taken of a batch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum End {
+    /// There is no more.
+    Finished,
+    /// It is enough.
+    Left,
+    /// Its partition waits.
+    Wait,
+    /// Its next message would have to be kept, and too much is kept already.
+    Blocked,
+}

@@ -1,0 +1,236 @@
+//! Partitions that are held back: paused by their consumer, or too far ahead of what is acknowledged.
+
+use std::time::Duration;
+
+use futures_util::FutureExt;
+use shardmq::{ConsumerBuilder, Delivery, ErrorKind, Messages, PartitionId};
+
+use crate::support::reading::{append, append_texts, cursor, next, take, text};
+use crate::support::stored::{number, topic};
+use crate::support::{TestCluster, eventually, within};
+
+const SECOND: Duration = Duration::from_secs(1);
+const SOON: Duration = Duration::from_secs(15);
+
+fn consumer(test: &TestCluster) -> ConsumerBuilder {
+    let builder = test.cluster.consumer("orders", "g").poll_interval(SECOND / 5);
+    builder.flush_interval(SECOND / 5)
+}
+
+/// What comes until nothing has for a while; all of it is acknowledged.
+async fn rest(messages: &mut Messages) -> Vec<Delivery> {
+    let mut all = Vec::new();
+    while let Ok(next) = tokio::time::timeout(SECOND, messages.next()).await {
+        all.push(next.unwrap().unwrap());
+    }
+    all
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_paused_partition_keeps_still_and_goes_on_where_it_was() {
+    let test = TestCluster::new(1).await;
+    let sql = test.sql(0).await;
+    let partitions = topic(&test, "orders", 2).await;
+    for partition in &partitions {
+        append_texts(&sql, *partition, 0..100).await;
+        append_texts(&sql, *partition, 100..200).await;
+    }
+    let mut messages = consumer(&test).stream().await.unwrap();
+    let handle = messages.handle();
+    // In the middle of a batch.
+    let mut in_hand = Vec::new();
+    while in_hand.len() < 50 {
+        let delivery = next(&mut messages).await;
+        if delivery.partition() == partitions[0] {
+            in_hand.push(delivery);
+        } else {
+            delivery.ack().unwrap();
+        }
+    }
+    handle.pause([partitions[0]]).unwrap();
+    assert_eq!(handle.partitions(), [(partitions[0], true), (partitions[1], false)]);
+    append_texts(&sql, partitions[0], 200..300).await;
+    append_texts(&sql, partitions[1], ["last"]).await;
+    loop {
+        let delivery = next(&mut messages).await;
+        assert_eq!(delivery.partition(), partitions[1]);
+        let is_last = text(&delivery) == "last";
+        delivery.ack().unwrap();
+        if is_last {
+            break;
+        }
+    }
+    assert!(rest(&mut messages).await.is_empty());
+    // It is still this consumer's: what is in hand counts.
+    in_hand.drain(..).for_each(|delivery| delivery.ack().unwrap());
+    messages.flush().await.unwrap();
+    assert_eq!(cursor(&sql, "g", partitions[0]).await.acked_id % 100_000_000, 50);
+    assert_eq!(handle.held_partitions(), 2);
+
+    handle.resume(partitions.clone()).unwrap();
+    for expected in 50..300 {
+        let delivery = next(&mut messages).await;
+        assert_eq!(text(&delivery), expected.to_string());
+        delivery.ack().unwrap();
+    }
+    messages.shutdown(SECOND).await.unwrap();
+    let stranger = PartitionId::new(9, 9).unwrap();
+    assert_eq!(handle.pause([stranger]).unwrap_err().kind(), ErrorKind::NotFound);
+}
+
+/// More is paused than fits into memory: nobody else notices.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn paused_partitions_take_no_room_from_others() {
+    let test = TestCluster::new(1).await;
+    let sql = test.sql(0).await;
+    let partitions = topic(&test, "orders", 8).await;
+    for partition in &partitions {
+        for n in 0..20 {
+            append(&sql, *partition, &[format!("{n:02}{}", "x".repeat(20_000)).into_bytes()]).await;
+        }
+    }
+    let builder = consumer(&test).prefetch_bytes(64 << 10);
+    let mut messages = builder.stream().await.unwrap();
+    let handle = messages.handle();
+    eventually("it has all", SOON, async || handle.held_partitions() == 8).await;
+    eventually("memory is full", SOON, async || handle.prefetched_bytes() >= 48 << 10).await;
+    handle.pause(partitions[..7].to_vec()).unwrap();
+    let mut seen = Vec::new();
+    while seen.len() < 20 {
+        let delivery = next(&mut messages).await;
+        assert_eq!(delivery.partition(), partitions[7]);
+        seen.push(text(&delivery)[..2].to_owned());
+        delivery.ack().unwrap();
+    }
+    assert!(seen.is_sorted());
+    handle.resume(partitions.clone()).unwrap();
+    let mut all = take(&mut messages, 140).await;
+    all.sort_by_key(Delivery::id);
+    let numbers: Vec<String> = all.iter().map(|delivery| text(delivery)[..2].to_owned()).collect();
+    let expected: Vec<String> = (0..140).map(|n| format!("{:02}", n % 20)).collect();
+    assert_eq!(numbers, expected);
+    all.into_iter().for_each(|delivery| delivery.ack().unwrap());
+    messages.shutdown(SECOND).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_partition_with_a_stuck_message_waits_at_the_bound_and_others_go_on() {
+    let test = TestCluster::new(1).await;
+    let sql = test.sql(0).await;
+    let partitions = topic(&test, "orders", 2).await;
+    for partition in &partitions {
+        for batch in 0..30 {
+            append_texts(&sql, *partition, batch * 10..batch * 10 + 10).await;
+        }
+    }
+    let mut messages = consumer(&test).max_unacked(100).stream().await.unwrap();
+    let mut stuck = None;
+    let mut counts = [0, 0];
+    for delivery in rest(&mut messages).await {
+        let which = usize::from(delivery.partition() == partitions[1]);
+        counts[which] += 1;
+        if which == 0 && stuck.is_none() {
+            stuck = Some(delivery);
+        } else {
+            delivery.ack().unwrap();
+        }
+    }
+    // Nothing was acknowledged before all had come.
+    assert_eq!(counts, [100, 100]);
+    for delivery in rest(&mut messages).await {
+        assert_eq!(delivery.partition(), partitions[1], "the other one waits");
+        counts[1] += 1;
+        delivery.ack().unwrap();
+    }
+    assert!(counts[1] > 100 && counts[1] <= 300, "{counts:?}");
+    stuck.unwrap().ack().unwrap();
+    while counts != [300, 300] {
+        let delivery = next(&mut messages).await;
+        counts[usize::from(delivery.partition() == partitions[1])] += 1;
+        delivery.ack().unwrap();
+    }
+    messages.shutdown(SECOND).await.unwrap();
+}
+
+/// Every second message is acknowledged: each is a run of its own, and all are stored with the cursor.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn runs_of_acknowledged_messages_are_bounded() {
+    let test = TestCluster::new(1).await;
+    let sql = test.sql(0).await;
+    let partition = topic(&test, "orders", 1).await[0];
+    append_texts(&sql, partition, 0..500).await;
+    let mut messages = consumer(&test).max_acked_runs(20).stream().await.unwrap();
+    let mut kept = Vec::new();
+    loop {
+        let Ok(next) = tokio::time::timeout(SECOND, messages.next()).await else { break };
+        let delivery = next.unwrap().unwrap();
+        if kept.len() % 2 == 0 {
+            kept.push(Some(delivery));
+        } else {
+            delivery.ack().unwrap();
+            kept.push(None);
+        }
+    }
+    assert_eq!(kept.len(), 40, "twenty runs");
+    messages.flush().await.unwrap();
+    let ranges =
+        "select count(*) from shardmq.cursor c, unnest(c.acked_ahead) where partition = $1";
+    let runs: i64 = sql.query_one(ranges, &[&number(partition)]).await.unwrap().get(0);
+    assert_eq!(runs, 20);
+    kept.drain(..).flatten().for_each(|delivery| delivery.ack().unwrap());
+    for expected in 40..500 {
+        let delivery = next(&mut messages).await;
+        assert_eq!(text(&delivery), expected.to_string());
+        delivery.ack().unwrap();
+    }
+    messages.shutdown(SECOND).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn whoever_works_on_a_partition_hears_that_it_was_lost() {
+    let test = TestCluster::new(1).await;
+    let sql = test.sql(0).await;
+    let partition = topic(&test, "orders", 1).await[0];
+    append_texts(&sql, partition, ["work"]).await;
+    let mut messages = consumer(&test).stream().await.unwrap();
+    let delivery = next(&mut messages).await;
+    let revoked = delivery.revoked();
+    assert!(revoked.cancelled().now_or_never().is_none());
+    let take = "update shardmq.cursor set member = gen_random_uuid(), owner = gen_random_uuid(),
+                       epoch = epoch + 1";
+    sql.batch_execute(take).await.unwrap();
+    within(SOON, "it is told", revoked.cancelled()).await;
+    assert_eq!(delivery.ack().unwrap_err().kind(), ErrorKind::LeaseLost);
+    messages.shutdown(SECOND).await.unwrap();
+}
+
+/// A member that joins waits for what is in hand up to the deadline, and no longer.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_in_hand_of_a_partition_that_moves_may_be_answered_until_the_deadline() {
+    let test = TestCluster::new(1).await;
+    let sql = test.sql(0).await;
+    let partitions = topic(&test, "orders", 2).await;
+    for partition in &partitions {
+        append_texts(&sql, *partition, 0..3).await;
+    }
+    let mut first = consumer(&test).drain_timeout(2 * SECOND).stream().await.unwrap();
+    let mut in_hand = take(&mut first, 6).await;
+    let mut second = consumer(&test).stream().await.unwrap();
+    let mine = async || first.handle().held_partitions() == 1;
+    eventually("one is given up", SOON, mine).await;
+    let kept = first.handle().partitions()[0].0;
+    let moving = in_hand.iter().position(|delivery| delivery.partition() != kept).unwrap();
+    let answered = in_hand.remove(moving);
+    assert_eq!(text(&answered), "0");
+    answered.ack().unwrap();
+    let rest = take(&mut second, 2).await;
+    assert_eq!(rest.iter().map(text).collect::<Vec<_>>(), ["1", "2"]);
+    for delivery in in_hand {
+        let moved = delivery.partition() != kept;
+        assert_eq!(delivery.ack().is_err(), moved);
+    }
+    rest.into_iter().for_each(|delivery| delivery.ack().unwrap());
+    first.shutdown(SECOND).await.unwrap();
+    second.shutdown(SECOND).await.unwrap();
+    assert!(test.cluster.lag("orders").await.unwrap().iter().all(|lag| lag.lag == 0));
+}
