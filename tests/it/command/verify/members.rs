@@ -158,6 +158,10 @@ async fn a_member_that_leaves() {
 async fn a_member_that_is_killed() {
     let test = TestCluster::new(1).await;
     let workload = Workload::start(&test, 4).await;
+    // After a restart of the server all sessions are new, and say nothing of who has died.
+    let up = "select pg_postmaster_start_time() < clock_timestamp() - interval '10 s'";
+    let up = || async { workload.sql.query_one(up, &[]).await.unwrap().get(0) };
+    eventually("the server is up for longer than a lease", PATIENCE, up).await;
     workload.replaces(workload.pids()[1], "KILL").await;
     assert_stall(&workload.end().await, 5_000);
 }
