@@ -15,7 +15,7 @@ mod lines;
 /// Groups go on where they ended, whatever ended them.
 mod resume;
 /// A checked workload, while somebody breaks the servers.
-mod verify;
+pub mod verify;
 
 use std::process::Stdio;
 use std::time::Duration;

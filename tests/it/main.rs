@@ -58,6 +58,8 @@ mod many_processes;
 mod midnight;
 /// Schemas: made by many at once, brought up to date, refused where they do not fit.
 mod migrations;
+/// A group under a random schedule, against a simple model.
+mod model;
 /// With hints a message comes at once, without them within the poll interval.
 mod notifications;
 /// Where a password comes from, that it can be replaced, and that nobody shows it.

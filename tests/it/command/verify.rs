@@ -45,18 +45,23 @@ async fn two_servers() -> ([Server; 2], TestCluster) {
 }
 
 /// Numbers that look random and follow from a seed (`SplitMix64`).
-struct Random(u64);
+pub struct Random(u64);
 
 impl Random {
+    /// With this seed.
+    pub fn of(seed: u64) -> Self {
+        Self(seed)
+    }
+
     /// With the seed of `SHARDMQ_SEED`, to repeat a run that failed, or a new one.
-    fn new() -> Self {
+    pub fn new() -> Self {
         let given = std::env::var("SHARDMQ_SEED").ok().and_then(|seed| seed.parse().ok());
         let seed = given.unwrap_or_else(|| uuid::Uuid::new_v4().as_u64_pair().0);
         println!("SHARDMQ_SEED={seed}");
         Self(seed)
     }
 
-    fn below(&mut self, end: u64) -> u64 {
+    pub fn below(&mut self, end: u64) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mixed = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
