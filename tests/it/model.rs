@@ -69,9 +69,13 @@ struct Hands {
 }
 
 impl Hands {
+    /// Takes so many messages, if they come in time; with none it lets the rest of the member run.
     fn take(&mut self, most: usize, patience: Duration) {
         let (Some(runtime), Some(messages)) = (&self.runtime, &mut self.messages) else { return };
         let until = tokio::time::Instant::now() + patience;
+        if most == 0 {
+            return runtime.block_on(async { tokio::time::sleep_until(until).await });
+        }
         for _ in 0..most {
             let next =
                 runtime.block_on(async { tokio::time::timeout_at(until, messages.next()).await });
@@ -266,12 +270,21 @@ impl World {
             }
             (44..48, _) => self.seek(seed).await,
             (48..50, _) => self.restart().await,
-            (50..70, Some(name)) => {
+            (50..62, Some(name)) => {
                 let run = move |hands: &mut Hands| hands.take(20, SECOND / 4);
                 self.members[member].run(run).await;
                 format!("member {name} took some")
             }
-            (70..88, Some(name)) => {
+            (62..78, Some(name)) => {
+                let run = move |hands: &mut Hands| {
+                    hands.take(40, SECOND / 4);
+                    hands.ack(Random::of(seed), 80);
+                    hands.take(0, SECOND / 3);
+                };
+                self.members[member].run(run).await;
+                format!("member {name} worked")
+            }
+            (78..88, Some(name)) => {
                 let run = move |hands: &mut Hands| hands.ack(Random::of(seed), 70);
                 self.members[member].run(run).await;
                 format!("member {name} acknowledged some")
