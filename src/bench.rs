@@ -151,11 +151,17 @@ pub async fn run(
 async fn measure(bench: Bench, stage: &Stage) -> Result<Report> {
     let machine = Machine::look();
     let flush = machine::flush(stage).await?;
+    let mut to_one_member = None;
     let (outcome, backlogs) = match bench {
         Bench::Produce => (produce::measure(stage).await?, Vec::new()),
-        Bench::Consume => (consume::measure(stage).await?, Vec::new()),
+        Bench::Consume => {
+            let (outcome, to_one) = consume::measure(stage).await?;
+            to_one_member = to_one;
+            (outcome, Vec::new())
+        }
         Bench::Latency => (latency::measure(stage).await?, Vec::new()),
         Bench::Backlog => backlog::measure(stage).await?,
     };
-    Ok(Report::new(bench, stage, &outcome, backlogs, flush, machine))
+    let report = Report::new(bench, stage, &outcome, backlogs, flush, machine);
+    Ok(report.with_members(to_one_member.as_ref()))
 }

@@ -4,12 +4,16 @@
 //! ```sh
 //! cargo bench --features cli --bench cluster -- convoy
 //! cargo bench --features cli --bench cluster -- failover
+//! cargo bench --features cli --bench cluster -- rebalance
+//! cargo bench --features cli --bench cluster -- idle
 //! ```
 
 #![allow(missing_docs, clippy::unwrap_used, clippy::cast_precision_loss)]
 
 mod convoy;
 mod failover;
+mod idle;
+mod rebalance;
 mod spread;
 
 use shardmq::embedded::Server;
@@ -38,6 +42,12 @@ async fn main() {
     }
     if wanted("failover") {
         failover::measure(size).await;
+    }
+    if wanted("rebalance") {
+        rebalance::measure(size).await;
+    }
+    if wanted("idle") {
+        idle::measure(size).await;
     }
 }
 

@@ -20,10 +20,31 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// How long giving partitions back may take.
 const GRACE: Duration = Duration::from_secs(5);
 
-pub(super) async fn measure(stage: &Stage) -> Result<Outcome> {
+/// Against the floor; where there are several members also against one alone.
+pub(super) async fn measure(stage: &Stage) -> Result<(Outcome, Option<Outcome>)> {
     let backlog = fill(stage, backlog_for(stage)).await?;
-    let contest = Consume::new(stage, backlog).await?;
-    alternate(contest, pairs_in(stage.options.seconds)).await
+    let pairs = pairs_in(stage.options.seconds);
+    let outcome = alternate(Consume::new(stage, backlog).await?, pairs).await?;
+    if stage.options.members == 1 {
+        return Ok((outcome, None));
+    }
+    let mut several = Consume::new(stage, backlog).await?;
+    several.prefix = "m";
+    let to_one = alternate(Several(several), pairs).await?;
+    Ok((outcome, Some(to_one)))
+}
+
+/// All members against one alone.
+struct Several<'a>(Consume<'a>);
+
+impl Contest for Several<'_> {
+    async fn library(&mut self, slice: Duration) -> Result<Tally> {
+        self.0.read_by(self.0.stage.options.members, slice).await
+    }
+
+    async fn floor(&mut self, slice: Duration) -> Result<Tally> {
+        self.0.read_by(1, slice).await
+    }
 }
 
 /// More than is read in a slice, at most half a gigabyte.
@@ -43,6 +64,7 @@ pub(super) struct Consume<'a> {
     stage: &'a Stage,
     backlog: u64,
     groups: usize,
+    prefix: &'static str,
     bare: Vec<Bare>,
 }
 
@@ -50,17 +72,17 @@ impl<'a> Consume<'a> {
     /// On a topic that has so many messages.
     pub(super) async fn new(stage: &'a Stage, backlog: u64) -> Result<Self> {
         let bare = Bare::each(&stage.consuming, &stage.topic, FLOOR_CONNECTIONS).await?;
-        Ok(Self { stage, backlog, groups: 0, bare })
+        Ok(Self { stage, backlog, groups: 0, prefix: "g", bare })
     }
 
     /// A new group; each member reads in a task of its own.
-    async fn join(&mut self) -> Result<Group> {
+    async fn join(&mut self, members: usize) -> Result<Group> {
         self.groups += 1;
         // Groups of a small and a large backlog are not the same.
-        let name = format!("g{}-{}", self.backlog, self.groups);
+        let name = format!("{}{}-{}", self.prefix, self.backlog, self.groups);
         let progress = Arc::new(Progress::new(self.backlog));
         let mut group = Group { handles: Vec::new(), readers: JoinSet::new(), progress };
-        for _ in 0..self.stage.options.members {
+        for _ in 0..members {
             let topic = self.stage.name();
             let messages = self.stage.consuming.consumer(topic, &name).stream().await?;
             group.handles.push(messages.handle());
@@ -70,17 +92,23 @@ impl<'a> Consume<'a> {
     }
 }
 
-impl Contest for Consume<'_> {
+impl Consume<'_> {
     /// The clock runs once the group is under way: joining is not what is measured, and what was
     /// fetched before is no gift.
-    async fn library(&mut self, slice: Duration) -> Result<Tally> {
-        let group = self.join().await?;
+    async fn read_by(&mut self, members: usize, slice: Duration) -> Result<Tally> {
+        let group = self.join(members).await?;
         group.progress.reach(group.progress.start).await?;
         let (begun, before) = (Instant::now(), group.progress.count());
         let _ = timeout(slice, group.progress.reach(self.backlog)).await;
         let (elapsed, messages) = (begun.elapsed(), group.progress.count() - before);
         let latency = group.leave().await?;
         Ok(Tally { messages, elapsed, latency })
+    }
+}
+
+impl Contest for Consume<'_> {
+    async fn library(&mut self, slice: Duration) -> Result<Tally> {
+        self.read_by(self.stage.options.members, slice).await
     }
 
     async fn floor(&mut self, slice: Duration) -> Result<Tally> {

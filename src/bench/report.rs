@@ -21,6 +21,9 @@ pub struct Report {
     pub ratio: f64,
     /// How far apart the pairs were.
     pub ratio_spread: Spread,
+    /// For [`Bench::Consume`] with several members: all of them by one alone, of rates.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub to_one_member: Option<Spread>,
     /// Payload through the library, in millions of bytes a second.
     pub mb_per_s: f64,
     /// For [`Bench::Produce`] until a `send` or `send_all` was answered; for [`Bench::Latency`] from due
@@ -54,6 +57,8 @@ pub struct Spread {
     pub min: f64,
     /// A quarter were not above this.
     pub q1: f64,
+    /// Half were not above this.
+    pub median: f64,
     /// Three quarters were not above this.
     pub q3: f64,
     /// The best.
@@ -97,20 +102,15 @@ impl Report {
         flush: Flush,
         machine: Machine,
     ) -> Self {
-        let ratio = |part| rounded(quantile(&outcome.ratios, part), 3);
+        let ratio_spread = Spread::of(outcome);
         let options = &stage.options;
         Self {
             bench,
             per_s: rounded(outcome.per_s, 0),
             floor_per_s: rounded(outcome.floor_per_s, 0),
-            ratio: ratio(0.5),
-            ratio_spread: Spread {
-                pairs: outcome.ratios.len(),
-                min: ratio(0.0),
-                q1: ratio(0.25),
-                q3: ratio(0.75),
-                max: ratio(1.0),
-            },
+            ratio: ratio_spread.median,
+            ratio_spread,
+            to_one_member: None,
             mb_per_s: rounded(outcome.per_s * options.size as f64 / 1e6, 2),
             latency_ms: Percentiles::of(&outcome.latency),
             floor_latency_ms: Percentiles::of(&outcome.floor_latency),
@@ -120,6 +120,26 @@ impl Report {
             rss_mib: mib(resident_bytes()),
             options: options.clone(),
             machine,
+        }
+    }
+}
+
+impl Report {
+    pub(super) fn with_members(self, to_one: Option<&Outcome>) -> Self {
+        Self { to_one_member: to_one.map(Spread::of), ..self }
+    }
+}
+
+impl Spread {
+    fn of(outcome: &Outcome) -> Self {
+        let ratio = |part| rounded(quantile(&outcome.ratios, part), 3);
+        Self {
+            pairs: outcome.ratios.len(),
+            min: ratio(0.0),
+            q1: ratio(0.25),
+            median: ratio(0.5),
+            q3: ratio(0.75),
+            max: ratio(1.0),
         }
     }
 }

@@ -53,7 +53,7 @@ pub(crate) struct Args {
     /// three private servers.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=99))]
     nodes: Option<u8>,
-    /// Consumers in the group.
+    /// Consumers in the group. With several, consume also compares them with one alone, for as long again.
     #[arg(long, value_name = "M", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..))]
     members: u16,
     /// Data connections to each node. Default: the library's.
@@ -170,6 +170,13 @@ fn print(report: &Report, out: &mut Out) {
         report.ratio, spread.q1, spread.q3, spread.min, spread.max, spread.pairs,
         report.mb_per_s, report.flush.flush_ms, report.flush.flush_is,
     ));
+    if let Some(to_one) = report.to_one_member {
+        out.line(&format!(
+            "{} members to one alone {:.2} (quartiles {:.2} to {:.2}, all {:.2} to {:.2}, {} pairs)",
+            report.options.members, to_one.median, to_one.q1, to_one.q3, to_one.min, to_one.max,
+            to_one.pairs,
+        ));
+    }
     for drained in &report.backlogs {
         out.line(&format!(
             "backlog of {}: {:.0} messages/s, ratio {:.2}, memory {:.0} MiB before, {:.0} MiB at most",
