@@ -81,6 +81,8 @@ enum Command {
     Verify(verify::Args),
     #[command(hide = true)]
     DemoMember(demo::MemberArgs),
+    #[command(hide = true)]
+    VerifyMember(verify::MemberArgs),
 }
 
 fn main() -> ExitCode {
@@ -115,6 +117,7 @@ async fn run(command: Command, context: Context) -> Result<(), Failure> {
         Command::Bench(command) => bench::run(&context, command).await,
         Command::Verify(args) => verify::run(&context, args).await,
         Command::DemoMember(args) => demo::member(&context, args).await,
+        Command::VerifyMember(args) => verify::member(&context, args).await,
     }
 }
 

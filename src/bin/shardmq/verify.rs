@@ -5,10 +5,15 @@
 //!   (others stop, kill, cut)          (60 s)          (60 s)       (fresh clients)
 //! ```
 
+mod clock;
 mod consuming;
+mod group;
+mod member;
+mod processes;
 mod producing;
 mod reading;
 mod report;
+mod seen;
 mod settling;
 
 use std::path::PathBuf;
@@ -19,7 +24,6 @@ use clap::Parser;
 use shardmq::verify::{CheckOptions, Event, History, Report, check};
 use shardmq::{Cluster, PartitionId, TopicOptions};
 use tokio::task::spawn_blocking;
-use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
@@ -28,8 +32,12 @@ use crate::failure::{FAILED, Failure, UNFINISHED};
 use crate::output::{Out, counted, note, or_dash};
 use crate::servers::{self, Node};
 use crate::signals::Interrupt;
-use consuming::Members;
+use clock::Clock;
+use group::{Here, Members};
+use processes::Processes;
 use producing::Producers;
+
+pub(crate) use member::{MemberArgs, run as member};
 
 const GROUP: &str = "verify";
 
@@ -50,6 +58,10 @@ pub(crate) struct Args {
     /// Consumers of one group, each with connections of its own.
     #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=1_000))]
     consumers: u16,
+    /// Run each consumer as a process of its own, whose id is shown, so that you can kill, stop and
+    /// restart it. One that ends is replaced by a new one.
+    #[arg(long)]
+    member_processes: bool,
     /// Different keys, which half of the messages have; 0 for none.
     #[arg(long, value_name = "N", default_value_t = 1_000, value_parser = clap::value_parser!(u32).range(0..=100_000_000))]
     keys: u32,
@@ -118,8 +130,8 @@ struct Run {
     url: String,
     topic: String,
     history: History,
-    /// When the history began: the one clock of all its events.
-    began: Instant,
+    /// The one clock of all its events.
+    clock: Clock,
     size: usize,
     keys: u32,
     patience: Duration,
@@ -130,7 +142,7 @@ struct Run {
 impl Run {
     /// The time on the history's clock.
     fn now(&self) -> Duration {
-        self.began.elapsed()
+        self.clock.now()
     }
 }
 
@@ -141,7 +153,7 @@ async fn verify(url: &str, args: &Args, interrupt: &mut Interrupt) -> Result<Rep
         url: url.to_owned(),
         topic: format!("verify-{}", Uuid::now_v7().simple()),
         history: History::new(&folder)?,
-        began: Instant::now(),
+        clock: Clock::start(),
         size: args.size as usize,
         keys: args.keys,
         patience: Duration::from_secs(args.wait),
@@ -150,7 +162,7 @@ async fn verify(url: &str, args: &Args, interrupt: &mut Interrupt) -> Result<Rep
     let options = TopicOptions::partitions(args.partitions.into());
     let topic = cluster.create_topic(&run.topic, options).await?;
     let partitions: Vec<_> = topic.partitions.iter().map(|p| p.partition).collect();
-    let members = work(&run, args, interrupt).await?;
+    let members = work(&cluster, &run, args, interrupt).await?;
     tokio::select! {
         read = look_back(&cluster, &run, members, &partitions) => read?,
         () = interrupt.caught() => return Err(interrupted()),
@@ -167,8 +179,16 @@ async fn verify(url: &str, args: &Args, interrupt: &mut Interrupt) -> Result<Rep
 }
 
 /// Sends and consumes for the time that was asked for, or until a signal. The group goes on.
-async fn work(run: &Arc<Run>, args: &Args, interrupt: &mut Interrupt) -> Result<Members, Failure> {
-    let members = Members::join(run, args.consumers).await?;
+async fn work(
+    cluster: &Cluster,
+    run: &Arc<Run>,
+    args: &Args,
+    interrupt: &mut Interrupt,
+) -> Result<Members, Failure> {
+    let members = tokio::select! {
+        joined = join(cluster, run, args) => joined?,
+        () = interrupt.caught() => return Err(interrupted()),
+    };
     let producers = Producers::start(run, args.producers, args.rate).await?;
     note(&format!(
         "- {} a second to {} for {}: break what you like",
@@ -188,6 +208,18 @@ async fn work(run: &Arc<Run>, args: &Args, interrupt: &mut Interrupt) -> Result<
     Ok(members)
 }
 
+/// Makes the group. Processes are waited for until each has its share: as they start they take partitions
+/// from each other, and what is measured is to be what happens later.
+async fn join(cluster: &Cluster, run: &Arc<Run>, args: &Args) -> Result<Members, Failure> {
+    if !args.member_processes {
+        return Here::join(run, args.consumers).await.map(Members::Here);
+    }
+    let processes = Processes::start(run, args.consumers);
+    let (members, partitions) = (args.consumers.into(), args.partitions.into());
+    settling::share_out(cluster, &run.topic, members, partitions, run.patience).await?;
+    Ok(Members::Processes(processes))
+}
+
 /// Waits until the nodes are back and the group has everything, and reads it all again.
 async fn look_back(
     cluster: &Cluster,
@@ -201,7 +233,7 @@ async fn look_back(
     members.leave().await?;
     let mut recorder = run.history.recorder()?;
     for partition in partitions {
-        let drained = Event::Drained { group: consuming::GROUP_NUMBER, partition: *partition };
+        let drained = Event::Drained { group: seen::GROUP_NUMBER, partition: *partition };
         recorder.record(run.now(), &drained)?;
     }
     recorder.close()?;

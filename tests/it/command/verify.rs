@@ -11,6 +11,8 @@ use crate::support::{TestCluster, database, eventually, own_server};
 
 /// Each failure of a node by itself.
 mod each_failure;
+/// Members that leave, are killed, suspended or restarted.
+mod members;
 
 const SECOND: Duration = Duration::from_secs(1);
 

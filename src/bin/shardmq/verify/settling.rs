@@ -1,5 +1,7 @@
-//! After the work: are all nodes back, and has the group everything?
+//! Before the work: has every member its share? After it: are all nodes back, and has the group
+//! everything?
 
+use std::collections::HashMap;
 use std::time::Duration;
 
 use shardmq::{Cluster, Result};
@@ -10,6 +12,49 @@ use crate::failure::{Failure, UNFINISHED};
 use crate::output::note;
 
 const LOOK_EVERY: Duration = Duration::from_millis(250);
+
+/// Waits until every partition is owned, and evenly. After a while it is left at that: to say what is
+/// wrong is for the check.
+pub(super) async fn share_out(
+    cluster: &Cluster,
+    topic: &str,
+    members: usize,
+    partitions: usize,
+    patience: Duration,
+) -> Result<()> {
+    let until = Instant::now() + patience;
+    loop {
+        let late = Instant::now() > until;
+        match shares(cluster, topic).await {
+            Ok(shares) if is_even(&shares, members, partitions) => return Ok(()),
+            Ok(_) if late => {
+                note("warning: the members have no even shares");
+                return Ok(());
+            }
+            Err(error) if late || !error.is_transient() => return Err(error),
+            _ => {}
+        }
+        sleep(LOOK_EVERY).await;
+    }
+}
+
+/// How many partitions each member of the group owns that owns some.
+async fn shares(cluster: &Cluster, topic: &str) -> Result<Vec<usize>> {
+    let mut shares = HashMap::new();
+    for lag in cluster.lag(topic).await?.into_iter().filter(|lag| lag.group == GROUP) {
+        if let Some(member) = lag.member {
+            *shares.entry(member).or_default() += 1;
+        }
+    }
+    Ok(shares.into_values().collect())
+}
+
+fn is_even(shares: &[usize], members: usize, partitions: usize) -> bool {
+    let (least, most) = (shares.iter().min(), shares.iter().max());
+    shares.len() == members.min(partitions)
+        && shares.iter().sum::<usize>() == partitions
+        && least.zip(most).is_some_and(|(least, most)| most - least <= 1)
+}
 
 /// Waits until every node of the topic answers.
 pub(super) async fn nodes_answer(
