@@ -10,6 +10,7 @@
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use futures_util::{StreamExt, stream};
 use tokio::sync::{Notify, broadcast, broadcast::error::RecvError};
@@ -30,6 +31,8 @@ use listener::listen;
 const CAPACITY: usize = 1024;
 /// Partitions in one payload, which Postgres limits to 8,000 bytes.
 const MAX_PARTITIONS: usize = 1_000;
+/// How long hints may take that are left at a shutdown.
+const LAST_HINTS: Duration = Duration::from_secs(1);
 
 /// The default notifier.
 #[derive(Debug)]
@@ -100,7 +103,9 @@ impl Notifier for PostgresNotifier {
         for partition in partitions {
             let channel = self.channel(partition.node());
             if !std::mem::replace(&mut lock(&channel.started).0, true) {
-                self.spawn(send(Arc::clone(&self.nodes), Arc::clone(&channel)));
+                let sending =
+                    send(Arc::clone(&self.nodes), Arc::clone(&channel), self.shutdown.clone());
+                self.tasks.spawn(sending);
             }
             lock(&channel.pending).insert(*partition);
             channel.wake.notify_one();
@@ -146,25 +151,43 @@ impl PostgresNotifier {
     }
 }
 
-/// Sends what is pending, one NOTIFY at a time; what comes meanwhile goes with the next.
-async fn send(nodes: Arc<Nodes>, channel: Arc<Channel>) {
-    loop {
-        channel.wake.notified().await;
+/// Sends what is pending, one NOTIFY at a time; what comes meanwhile goes with the next. At a shutdown it
+/// sends the rest, if the node answers soon: a process often ends right after its last message.
+async fn send(nodes: Arc<Nodes>, channel: Arc<Channel>, shutdown: CancellationToken) {
+    let too_late = async {
+        shutdown.cancelled().await;
+        tokio::time::sleep(LAST_HINTS).await;
+    };
+    let sending = async {
         loop {
-            let partitions: Vec<PartitionId> = {
-                let mut pending = lock(&channel.pending);
-                let rest = pending.iter().nth(MAX_PARTITIONS).copied();
-                let rest = rest.map(|from| pending.split_off(&from)).unwrap_or_default();
-                std::mem::replace(&mut *pending, rest).into_iter().collect()
-            };
-            if partitions.is_empty() {
-                break;
+            tokio::select! {
+                biased;
+                () = channel.wake.notified() => send_pending(&nodes, &channel).await,
+                () = shutdown.cancelled() => return,
             }
-            if let Err(error) = notify(&nodes, channel.node, &partitions).await {
-                // Consumers look by themselves.
-                metrics::counter!("shardmq_notify_failed_total").increment(1);
-                tracing::debug!(node = %channel.node, error = %error.chain(), "a hint was not sent");
-            }
+        }
+    };
+    tokio::select! {
+        () = sending => {}
+        () = too_late => {}
+    }
+}
+
+async fn send_pending(nodes: &Nodes, channel: &Channel) {
+    loop {
+        let partitions: Vec<PartitionId> = {
+            let mut pending = lock(&channel.pending);
+            let rest = pending.iter().nth(MAX_PARTITIONS).copied();
+            let rest = rest.map(|from| pending.split_off(&from)).unwrap_or_default();
+            std::mem::replace(&mut *pending, rest).into_iter().collect()
+        };
+        if partitions.is_empty() {
+            return;
+        }
+        if let Err(error) = notify(nodes, channel.node, &partitions).await {
+            // Consumers look by themselves.
+            metrics::counter!("shardmq_notify_failed_total").increment(1);
+            tracing::debug!(node = %channel.node, error = %error.chain(), "a hint was not sent");
         }
     }
 }

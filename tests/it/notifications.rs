@@ -95,6 +95,26 @@ async fn a_killed_listener_comes_back_by_itself_and_misses_nothing() {
     messages.shutdown(Duration::ZERO).await.unwrap();
 }
 
+/// As a process does that sends something and ends. Its hint is still to be sent then.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_last_message_before_a_shutdown_comes_at_once_too() {
+    let test = TestCluster::new(1).await;
+    let sql = test.sql(0).await;
+    topic(&test, "orders", 4).await;
+    let producer = test.cluster.producer("orders").build().await.unwrap();
+    let mut messages = consume(&test.cluster, NEVER).await;
+    ready(&sql, &mut messages, &producer).await;
+    for n in 0..20 {
+        let other = Cluster::builder(&test.control_url).upkeep(false).connect().await.unwrap();
+        let producer = other.producer("orders").build().await.unwrap();
+        producer.send(Message::new(n.to_string())).await.unwrap();
+        producer.shutdown(SECOND).await.unwrap();
+        other.shutdown().await;
+        assert_eq!(text(&next(&mut messages).await), n.to_string());
+    }
+    messages.shutdown(Duration::ZERO).await.unwrap();
+}
+
 /// Carries nothing, after the first look.
 #[derive(Debug, Clone, Default)]
 struct Deaf(Arc<AtomicBool>);

@@ -81,15 +81,15 @@ impl<L: Log> Member<L> {
 
     /// Notes all of them, flushes, then acknowledges.
     async fn take(&mut self, batch: Vec<Delivery>) -> std::result::Result<(), Failure> {
-        let mut taken = Vec::with_capacity(batch.len());
+        let mut noted = Vec::with_capacity(batch.len());
         for delivery in batch {
             let (at, token, id) = (self.clock.now(), delivery.fencing_token(), delivery.id());
             let (uid, value) = (delivery.uid(), value_of(&delivery).map(Value::number));
             self.log.note(Seen::Taken { at, token, id, uid, value })?;
-            taken.push((delivery, Position { token, upto: id, acked: at }));
+            noted.push((delivery, Position { token, upto: id, acked: at }));
         }
         self.log.flush().await?;
-        for (delivery, position) in taken {
+        for (delivery, position) in noted {
             // Refused where the partition went to another member meanwhile, which is handed it too.
             if delivery.ack().is_ok() {
                 self.acked.insert(position.upto.partition(), position);

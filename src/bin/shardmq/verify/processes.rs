@@ -13,8 +13,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use shardmq::verify::Recorder;
-use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
-use tokio::process::{Child, ChildStdout, Command};
+use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncWriteExt, BufReader};
+use tokio::process::{Child, Command};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
@@ -123,7 +123,7 @@ fn start_process(run: &Run) -> Result<Child, Failure> {
 
 /// Records what a process writes, until it is dead and its pipe is empty.
 async fn read_lines(
-    stdout: ChildStdout,
+    stdout: impl AsyncRead + Unpin,
     member: u32,
     mut recorder: Recorder,
 ) -> Result<(), Failure> {
@@ -140,5 +140,29 @@ async fn read_lines(
             Failure::new(UNFINISHED, format!("member {member} wrote what is no event: {error}"))
         })?;
         seen.record(member, &mut recorder)?;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use shardmq::verify::{CheckOptions, History, check};
+
+    use super::*;
+
+    const LINE: &str = r#"{"taken":{"at":{"secs":1,"nanos":0},"token":1,"id":"1010126112200000001","uid":"0191e0a8-5d1c-7000-8000-000000000001:1:0","value":1}}"#;
+
+    async fn delivered(lines: &str) -> Result<u64, Failure> {
+        let history = History::new(&std::env::temp_dir())?;
+        read_lines(lines.as_bytes(), 1, history.recorder()?).await?;
+        Ok(check(&history, &CheckOptions::default())?.delivered)
+    }
+
+    #[tokio::test]
+    async fn a_line_without_its_end_is_none_and_other_damage_is_told() {
+        let half = &LINE[..60];
+        assert_eq!(delivered("").await.unwrap(), 0);
+        assert_eq!(delivered(&format!("{LINE}\n{half}")).await.unwrap(), 1);
+        assert_eq!(delivered(&format!("{LINE}\n{LINE}")).await.unwrap(), 1);
+        assert!(delivered(&format!("{half}\n{LINE}\n")).await.is_err());
     }
 }

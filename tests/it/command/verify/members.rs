@@ -19,7 +19,7 @@ use uuid::Uuid;
 use super::super::{Finished, command, finish_within};
 use super::SECOND;
 use crate::support::signals::signal;
-use crate::support::{TestCluster, eventually, own_server};
+use crate::support::{TestCluster, eventually, own_server, within};
 
 const PARTITIONS: usize = 8;
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -30,6 +30,8 @@ struct Workload {
     finished: JoinHandle<Finished>,
     /// What it said so far.
     said: Arc<Mutex<Vec<String>>>,
+    /// Ends when it and all its members have: they share their stderr.
+    ended: JoinHandle<()>,
     sql: Client,
 }
 
@@ -48,13 +50,13 @@ impl Workload {
         let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
         let said: Arc<Mutex<Vec<String>>> = Arc::default();
         let saying = Arc::clone(&said);
-        tokio::spawn(async move {
+        let ended = tokio::spawn(async move {
             while let Ok(Some(line)) = lines.next_line().await {
                 saying.lock().unwrap().push(line);
             }
         });
         let finished = tokio::spawn(finish_within(5 * PATIENCE, child));
-        let workload = Self { pid, finished, said, sql: test.sql(0).await };
+        let workload = Self { pid, finished, said, ended, sql: test.sql(0).await };
         workload.is_read().await;
         workload
     }
@@ -100,20 +102,21 @@ impl Workload {
         eventually("every partition is read", PATIENCE, all).await;
     }
 
-    /// Waits until so many members own all partitions, each as many, and none of those of before that
-    /// left; returns them.
-    async fn is_shared_by(&self, members: usize, left: &BTreeSet<Uuid>) -> BTreeSet<Uuid> {
+    /// Waits until so many members own all partitions, each as many, and one of these, if there are any,
+    /// owns nothing any more. Returns who owns them.
+    async fn is_shared_by(&self, members: usize, before: &BTreeSet<Uuid>) -> BTreeSet<Uuid> {
         let share = i64::try_from(PARTITIONS / members).unwrap();
         let shared = || async {
             let shares = self.shares().await;
             let is_even = shares.len() == members && shares.values().all(|count| *count == share);
-            is_even && left.iter().any(|member| !shares.contains_key(member)) != left.is_empty()
+            let is_new = before.is_empty() || before.iter().any(|m| !shares.contains_key(m));
+            is_even && is_new
         };
         eventually("the members have even shares", PATIENCE, shared).await;
         self.shares().await.into_keys().collect()
     }
 
-    /// Lets a member be replaced, after a signal: waits for the new one, and until it has its share.
+    /// Ends a member by a signal. Waits for the new one, and until that has its share.
     async fn replaces(&self, pid: u32, name: &str) {
         let (known, owners) = (self.pids().len(), self.is_shared_by(4, &BTreeSet::new()).await);
         signal(pid, name).await;
@@ -130,6 +133,7 @@ impl Workload {
         let finished = self.finished.await.unwrap();
         let report: Value = finished.json().into_iter().next().unwrap_or_default();
         println!("{report}");
+        within(PATIENCE, "the members' end", self.ended).await.unwrap();
         let said = self.said.lock().unwrap().join("\n");
         assert_eq!(finished.code, Some(0), "{said}");
         for field in ["violations", "lost", "skipped", "out_of_order", "duplicated"] {
@@ -190,6 +194,15 @@ async fn all_members_are_restarted_one_by_one() {
     }
     assert_eq!(workload.pids().len(), 8);
     assert_stall(&workload.end().await, 2_000);
+}
+
+/// They are killed by nobody, and find that nobody reads what they write.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn members_end_with_the_workload_that_is_killed() {
+    let test = TestCluster::new(1).await;
+    let workload = Workload::start(&test, 4).await;
+    signal(workload.pid, "KILL").await;
+    within(PATIENCE, "the members' end", workload.ended).await.unwrap();
 }
 
 /// All their leases are over in its eyes for a moment, and all of them are well.
