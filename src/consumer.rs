@@ -23,6 +23,9 @@ mod acks;
 mod budget;
 mod commit;
 mod holding;
+// Until members write to it.
+#[allow(dead_code)]
+mod journal;
 mod lease;
 mod member;
 mod messages;
