@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeSet, HashMap};
 use std::fmt;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
@@ -26,6 +27,7 @@ mod assignment;
 mod budget;
 mod commit;
 mod holding;
+mod journal;
 mod keys;
 mod lanes;
 mod lease;
@@ -39,6 +41,7 @@ mod wanted;
 
 use budget::{Budget, Room};
 use holding::{Bounds, Holding};
+use journal::{Before, Journal};
 use member::Command;
 pub use messages::{Delivery, Messages};
 use roster::Roster;
@@ -85,6 +88,7 @@ pub(crate) struct Options {
     flush_interval: Duration,
     drain_timeout: Duration,
     bounds: Bounds,
+    journal: Option<PathBuf>,
     only: Option<Vec<PartitionId>>,
     failpoint: Option<Failpoint>,
 }
@@ -116,6 +120,7 @@ impl ConsumerBuilder {
             flush_interval: Duration::from_secs(1),
             drain_timeout: Duration::from_secs(10),
             bounds: Bounds { messages: 100_000, runs: 10_000 },
+            journal: None,
             only: None,
             failpoint: None,
         };
@@ -203,6 +208,16 @@ impl ConsumerBuilder {
         self
     }
 
+    /// Keeps acknowledgements in this directory until they are committed, so that they survive when the
+    /// process is killed: of what was acknowledged nothing is delivered again, if a consumer of the same
+    /// cluster, topic, group and directory is started before others take its partitions. Not when the
+    /// machine dies. The directory is made if it is missing, and may be shared by consumers of other
+    /// groups and topics. An acknowledgement costs a write then, of some microseconds.
+    pub fn journal(mut self, directory: impl Into<PathBuf>) -> Self {
+        self.options.journal = Some(directory.into());
+        self
+    }
+
     /// Takes these partitions and no others, instead of an even share of all. Members without a list
     /// leave them alone while this one lives. Where two lists have the same one, who has it keeps it.
     pub fn partitions(mut self, partitions: impl IntoIterator<Item = PartitionId>) -> Self {
@@ -226,7 +241,8 @@ impl ConsumerBuilder {
     /// [`ErrorKind::NotFound`] where there is no such topic, [`ErrorKind::Unavailable`] where the
     /// control database can't be reached and the topic is known neither here nor from a
     /// [topology file](crate::ClusterBuilder::topology_file), or the group on no node. Nodes that can't
-    /// be reached are no error: their messages come when they are back.
+    /// be reached are no error: their messages come when they are back. [`ErrorKind::Conflict`] where
+    /// another consumer has the [journal](Self::journal), [`ErrorKind::Invalid`] where it can't be used.
     pub async fn stream(self) -> Result<Messages> {
         let topic = TopicName::new(&self.topic)?;
         let group = GroupName::new(&self.group)?;
@@ -236,11 +252,15 @@ impl ConsumerBuilder {
         let Options { start, broadcast, .. } = self.options;
         let start = start::resolve(&self.cluster, &topology, &group, start, broadcast);
         let start = Box::pin(start).await?;
+        // Time-ordered, so that members rank by when they joined.
+        let member = Uuid::now_v7();
+        let journal = open_journal(&self.cluster, &topic, &group, member, &self.options).await?;
         let (events, receiver) = mpsc::unbounded_channel();
         let shared = Arc::new(Shared {
             budget: Budget::new(self.options.prefetch_bytes),
-            // Time-ordered, so that members rank by when they joined.
-            member: Uuid::now_v7(),
+            member,
+            journal,
+            began: Instant::now(),
             wanted: Mutex::new(Wanted::These(BTreeSet::new())),
             dead: Mutex::default(),
             reach: Reach::default(),
@@ -273,6 +293,21 @@ impl fmt::Debug for ConsumerBuilder {
             .field("group", &self.group)
             .finish_non_exhaustive()
     }
+}
+
+async fn open_journal(
+    cluster: &Cluster,
+    topic: &TopicName,
+    group: &GroupName,
+    member: Uuid,
+    options: &Options,
+) -> Result<Option<Journal>> {
+    let Some(directory) = options.journal.clone() else { return Ok(None) };
+    let (id, topic, group) = (cluster.id(), topic.clone(), group.clone());
+    let open = move || Journal::open(&directory, id, (&topic, &group), member);
+    let opened = tokio::task::spawn_blocking(open).await;
+    let failed = |_| Error::closed("the cluster");
+    opened.map_err(failed)?.map(Some)
 }
 
 fn check_partitions(topology: &Topology, only: Option<&[PartitionId]>) -> Result<()> {
@@ -454,6 +489,9 @@ pub(crate) struct Shared {
     topology: Topology,
     group: GroupName,
     member: Uuid,
+    journal: Option<Journal>,
+    /// When it joined.
+    began: Instant,
     start: GroupStart,
     options: Options,
     /// Taken when the consumer has left: the stream ends then.
@@ -485,6 +523,7 @@ pub(crate) struct Shared {
 impl Shared {
     /// Registers, then starts the roster and one member for each node.
     async fn launch(self: &Arc<Self>) {
+        roster::bury_former(self).await;
         let mut roster = Roster::new(Arc::clone(self));
         if let Err(error) = roster.beat().await {
             // What nobody has, until a heartbeat says what is this member's.
@@ -596,7 +635,16 @@ impl Shared {
         let ended = self.cluster.inner.shutdown.child_token();
         let stream = lock(&self.events).as_ref().map(mpsc::UnboundedSender::downgrade);
         let stream = stream.unwrap_or_else(|| mpsc::unbounded_channel().0.downgrade());
-        Holding::new(acquired, self.options.bounds, ended, stream)
+        let written = self.journal.as_ref().map(|journal| {
+            let before = Before {
+                member: acquired.member_before,
+                owner: acquired.owner_before,
+                epoch: acquired.fence.epoch - 1,
+                reset_epoch: acquired.fence.reset_epoch,
+            };
+            journal.holding(&acquired, &before)
+        });
+        Holding::new(acquired, self.options.bounds, ended, stream, written)
     }
 
     /// From now on it is among what this consumer owns, and paused with that.
@@ -646,6 +694,9 @@ impl Shared {
     /// The members of all nodes have ended: the stream ends too. Idempotent.
     async fn leave(&self) {
         roster::leave(self).await;
+        if let Some(journal) = &self.journal {
+            journal.close();
+        }
         drop(lock(&self.events).take());
         self.left.cancel();
     }

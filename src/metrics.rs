@@ -22,6 +22,8 @@ pub const FLUSHED: &str = "shardmq_flushed_cursors_total";
 pub const ASSIGNED: &str = "shardmq_assignments_total";
 /// Partitions taken.
 pub const ACQUIRED: &str = "shardmq_acquired_partitions_total";
+/// Acknowledgements that were not written to the journal, since a write has failed.
+pub const UNWRITTEN: &str = "shardmq_unwritten_acks_total";
 /// Partitions lost to another owner.
 pub const LEASE_LOST: &str = "shardmq_lost_partitions_total";
 /// Hints that could not be sent.
@@ -52,6 +54,7 @@ pub fn describe() {
         (FLUSHED, "cursors moved"),
         (ASSIGNED, "assignments of a group taken over"),
         (ACQUIRED, "partitions taken"),
+        (UNWRITTEN, "acknowledgements not written to the journal"),
         (LEASE_LOST, "partitions lost to another owner"),
         (NOTIFY_FAILED, "hints that could not be sent"),
         (LISTENER_LOST, "listening connections lost"),

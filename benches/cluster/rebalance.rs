@@ -47,7 +47,8 @@ impl Member {
 
 /// Waits until so many live members have even shares; returns how long that took since then.
 async fn even(sql: &tokio_postgres::Client, members: usize, since: Instant) -> f64 {
-    let owners = "select c.member, count(*) from shardmq.cursor c join shardmq.member m using (member)
+    let owners =
+        "select c.member, count(*) from shardmq.cursor c join shardmq.member m using (member)
                    where c.group_name = 'g' group by 1";
     loop {
         let rows = sql.query(owners, &[]).await.unwrap();
@@ -92,7 +93,8 @@ pub(crate) async fn measure(size: Size) {
         sql.batch_execute("delete from shardmq.member").await.unwrap();
     }
     println!("rebalance: {PARTITIONS} partitions, {members} members, {rounds} rounds, in ms");
-    for (what, times) in [("the others join one", joined), ("one leaves", left), ("one dies", died)] {
+    for (what, times) in [("the others join one", joined), ("one leaves", left), ("one dies", died)]
+    {
         if !times.is_empty() {
             println!("  {what:>20}: {}", Spread::of(times).text());
         }

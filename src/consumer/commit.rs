@@ -1,6 +1,7 @@
 //! Committing a member's cursors.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::Instant;
@@ -68,6 +69,9 @@ impl Member {
         let begun = Instant::now();
         self.pace.took(Duration::ZERO);
         self.lose_void().await;
+        let shared = Arc::clone(&self.shared);
+        let journal = shared.journal.as_ref().filter(|_| only.is_none());
+        let mark = journal.map(|journal| (journal, journal.mark(self.node)));
         let (moves, versions) = self.moves(only);
         if moves.is_empty() {
             return Ok(true);
@@ -104,6 +108,9 @@ impl Member {
             };
             result = Err(holding.refusal(refusal));
             self.lose(&holding, refusal).await;
+        }
+        if let Some((journal, mark)) = mark.filter(|_| matches!(result, Ok(true))) {
+            journal.committed(self.node, mark);
         }
         result
     }

@@ -1,7 +1,7 @@
 //! A partition that this consumer owns, from its acquisition to its end.
 
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU8, AtomicU32, AtomicUsize, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
 use tokio::sync::{Notify, mpsc};
@@ -10,9 +10,10 @@ use uuid::Uuid;
 
 use crate::consumer::Event;
 use crate::consumer::acks::Tracker;
+use crate::consumer::journal::{Acks, HoldingJournal};
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::{Day, PartitionId};
-use crate::store::fetch::Identity;
+use crate::store::fetch::{Batch, Identity};
 use crate::store::group::{Acquired, Fence};
 
 /// Shared by the reader, the stream, the deliveries and the member that flushes.
@@ -47,7 +48,11 @@ pub(crate) struct Holding {
     passed: Mutex<Option<(Day, Identity)>>,
     /// The server on which the last row read was last seen: when that was started.
     incarnation: Mutex<SystemTime>,
+    journal: Option<Written>,
 }
+
+/// Where acknowledgements are written to, and what a former process has written there.
+type Written = (HoldingJournal, Arc<Acks>);
 
 /// How much may be acknowledged out of order.
 #[derive(Debug, Clone, Copy)]
@@ -94,6 +99,7 @@ impl Holding {
         bounds: Bounds,
         ended: CancellationToken,
         stream: mpsc::WeakUnboundedSender<Event>,
+        journal: Option<Written>,
     ) -> Self {
         Self {
             partition: acquired.partition,
@@ -115,6 +121,7 @@ impl Holding {
             round: AtomicU32::new(0),
             rewind: Mutex::default(),
             passed: Mutex::default(),
+            journal,
         }
     }
 
@@ -162,8 +169,8 @@ impl Holding {
         self.void.load(Ordering::Acquire)
     }
 
-    /// Records an acknowledgement.
-    pub(crate) fn ack(&self, id: i64) -> Result<()> {
+    /// Records an acknowledgement of a message of this row.
+    pub(crate) fn ack(&self, id: i64, row: &Batch) -> Result<()> {
         // Under the lock, so that what is accepted here is seen by the flush that follows an end.
         let mut tracker = self.tracker();
         match self.state.load(Ordering::SeqCst) {
@@ -181,7 +188,31 @@ impl Holding {
             self.gate.fetch_and(!AHEAD, Ordering::SeqCst);
             self.wake.notify_one();
         }
+        drop(tracker);
+        // After it was recorded: what is written before a commit is composed is in it then.
+        if let Some((journal, _)) = &self.journal {
+            journal.ack(id, row.uid_of(id));
+        }
         Ok(())
+    }
+
+    /// A row was read, from an id on; says whether parts of it are acknowledged already. What a former
+    /// process acknowledged counts where the message is still the same.
+    pub(crate) fn read(&self, row: &Batch, from: i64) -> bool {
+        let mut tracker = self.tracker();
+        let mut patchy = tracker.read(from, row.last_id());
+        let Some((journal, acks)) = &self.journal else { return patchy };
+        for (id, uid) in acks.range(from..=row.last_id()) {
+            if *uid == row.uid_of(*id) {
+                patchy = true;
+                tracker.ack(*id);
+                journal.ack(*id, *uid);
+            }
+        }
+        if acks.last_key_value().is_some_and(|(last, _)| *last <= row.last_id()) {
+            journal.settled();
+        }
+        patchy
     }
 
     pub(crate) fn refusal(&self, kind: ErrorKind) -> Error {
@@ -277,6 +308,9 @@ impl Holding {
     /// The last row read was seen on this server.
     pub(crate) fn seen_on(&self, incarnation: SystemTime) {
         *lock(&self.incarnation) = incarnation;
+        if let Some((journal, _)) = &self.journal {
+            journal.seen_on(incarnation);
+        }
     }
 
     /// How far it was read, for looks.

@@ -19,6 +19,8 @@ use crate::metrics as names;
 use crate::store::connect::refused;
 use crate::store::group::{self, Fence, Taker};
 
+/// After how many leases all that a former process had is this one's, or others'.
+const TAKEN_OVER: u32 = 2;
 /// How long a member must have kept its own lease before it takes an ended one of another's. After a
 /// restart of the server all leases may be over and all members well: each has renewed by then.
 const GRACE: Duration = Duration::from_secs(3);
@@ -48,7 +50,13 @@ impl Member {
             self.kept_since = Some(asked);
         }
         self.renewed = Some(asked);
-        self.reconcile(renewed.owned).await
+        self.reconcile(renewed.owned).await?;
+        if let Some(journal) = &shared.journal
+            && shared.began.elapsed() > lease * TAKEN_OVER
+        {
+            journal.retire_old(self.node);
+        }
+        Ok(())
     }
 
     /// Another server answers: nothing is renewed until every partition was looked at there.
@@ -114,13 +122,16 @@ impl Member {
         group::make_cursors(connection, names.0, names.1)
             .await
             .map_err(|error| refused(error, &what))?;
+        if let Some(journal) = &shared.journal {
+            journal.begin(self.node);
+        }
         let gone = shared.dead();
         let taker = Taker {
             member: shared.member,
             lease_secs: shared.options.lease.as_secs_f64(),
             ended_too: self.kept_since.is_some_and(|since| since.elapsed() >= GRACE),
             gone: &gone,
-            dead: &[],
+            dead: shared.journal.as_ref().map_or(&[], |journal| journal.former()),
         };
         let connection = shared.connection(self.node).await?;
         group::acquire(connection, names, &taker, lacking)

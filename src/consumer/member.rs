@@ -395,6 +395,9 @@ impl Member {
         for holding in holdings {
             self.forget(&holding);
         }
+        if let Some(journal) = self.shared.journal.as_ref().filter(|_| outcome.is_ok()) {
+            journal.finish(self.node);
+        }
         (self.renewed, self.kept_since, self.incarnation) = (None, None, None);
         self.other_server = false;
         outcome

@@ -332,7 +332,7 @@ impl Delivery {
     /// already: the message is delivered there too.
     pub fn ack(mut self) -> Result<()> {
         let counted = !std::mem::replace(&mut self.answered, true);
-        let result = self.origin.holding.ack(self.number());
+        let result = self.origin.holding.ack(self.number(), &self.origin.row);
         if counted {
             self.origin.holding.take_back();
         }

@@ -354,7 +354,7 @@ impl Reader {
             let from = self.position.max(row.base_id - 1) + 1;
             let (last_id, identity) = (row.last_id(), row.identity());
             let rewound = holding.unless_rewound(|round| {
-                let patchy = holding.tracker().read(from, last_id);
+                let patchy = holding.read(&row, from);
                 let room = reserved.split(self.shared.weight(&row));
                 let row = Arc::new(row);
                 let batch = Read { holding: Arc::clone(&holding), row, from, patchy, round, room };

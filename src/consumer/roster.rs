@@ -292,6 +292,20 @@ impl Roster {
     }
 }
 
+/// Former processes whose journal this one has are dead: the others need not wait to find that out.
+pub(crate) async fn bury_former(shared: &Shared) {
+    for member in shared.journal.iter().flat_map(|journal| journal.former()) {
+        let left = async {
+            let connection = shared.cluster.inner.control.get().await?;
+            let left = membership::leave(connection, *member).await;
+            left.map_err(|error| refused(error, "take a former process off the list"))
+        };
+        if let Ok(Err(error)) = timeout(STATEMENT, left).await {
+            tracing::debug!(error = %error.chain(), "a former process stays on the list");
+        }
+    }
+}
+
 /// Takes the member off the list, so that the others know what will be theirs.
 pub(crate) async fn leave(shared: &Shared) {
     shared.stopping.cancel();

@@ -7,7 +7,7 @@ use tokio_postgres::error::SqlState;
 use tokio_postgres::types::{FromSql, Type};
 use uuid::Uuid;
 
-use crate::id::{Day, PartitionId, last_of};
+use crate::id::{Day, PartitionId, Uid, last_of};
 use crate::store::node::{Connection, query};
 use crate::store::packed::Unpacked;
 use crate::store::sql;
@@ -52,6 +52,12 @@ impl Batch {
             sequence: self.sequence,
             appended_at: self.appended_at,
         }
+    }
+
+    /// The identity of a message in it, as it was stored here: a copy's own, and not that of its original.
+    pub(crate) fn uid_of(&self, id: i64) -> Uid {
+        let index = u32::try_from(id - self.base_id).unwrap_or(u32::MAX);
+        Uid { producer: self.producer, sequence: self.sequence, index }
     }
 
     /// Its day and identity, to be found again.

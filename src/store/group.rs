@@ -41,6 +41,7 @@ pub(crate) struct Acquired {
     pub(crate) acked_ahead: Vec<(i64, i64)>,
     /// Whose it was, if it was not given back.
     pub(crate) owner_before: Option<Uuid>,
+    pub(crate) member_before: Option<Uuid>,
 }
 
 /// Where a group starts on this node, if it knows.
@@ -149,6 +150,7 @@ pub(crate) async fn acquire(
             acked_ahead: parse_ranges(row.get(5)),
             incarnation: row.get(6),
             owner_before: row.get(7),
+            member_before: row.get(8),
         })
     });
     Ok(acquired.collect())

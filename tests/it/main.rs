@@ -44,6 +44,8 @@ mod held_back;
 mod hosts;
 /// Connections are opened when needed, and closed when not.
 mod idle;
+/// Acknowledgements that outlive their process.
+mod journal;
 /// A transaction that appends and commits late: no gap, nothing skipped.
 mod late_commit;
 /// Who owns a partition, through joins, crashes, pauses and restarts.

@@ -1,6 +1,7 @@
 //! `shardmq consume`: a group's messages out, one line each. A line is flushed before it is
 //! acknowledged, so that what the reader did not get is delivered again.
 
+use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
 
 use clap::Parser;
@@ -44,6 +45,10 @@ pub(crate) struct Args {
     /// Wait for more when all is consumed.
     #[arg(long)]
     follow: bool,
+    /// Keep acknowledgements in this directory until they are committed: they survive when this process is
+    /// killed.
+    #[arg(long, value_name = "FOLDER")]
+    journal: Option<PathBuf>,
 }
 
 pub(crate) async fn run(context: &Context, args: Args) -> Result<(), Failure> {
@@ -53,7 +58,10 @@ pub(crate) async fn run(context: &Context, args: Args) -> Result<(), Failure> {
     if !args.follow {
         caught_up = Some(CaughtUp::begin(&cluster, &args.topic, &args.group).await?);
     }
-    let consumer = cluster.consumer(&args.topic, &args.group);
+    let mut consumer = cluster.consumer(&args.topic, &args.group);
+    if let Some(folder) = args.journal {
+        consumer = consumer.journal(folder);
+    }
     let messages = consumer.start(args.from).stream().await?;
     if let Some(caught_up) = &mut caught_up {
         caught_up.joined(&messages.handle().member());

@@ -24,7 +24,7 @@ seen as materialized (
        and exists (select from live where live.member = $3)),
 -- Whoever took one since this snapshot has raised its epoch, and may be live without being in it.
 free as (
-    select c.partition, c.owner as owner_before
+    select c.partition, c.owner as owner_before, c.member as member_before
       from seen join shardmq.cursor c
         on c.group_name = $2 and c.partition = seen.partition and c.epoch = seen.epoch
      order by c.partition
@@ -34,4 +34,4 @@ update shardmq.cursor c
   from free
  where c.group_name = $2 and c.partition = free.partition
 returning c.partition, c.owner, c.epoch, c.reset_epoch, c.acked_id, c.acked_ahead::text,
-          pg_postmaster_start_time(), free.owner_before
+          pg_postmaster_start_time(), free.owner_before, free.member_before

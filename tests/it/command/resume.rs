@@ -10,7 +10,7 @@ use tokio::io::{AsyncBufReadExt, BufReader};
 
 use super::{Finished, LONG, command, finish, run, run_with};
 use crate::support::signals::signal;
-use crate::support::{TestCluster, within};
+use crate::support::{TestCluster, eventually, within};
 
 async fn with_lines(partitions: usize, lines: usize) -> TestCluster {
     let test = TestCluster::new(1).await;
@@ -177,5 +177,38 @@ async fn what_a_killed_member_had_in_hand_is_waited_for() {
     let left = lag(&test).await;
     let consumed = run(&test.control_url, "consume orders --group g").await.good();
     assert_eq!(numbers(&consumed).len() as u64, left);
+    assert_eq!(lag(&test).await, 0);
+}
+
+/// Its cursor can't be committed, so that nothing but the journal knows.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn with_a_journal_a_killed_process_repeats_nothing_that_it_acknowledged() {
+    let test = with_lines(1, 3_000).await;
+    run(&test.control_url, "consume orders --group g --count 1").await.good();
+    let mut other = test.sql(0).await;
+    let folder = tempfile::tempdir().unwrap();
+    let consume =
+        format!("consume orders --group g --follow --journal {}", folder.path().display());
+    let mut child = command(&test.control_url, &consume).spawn().unwrap();
+    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    within(LONG, "the first line", lines.next_line()).await.unwrap().unwrap();
+    let open = other.transaction().await.unwrap();
+    open.batch_execute("select from shardmq.cursor for update").await.unwrap();
+    for _ in 2..3_000 {
+        within(LONG, "all lines", lines.next_line()).await.unwrap().unwrap();
+    }
+    let written = || {
+        let groups = std::fs::read_dir(folder.path()).unwrap().flatten();
+        let files = groups.flat_map(|group| std::fs::read_dir(group.path()).unwrap().flatten());
+        files.map(|file| file.metadata().unwrap().len()).sum::<u64>()
+    };
+    eventually("all acknowledgements are written", LONG, async || written() >= 2_999 * 48).await;
+    signal(child.id().unwrap(), "KILL").await;
+    child.wait().await.unwrap();
+    open.rollback().await.unwrap();
+    produce(&test, 3_000..3_001).await;
+    let consume = consume.replace("--follow", "");
+    let again = run(&test.control_url, &consume).await.good();
+    assert_eq!(numbers(&again), [3_000]);
     assert_eq!(lag(&test).await, 0);
 }
