@@ -29,7 +29,7 @@ mod messages;
 mod reader;
 mod roster;
 mod seat;
-mod start;
+pub(crate) mod start;
 
 use budget::{Budget, Room};
 use holding::Holding;
@@ -39,7 +39,8 @@ pub(crate) use roster::jitter;
 use seat::Seats;
 use start::GroupStart;
 
-/// Where a group starts that has not consumed the topic before. Later it goes on from its cursor.
+/// Where a group starts that has not consumed the topic before, or where a [seek](Cluster::seek) moves it
+/// to. In between it goes on from its cursor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Start {
     /// At the first message that is there.

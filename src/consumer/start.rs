@@ -61,7 +61,8 @@ pub(crate) async fn resolve(
     })
 }
 
-async fn recorded(
+/// Where the group starts, if the control database knows it.
+pub(crate) async fn recorded(
     cluster: &Cluster,
     topology: &Topology,
     name: &GroupName,
@@ -108,7 +109,8 @@ fn later(start: StartAt, by_clock: bool) -> StartAt {
     if by_clock { StartAt { at: start.at.map(earlier), ..start } } else { start }
 }
 
-async fn of(cluster: &Cluster, start: Start) -> Result<StartAt> {
+/// The time and id that a start stands for.
+pub(crate) async fn of(cluster: &Cluster, start: Start) -> Result<StartAt> {
     Ok(match start {
         Start::Earliest => StartAt { at: Some(UNIX_EPOCH), id: None },
         Start::Latest => StartAt { at: None, id: None },
