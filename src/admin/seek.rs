@@ -202,7 +202,10 @@ impl Seek<'_> {
         let what = format!("{}: {}", self.what, missing.join(", and "));
         match cause {
             Some(cause) => Err(Error::with_source(cause.kind(), what, cause)),
-            None if locked.is_empty() => Ok(all),
+            None if locked.is_empty() => {
+                all.sort_by_key(|sought| sought.partition);
+                Ok(all)
+            }
             None => Err(Error::new(ErrorKind::Timeout, what)),
         }
     }
