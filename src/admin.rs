@@ -1,4 +1,4 @@
-//! Looking after a cluster: nodes, topics, lag, and messages for people. The command prints what is
+//! Looking after a cluster: nodes, topics, groups, lag, and messages for people. The command prints what is
 //! defined here.
 
 use std::collections::BTreeMap;
@@ -18,10 +18,14 @@ use crate::store::node::{Connection, Unfinished, query};
 use crate::store::{control, sql, upkeep};
 use crate::topology::{even_slots, interleave, spread};
 
+mod groups;
 mod nodes;
 mod partitions;
+mod seek;
 
+pub use groups::{CursorState, GroupInfo, GroupPartition, GroupSummary, MemberInfo};
 pub use nodes::NodeInfo;
+pub use seek::Sought;
 
 /// The most partitions of a cluster: 99 nodes of 99.
 pub const MAX_PARTITIONS: usize = 9_801;

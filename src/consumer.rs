@@ -36,7 +36,7 @@ mod messages;
 mod reader;
 mod roster;
 mod runner;
-mod start;
+pub(crate) mod start;
 mod wanted;
 
 use budget::{Budget, Room};
@@ -48,7 +48,8 @@ use roster::Roster;
 use start::GroupStart;
 use wanted::{Reach, Wanted};
 
-/// Where a group starts that has not consumed the topic before. Later it goes on from its cursor.
+/// Where a group starts that has not consumed the topic before, or where a [seek](Cluster::seek) moves it
+/// to. In between it goes on from its cursor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Start {
     /// At the first message that is there.

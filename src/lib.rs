@@ -24,8 +24,9 @@ mod upkeep;
 pub mod verify;
 
 pub use admin::{
-    MAX_PARTITIONS, NodeInfo, PartitionInfo, PartitionLag, Retention, StoredMessage, TopicInfo,
-    TopicOptions, TopicSummary,
+    CursorState, GroupInfo, GroupPartition, GroupSummary, MAX_PARTITIONS, MemberInfo, NodeInfo,
+    PartitionInfo, PartitionLag, Retention, Sought, StoredMessage, TopicInfo, TopicOptions,
+    TopicSummary,
 };
 pub use cluster::{Cluster, ClusterBuilder};
 pub use codec::{Codec, Json};

@@ -94,6 +94,31 @@ name!(
     "group"
 );
 
+/// Says which of the names that there are come nearest to one that there is not.
+pub(crate) fn nearest(wanted: &str, mut names: Vec<String>) -> String {
+    names.sort_by_key(|name| distance(name, wanted));
+    names.truncate(3);
+    match names.as_slice() {
+        [] => "there is none yet".to_owned(),
+        names => format!("the nearest are {}", names.join(", ")),
+    }
+}
+
+/// How many letters must change to make one name of another (Levenshtein).
+fn distance(a: &str, b: &str) -> usize {
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, x) in a.bytes().enumerate() {
+        let mut diagonal = row[0];
+        row[0] = i + 1;
+        for (j, y) in b.bytes().enumerate() {
+            let replaced = diagonal + usize::from(x != y);
+            diagonal = row[j + 1];
+            row[j + 1] = replaced.min(diagonal + 1).min(row[j] + 1);
+        }
+    }
+    row[b.len()]
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -8,6 +8,7 @@ pub(crate) mod control;
 mod dsn;
 pub(crate) mod fetch;
 pub(crate) mod group;
+pub(crate) mod group_admin;
 pub(crate) mod listen;
 pub(crate) mod membership;
 pub(crate) mod node;

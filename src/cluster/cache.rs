@@ -14,7 +14,7 @@ use crate::cluster::nodes::{ANSWER, Nodes, refuse_older};
 use crate::cluster::topology_file::{Snapshot, TopologyFile};
 use crate::deadline::in_time;
 use crate::error::{Error, ErrorKind, Result};
-use crate::name::TopicName;
+use crate::name::{TopicName, nearest};
 use crate::store::connect::refused;
 use crate::store::control;
 use crate::store::node::Node;
@@ -193,29 +193,9 @@ impl fmt::Debug for Cache {
 }
 
 /// Says that there is no such topic, and which ones have the nearest names.
-fn unknown_topic(topic: &TopicName, mut names: Vec<String>) -> Error {
-    names.sort_by_key(|name| distance(name, topic.as_str()));
-    names.truncate(3);
-    let hint = match names.as_slice() {
-        [] => "there is none yet".to_owned(),
-        names => format!("the nearest are {}", names.join(", ")),
-    };
+fn unknown_topic(topic: &TopicName, names: Vec<String>) -> Error {
+    let hint = nearest(topic.as_str(), names);
     Error::new(ErrorKind::NotFound, format!("topic {topic} does not exist; {hint}"))
-}
-
-/// How many letters must change to make one name of another (Levenshtein).
-fn distance(a: &str, b: &str) -> usize {
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, x) in a.bytes().enumerate() {
-        let mut diagonal = row[0];
-        row[0] = i + 1;
-        for (j, y) in b.bytes().enumerate() {
-            let replaced = diagonal + usize::from(x != y);
-            diagonal = row[j + 1];
-            row[j + 1] = replaced.min(diagonal + 1).min(row[j] + 1);
-        }
-    }
-    row[b.len()]
 }
 
 #[cfg(test)]

@@ -62,7 +62,8 @@ pub(crate) async fn resolve(
     })
 }
 
-async fn recorded(
+/// Where the group starts, if the control database knows it.
+pub(crate) async fn recorded(
     cluster: &Cluster,
     topology: &Topology,
     name: &GroupName,
@@ -109,7 +110,8 @@ fn later(start: StartAt, by_clock: bool) -> StartAt {
     if by_clock { StartAt { at: start.at.map(earlier), ..start } } else { start }
 }
 
-async fn of(cluster: &Cluster, start: Start) -> Result<StartAt> {
+/// The time and id that a start stands for.
+pub(crate) async fn of(cluster: &Cluster, start: Start) -> Result<StartAt> {
     let (at, id) = match start {
         Start::Earliest => (Some(UNIX_EPOCH), None),
         Start::Latest => (None, None),

@@ -8,6 +8,8 @@ mod demo;
 mod dev;
 /// What goes wrong is said clearly, with an exit code.
 mod errors;
+/// Groups are listed, described, moved and deleted.
+mod group;
 /// Every documented field of every JSON.
 mod json;
 /// Lines in, the same lines out.

@@ -34,6 +34,8 @@ mod failover;
 mod fence;
 /// The 99,999,999th message of a partition's day.
 mod full;
+/// Groups are listed, described, moved and deleted.
+mod groups;
 /// A client that falls silent in the middle, or goes away: no lock stays, nobody is harmed.
 mod half_pipeline;
 /// Handlers: as many at a time as order allows, repeated where they fail.

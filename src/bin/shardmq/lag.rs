@@ -8,7 +8,7 @@ use shardmq::PartitionLag;
 
 use crate::context::Context;
 use crate::failure::Failure;
-use crate::output::{Out, note, or_dash, table};
+use crate::output::{Out, note, or_dash, secs, table};
 
 /// Show how far the groups are.
 #[derive(Parser)]
@@ -79,8 +79,4 @@ fn row(lag: &PartitionLag) -> Vec<String> {
         or_dash(lag.last_id),
         or_dash(lag.member.as_ref()),
     ]
-}
-
-fn secs(age: Option<f64>) -> String {
-    or_dash(age.map(|age| format!("{age:.1} s")))
 }

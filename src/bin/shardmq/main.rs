@@ -10,6 +10,7 @@ mod context;
 mod demo;
 mod dev;
 mod failure;
+mod group;
 mod lag;
 mod lines;
 mod look;
@@ -19,6 +20,7 @@ mod output;
 mod produce;
 mod servers;
 mod signals;
+mod start;
 mod topic;
 mod verify;
 
@@ -59,8 +61,8 @@ Exit codes:
   0  done; also when the reader of the output went away, or a signal ended what runs until then
   1  the operation failed, a check found violations, or a line could not be sent
   2  wrong arguments, or a value outside of its limits; or verify could not finish its check
-  3  no such topic, message, node or program
-  4  a server could not be reached, or did not answer in time";
+  3  no such topic, group, message, node or program
+  4  a server could not be reached, or something was not done in time: it may be tried again";
 
 #[derive(Subcommand)]
 enum Command {
@@ -71,6 +73,8 @@ enum Command {
     Node(node::Command),
     #[command(subcommand)]
     Topic(topic::Command),
+    #[command(subcommand)]
+    Group(group::Command),
     Produce(produce::Args),
     Consume(consume::Args),
     Peek(look::PeekArgs),
@@ -109,6 +113,7 @@ async fn run(command: Command, context: Context) -> Result<(), Failure> {
         Command::Migrate(args) => migrate::run(&context, args).await,
         Command::Node(command) => node::run(&context, command).await,
         Command::Topic(command) => topic::run(&context, command).await,
+        Command::Group(command) => group::run(&context, command).await,
         Command::Produce(args) => produce::run(&context, args).await,
         Command::Consume(args) => consume::run(&context, args).await,
         Command::Peek(args) => look::peek(&context, args).await,

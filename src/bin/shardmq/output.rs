@@ -101,6 +101,11 @@ pub(crate) fn or_dash(value: Option<impl ToString>) -> String {
     value.map_or_else(|| "-".to_owned(), |value| value.to_string())
 }
 
+/// An age, or a dash.
+pub(crate) fn secs(age: Option<f64>) -> String {
+    or_dash(age.map(|age| format!("{age:.1} s")))
+}
+
 /// A message as every command prints it. `attempt` is there where it was delivered.
 #[derive(Serialize)]
 pub(crate) struct MessageLine<'a> {

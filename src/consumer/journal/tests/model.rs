@@ -174,6 +174,8 @@ impl World {
             incarnation: server(self.server),
             acked_id: 0,
             acked_ahead: row.committed.iter().map(|id| (*id, *id)).collect(),
+            owner_before: None,
+            member_before: None,
         };
         let (writer, taken_over) = self.journal.holding(&acquired, &before);
         let found: BTreeSet<i64> = ids(&taken_over).into_iter().collect();
