@@ -698,8 +698,20 @@ impl Shared {
         if let Some(journal) = &self.journal {
             journal.close();
         }
+        if self.options.broadcast && !self.left.is_cancelled() {
+            self.remove_group().await;
+        }
         drop(lock(&self.events).take());
         self.left.cancel();
+    }
+
+    /// What this fails at is swept later.
+    async fn remove_group(&self) {
+        let names = (self.topology.topic.as_str(), self.group.as_str());
+        let removed = timeout(GRACE, self.cluster.delete_group(names.0, names.1)).await;
+        if let Ok(Err(error)) = removed {
+            tracing::debug!(error = %error.chain(), "the group of a broadcast consumer stays for a while");
+        }
     }
 
     fn send(&self, event: Event) {

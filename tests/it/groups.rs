@@ -276,8 +276,9 @@ async fn own(sql: &Client, partition: PartitionId) -> (Uuid, i64, i64) {
     let lease = "insert into shardmq.member (member, group_name, leased_until)
                  values ($1, 'g', now() + interval '1 hour')";
     sql.execute(lease, &[&member]).await.unwrap();
+    let (wanted, none) = (vec![number(partition)], Vec::<Uuid>::new());
     let rows = sql
-        .query(ACQUIRE, &[&"orders", &"g", &member, &1_i64, &false, &vec![number(partition)]])
+        .query(ACQUIRE, &[&"orders", &"g", &member, &wanted, &false, &none, &10.0_f64, &none])
         .await
         .unwrap();
     (rows[0].get(1), rows[0].get(2), rows[0].get(3))

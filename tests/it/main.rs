@@ -16,6 +16,8 @@ mod bad_input;
 mod balancer;
 /// What is fetched ahead is bounded by bytes.
 mod bounded_reads;
+/// Consumers that get everything, each in a group of its own.
+mod broadcast;
 /// Without the control database.
 mod control_away;
 /// Several partitions in one commit, without waiting for each other.
@@ -80,6 +82,8 @@ mod repeats;
 mod retention;
 /// A message goes in and comes out.
 mod round_trip;
+/// A group's position is moved under running consumers.
+mod seeks;
 /// Databases with settings of their own, and commits that are none.
 mod settings;
 /// The end of a consumer: nothing new, all that is answered is committed, nothing hangs.

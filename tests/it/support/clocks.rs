@@ -54,6 +54,12 @@ impl Clocks {
         row.get(0)
     }
 
+    /// Moves the database's clock ahead, from where it is.
+    pub async fn move_server(&self, by: &str) {
+        let moved = "update public.moved set ahead = ahead + $1::text::interval";
+        self.sql.execute(moved, &[&by]).await.unwrap();
+    }
+
     /// Moves the clients' clocks, from where they are.
     pub fn move_client(&self, seconds: i64) {
         self.client_ahead_ms.fetch_add(seconds * 1000, Ordering::SeqCst);
