@@ -416,7 +416,7 @@ impl ConsumerHandle {
         let partitions: Vec<_> = partitions.into_iter().collect();
         check_known(&self.shared.topology, &partitions)?;
         let mut paused = self.shared.paused();
-        partitions.iter().for_each(|partition| _ = paused.remove(partition));
+        paused.retain(|partition| !partitions.contains(partition));
         let holdings = self.shared.holdings();
         partitions.iter().filter_map(|p| holdings.get(p)).for_each(|holding| holding.resume());
         Ok(())
@@ -699,7 +699,7 @@ impl Shared {
             journal.close();
         }
         if self.options.broadcast && !self.left.is_cancelled() {
-            self.remove_group().await;
+            Box::pin(self.remove_group()).await;
         }
         drop(lock(&self.events).take());
         self.left.cancel();

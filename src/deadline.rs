@@ -6,16 +6,20 @@ use tokio::time::timeout;
 
 use crate::error::{Error, ErrorKind, Result};
 
-/// Something that a server answers, within a time. Dropped when that is over.
-pub(crate) async fn in_time<T>(
+/// Something that a server answers, within a time. Dropped when that is over. Boxed: whoever waits carries
+/// it.
+pub(crate) fn in_time<T>(
     limit: Duration,
     what: &str,
     doing: impl Future<Output = Result<T>>,
-) -> Result<T> {
-    timeout(limit, doing).await.unwrap_or_else(|_| {
-        let limit = limit.as_secs_f64();
-        Err(Error::new(ErrorKind::Unavailable, format!("{what}: no answer within {limit} s")))
-    })
+) -> impl Future<Output = Result<T>> {
+    let doing = Box::pin(doing);
+    async move {
+        timeout(limit, doing).await.unwrap_or_else(|_| {
+            let limit = limit.as_secs_f64();
+            Err(Error::new(ErrorKind::Unavailable, format!("{what}: no answer within {limit} s")))
+        })
+    }
 }
 
 /// A duration give or take a fifth, so that many don't act at once.

@@ -355,7 +355,7 @@ mod tests {
                         let reached = |peer: &&Peer| !peer.avoid.contains(&partition.node());
                         let owner = takers(listed).find(|peer| peer.member == *owner);
                         prop_assert!(owner.is_some(), "not one of those that take it");
-                        prop_assert!(takers(listed).find(reached).is_none() || owner.filter(reached).is_some());
+                        prop_assert!(takers(listed).find(reached).is_none() || owner.as_ref().is_some_and(reached));
                     }
                 }
             }

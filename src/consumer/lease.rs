@@ -228,7 +228,9 @@ impl Member {
             current.is_some_and(|current| Arc::ptr_eq(current, holding))
         });
         // What is acknowledged from now on would never be committed.
-        answered.iter().for_each(|holding| holding.end(ErrorKind::LeaseLost));
+        for holding in &answered {
+            holding.end(ErrorKind::LeaseLost);
+        }
         let partitions: Vec<_> = answered.iter().map(|holding| holding.partition).collect();
         let done = timeout(STATEMENT, async {
             loop {

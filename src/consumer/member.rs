@@ -366,7 +366,9 @@ impl Member {
             }
             Command::Stop { until, reply } => {
                 let all: Vec<_> = self.holdings.values().cloned().collect();
-                all.into_iter().for_each(|holding| self.give_up(holding, until));
+                for holding in all {
+                    self.give_up(holding, until);
+                }
                 self.stop = Some((until, reply));
             }
             // Those who sleep are woken by any command, and who works does this anyway.

@@ -28,13 +28,14 @@ use uuid::Uuid;
 use crate::cluster::Place;
 use crate::consumer::Shared;
 use crate::consumer::assignment::{Owners, Peer, assign};
+use crate::consumer::journal::Journal;
 use crate::consumer::wanted::Wanted;
 use crate::deadline::{in_time, jitter};
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::{NodeId, PartitionId};
 use crate::metrics as names;
 use crate::store::connect::refused;
-use crate::store::membership::{self, Assignment, Heard, Seen, Sign};
+use crate::store::membership::{self, Assignment, Heard, Seen, Sign, Standing};
 
 /// How long a statement may take: a database that hangs must hold nobody up.
 const STATEMENT: Duration = Duration::from_secs(2);
@@ -151,11 +152,11 @@ impl Roster {
         }
         self.heard = now;
         self.leave_out(&mut heard.members).await?;
-        let died = heard.members.iter().filter(|seen| seen.died).map(|seen| seen.member);
+        let died = heard.members.iter().filter(|seen| seen.standing == Standing::Died).map(|seen| seen.member);
         self.shared.note_dead(died.collect());
         let unreachable = heard.members.iter().flat_map(|seen| &seen.unreachable);
         self.shared.probe(unreachable.filter_map(|number| node(*number)).collect());
-        let peers = heard.members.iter().filter(|seen| !seen.gone).map(peer).collect();
+        let peers = heard.members.iter().filter(|seen| seen.standing == Standing::Listed).map(peer).collect();
         self.agree(peers, heard.assignment).await
     }
 
@@ -173,7 +174,7 @@ impl Roster {
             member: shared.member,
             host: &host,
             lease_secs: shared.options.lease.as_secs_f64(),
-            only: shared.options.only.as_ref().map(|only| numbers(only)),
+            only: shared.options.only.as_ref().map(numbers),
             unreachable,
             avoid,
             session: shared.cluster.inner.nodes.presence().session(Place::Control),
@@ -192,9 +193,9 @@ impl Roster {
         let missing: Vec<Uuid> = members.iter().filter(|m| m.missing).map(|m| m.member).collect();
         self.suspects.retain(|member, _| missing.contains(member));
         let in_touch = self.in_touch_since.is_some_and(|since| since.elapsed() >= GRACE);
-        for seen in members.iter_mut().filter(|seen| !seen.died) {
+        for seen in members.iter_mut().filter(|seen| seen.standing != Standing::Died) {
             let died = seen.missing && (seen.silent || self.is_missed_again(seen));
-            let silent = seen.silent && in_touch && !seen.gone;
+            let silent = seen.silent && in_touch && seen.standing == Standing::Listed;
             if !(died || silent) {
                 continue;
             }
@@ -205,7 +206,7 @@ impl Roster {
                 left_out.await.map_err(|error| refused(error, &what))
             });
             if left_out.await? {
-                (seen.gone, seen.died) = (true, died);
+                seen.standing = if died { Standing::Died } else { Standing::LeftOut };
                 tracing::info!(group = %self.shared.group, member = %seen.member, died, "member left out");
                 self.suspects.remove(&seen.member);
             }
@@ -233,7 +234,7 @@ impl Roster {
             let before = self.read().await?;
             let (next, is_new) = match before {
                 Some(before) if before.basis == basis => (before, false),
-                before => (self.compute(before.unwrap_or_default(), &peers, &basis), true),
+                before => (self.compute(&before.unwrap_or_default(), &peers, &basis), true),
             };
             if !is_new || self.record(&next).await? {
                 let mine = owners(&next).into_iter().filter(|(_, m)| *m == self.shared.member);
@@ -248,9 +249,9 @@ impl Roster {
         Err(Error::new(ErrorKind::Conflict, what))
     }
 
-    fn compute(&self, before: Assignment, peers: &[Peer], basis: &str) -> Assignment {
+    fn compute(&self, before: &Assignment, peers: &[Peer], basis: &str) -> Assignment {
         let partitions = &self.shared.topology.partitions;
-        let owners = assign(partitions, peers, &owners(&before));
+        let owners = assign(partitions, peers, &owners(before));
         let members: Vec<Uuid> = peers.iter().map(|peer| peer.member).collect();
         let place = |partition| {
             let owner = owners.get(partition)?;
@@ -294,7 +295,7 @@ impl Roster {
 
 /// Former processes whose journal this one has are dead: the others need not wait to find that out.
 pub(crate) async fn bury_former(shared: &Shared) {
-    for member in shared.journal.iter().flat_map(|journal| journal.former()) {
+    for member in shared.journal.iter().flat_map(Journal::former) {
         let left = async {
             let connection = shared.cluster.inner.control.get().await?;
             let left = membership::leave(connection, *member).await;

@@ -26,6 +26,16 @@ pub(crate) struct Sign<'a> {
     pub(crate) session: Option<String>,
 }
 
+/// What the others have found of a member.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Standing {
+    Listed,
+    /// It was silent for too long.
+    LeftOut,
+    /// Its process has died.
+    Died,
+}
+
 /// A member as the control database has it.
 #[derive(Debug, Clone)]
 pub(crate) struct Seen {
@@ -34,10 +44,7 @@ pub(crate) struct Seen {
     pub(crate) unreachable: Vec<i32>,
     pub(crate) avoid: Vec<i32>,
     pub(crate) heartbeat_at: SystemTime,
-    /// Somebody found that it is silent, or has died.
-    pub(crate) gone: bool,
-    /// Somebody found that its process has died.
-    pub(crate) died: bool,
+    pub(crate) standing: Standing,
     /// Nothing was heard of it for two thirds of its lease.
     pub(crate) silent: bool,
     /// Its process' session is not there.
@@ -77,8 +84,11 @@ fn read_member(row: &Row) -> Seen {
         unreachable: row.get(2),
         avoid: row.get(3),
         heartbeat_at: row.get(4),
-        gone: row.get(5),
-        died: row.get(6),
+        standing: match (row.get(5), row.get(6)) {
+            (false, _) => Standing::Listed,
+            (true, false) => Standing::LeftOut,
+            (true, true) => Standing::Died,
+        },
         silent: row.get(7),
         missing: row.get(8),
     }

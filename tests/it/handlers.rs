@@ -19,6 +19,8 @@ const SOON: Duration = Duration::from_secs(15);
 
 /// What was handled, in the order in which it was done: partition, text and attempt.
 type Log = Arc<Mutex<Vec<(PartitionId, String, u32)>>>;
+/// The texts of each batch.
+type Batches = Arc<Mutex<Vec<(PartitionId, Vec<String>)>>>;
 
 fn note(log: &Log, delivery: &Delivery) {
     log.lock().unwrap().push((delivery.partition(), text(delivery), delivery.attempt()));
@@ -273,7 +275,7 @@ async fn batches_have_what_is_there_of_one_partition() {
     for partition in &partitions {
         append_texts(&sql, *partition, 0..25).await;
     }
-    let batches: Arc<Mutex<Vec<(PartitionId, Vec<String>)>>> = Arc::default();
+    let batches = Batches::default();
     let messages = consumer(&test, Order::ByPartition).stream().await.unwrap();
     let handle = messages.handle();
     let seen = Arc::clone(&batches);
