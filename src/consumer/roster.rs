@@ -152,11 +152,20 @@ impl Roster {
         }
         self.heard = now;
         self.leave_out(&mut heard.members).await?;
-        let died = heard.members.iter().filter(|seen| seen.standing == Standing::Died).map(|seen| seen.member);
+        let died = heard
+            .members
+            .iter()
+            .filter(|seen| seen.standing == Standing::Died)
+            .map(|seen| seen.member);
         self.shared.note_dead(died.collect());
         let unreachable = heard.members.iter().flat_map(|seen| &seen.unreachable);
         self.shared.probe(unreachable.filter_map(|number| node(*number)).collect());
-        let peers = heard.members.iter().filter(|seen| seen.standing == Standing::Listed).map(peer).collect();
+        let peers = heard
+            .members
+            .iter()
+            .filter(|seen| seen.standing == Standing::Listed)
+            .map(peer)
+            .collect();
         self.agree(peers, heard.assignment).await
     }
 

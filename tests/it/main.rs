@@ -68,6 +68,8 @@ mod migrations;
 mod model;
 /// With hints a message comes at once, without them within the poll interval.
 mod notifications;
+/// Nodes that some members reach, or nobody.
+mod out_of_reach;
 /// Where a password comes from, that it can be replaced, and that nobody shows it.
 mod passwords;
 /// Every statement is one that the server takes, and the hot ones go by indexes only.

@@ -490,7 +490,8 @@ async fn a_group_keeps_its_promises_whatever_comes() {
     let has_cursors = async || {
         let count = "select count(*) from shardmq.cursor where member is not null";
         world.members[0].run(|hands| hands.take(1, SECOND / 10)).await;
-        world.sql.query_one(count, &[]).await.unwrap().get::<_, i64>(0) == i64::try_from(PARTITIONS).unwrap()
+        world.sql.query_one(count, &[]).await.unwrap().get::<_, i64>(0)
+            == i64::try_from(PARTITIONS).unwrap()
     };
     eventually("the first member has all", SOON, has_cursors).await;
     for _ in 0..steps.unwrap_or(60) {
