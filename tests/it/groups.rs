@@ -1,7 +1,5 @@
 //! Groups are looked at, moved and deleted by those who look after them.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
 
 use shardmq::embedded::StopMode;
@@ -99,6 +97,8 @@ async fn an_idle_group_goes_on_where_a_seek_says() {
     ];
     for (to, in_a, in_b) in seeks {
         let before = [ready.last(a).await, ready.last(b).await];
+        let ahead = "update shardmq.cursor set acked_ahead = '{[7,9)}'";
+        ready.sql.batch_execute(ahead).await.unwrap();
         let reset = cursor(&ready.sql, "g", a).await.reset_epoch;
         let sought = ready.seek(to).await;
         assert_eq!(sought.iter().map(|s| s.partition).collect::<Vec<_>>(), [a, b]);
@@ -316,48 +316,37 @@ async fn a_late_commit_never_overwrites_a_seek() {
     assert_eq!(cursor(&ready.sql, "g", a).await.acked_id, 0);
 }
 
-/// Whatever a member acknowledges meanwhile, the latest is not before it.
+/// Something is appended and acknowledged after the seek began, and before it has the cursor's lock.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn latest_is_never_before_what_was_acknowledged() {
     let ready = Ready::new().await;
     let a = ready.partitions[0];
-    let mut fence = own(&ready.sql, a).await;
-    let (flusher, appender) = (ready.test.sql(0).await, ready.test.sql(0).await);
-    let moved = Arc::new(AtomicU64::new(0));
-    let until = tokio::time::Instant::now() + 3 * SECOND;
-    let feeding = tokio::spawn({
-        let moved = Arc::clone(&moved);
-        async move {
-            while tokio::time::Instant::now() < until {
-                let id = append_texts(&appender, a, ["x"]).await;
-                match flush(&flusher, a, fence, id).await.as_str() {
-                    "moved" => drop(moved.fetch_add(1, Ordering::SeqCst)),
-                    "reset" => fence.2 = cursor(&flusher, "g", a).await.reset_epoch,
-                    "locked" => {}
-                    other => panic!("{other}"),
-                }
-            }
-        }
+    // Who looks at the cursor for the second time, which is to lock it, waits for the gate.
+    let slow = "create sequence public.looks;
+        create function public.look() returns boolean language plpgsql volatile as $$ begin
+            if nextval('public.looks') = 2 then perform pg_advisory_xact_lock_shared(42); end if;
+            return true;
+        end $$;
+        alter table shardmq.cursor rename to quick;
+        create view shardmq.cursor as select * from shardmq.quick where public.look()";
+    ready.sql.batch_execute(slow).await.unwrap();
+    let gate = ready.test.sql(0).await;
+    gate.batch_execute("begin; select pg_advisory_xact_lock(42)").await.unwrap();
+    let seeking = tokio::spawn({
+        let cluster = ready.test.cluster.clone();
+        async move { cluster.seek("orders", "g", Start::Latest, Some(&[a])).await }
     });
-    let seek = "select before_id, acked_id from shardmq.seek('orders', 'g', array[$1::int], null, null, true)
-                 where moved";
-    let (mut seeks, mut seen) = (0, 0);
-    while !feeding.is_finished() {
-        // Else no flush would come through for all the seeks.
-        let now = moved.load(Ordering::SeqCst);
-        if now < seen + 3 {
-            tokio::task::yield_now().await;
-            continue;
-        }
-        seen = now;
-        for row in ready.sql.query(seek, &[&number(a)]).await.unwrap() {
-            let (before, after): (i64, i64) = (row.get(0), row.get(1));
-            assert!(after >= before, "{after} is before {before}");
-            seeks += 1;
-        }
-    }
-    feeding.await.unwrap();
-    assert!(seeks > 10, "they met: {seeks}");
+    let waits = "select count(*) from pg_locks where locktype = 'advisory' and objid = 42 and not granted
+                    and database = (select oid from pg_database where datname = current_database())";
+    let waits = async || ready.sql.query_one(waits, &[]).await.unwrap().get::<_, i64>(0) == 1;
+    eventually("it is about to lock the cursor", 5 * SECOND, waits).await;
+    let id = append_texts(&ready.sql, a, ["x"]).await;
+    let acknowledge = "update shardmq.quick set acked_id = $2 where partition = $1";
+    ready.sql.execute(acknowledge, &[&number(a), &id]).await.unwrap();
+    gate.batch_execute("commit").await.unwrap();
+    let sought = within(PATIENCE, "the seek", seeking).await.unwrap().unwrap();
+    let id = MessageId::try_from(id).ok();
+    assert_eq!((sought[0].before_id, sought[0].acked_id), (id, id));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -518,6 +507,14 @@ async fn a_group_is_deleted_once_nobody_consumes_and_then_begins_anew() {
     let error = cluster.delete_group("orders", "g").await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Conflict);
     messages.shutdown(SECOND).await.unwrap();
+    // It joins: control has heard of it, and no node yet.
+    let join = "insert into shardmq_control.member (member, topic, group_name, host, pid)
+                values (gen_random_uuid(), 'orders', 'g', 'h', 1)";
+    ready.sql.batch_execute(join).await.unwrap();
+    let error = cluster.delete_group("orders", "g").await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Conflict);
+    let leave = "update shardmq_control.member set gone_at = now() where host = 'h'";
+    ready.sql.batch_execute(leave).await.unwrap();
     // Its process is not known to control, but the node has its lease.
     own(&ready.sql, ready.partitions[0]).await;
     let error = cluster.delete_group("orders", "g").await.unwrap_err();
