@@ -277,7 +277,10 @@ impl Member {
         };
         let outcome = outcome.unwrap_or_else(|_| late());
         let done = outcome.is_ok();
-        self.note(outcome);
+        // Only a renewal has asked the node for certain: the others may have had nothing to do.
+        if !done || matches!(work, Work::Renew) {
+            self.note(outcome);
+        }
         done
     }
 
