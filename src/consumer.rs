@@ -65,6 +65,9 @@ pub enum Start {
 
 /// What [`Messages::run`] never has in hand at the same time. A stream hands messages out in the order of
 /// their partitions whatever this says: what is done with them at a time is its reader's affair.
+///
+/// A partition that is lost and taken again, after a seek say, begins anew: a message of before may still be
+/// in hand then, which [`Delivery::revoked`] has told.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum Order {
@@ -282,8 +285,13 @@ impl ConsumerBuilder {
             options: self.options,
         });
         shared.cluster.keep_up();
-        Box::pin(shared.launch()).await;
-        Ok(Messages::new(receiver, topic, ConsumerHandle { shared }))
+        let messages =
+            Messages::new(receiver, topic, ConsumerHandle { shared: Arc::clone(&shared) });
+        // In a task: to drop this ends the consumer, in the middle of it too.
+        let launched = Arc::clone(&shared);
+        let tasks = &shared.cluster.inner.tasks;
+        let _ = tasks.spawn(async move { launched.launch().await }).await;
+        Ok(messages)
     }
 }
 
@@ -539,6 +547,10 @@ impl Shared {
             lock(&self.commands).push((node, sender));
             members.push(tasks.spawn(member::run(Arc::clone(self), node, partitions, commands)));
         }
+        // Stopped meanwhile: whoever did may have found nobody to tell.
+        if self.stopped.load(Ordering::Acquire) {
+            drop(self.stop_nodes(Instant::now()));
+        }
         // However they end, by a shutdown of the consumer or of the whole cluster.
         let shared = Arc::clone(self);
         tasks.spawn(async move {
@@ -554,8 +566,12 @@ impl Shared {
             return None;
         }
         self.stopping.cancel();
+        Some(self.stop_nodes(until))
+    }
+
+    fn stop_nodes(&self, until: Instant) -> Vec<oneshot::Receiver<Result<()>>> {
         let all: Vec<NodeId> = lock(&self.commands).iter().map(|(node, _)| *node).collect();
-        Some(self.tell_nodes(&all, |reply| Command::Stop { until, reply }))
+        self.tell_nodes(&all, |reply| Command::Stop { until, reply })
     }
 
     /// Tells some nodes' members; returns their answers to come.

@@ -46,7 +46,8 @@ impl Tracker {
     /// A run of ids was read, later than all before. Says whether parts of it are acknowledged
     /// already, since an earlier holding: asked later, the watermark may have passed them.
     pub(crate) fn read(&mut self, first: i64, last: i64) -> bool {
-        let patchy = self.ahead.range(..=last).next_back().is_some_and(|(_, end)| *end >= first);
+        let run = self.ahead.range(..=last).next_back();
+        let patchy = first <= self.acked_id || run.is_some_and(|(_, end)| *end >= first);
         match self.read.back_mut() {
             Some(run) if run.1 + 1 == first => run.1 = last,
             _ => self.read.push_back((first, last)),
@@ -204,6 +205,14 @@ mod tests {
         assert_eq!(tracker.span(), 4);
         assert!(tracker.read(13, 16));
         assert_eq!(tracker.span(), 8);
+        // The watermark may have passed what is read again.
+        (2..=15).for_each(|id| tracker.ack(id));
+        tracker.rewind(13);
+        assert!(tracker.read(14, 16));
+        assert_eq!(tracker.span(), 1);
+        let mut tracker = Tracker::new(0, []);
+        tracker.read(1, 3);
+        tracker.ack(1);
         tracker.rewind(2);
         assert_eq!(tracker.span(), 1);
         tracker.rewind(0);

@@ -98,9 +98,14 @@ impl Member {
                     result = result.and(Ok(false));
                     continue;
                 }
-                Moved::OtherServer => {
-                    holding.wake.notify_one();
+                Moved::OtherServer if holding.is_held() => {
+                    holding.compare();
                     result = result.and(Ok(false));
+                    continue;
+                }
+                // Nobody reads it any more, who could compare.
+                Moved::OtherServer => {
+                    self.shared.note_uncommitted(holding.refusal(ErrorKind::LeaseLost));
                     continue;
                 }
                 Moved::LeaseLost => ErrorKind::LeaseLost,

@@ -46,6 +46,8 @@ pub(crate) struct Holding {
     rewind: Mutex<Option<Place>>,
     /// The last row of which everything was handed out.
     passed: Mutex<Option<(Day, Identity)>>,
+    /// Another server has answered: what was read is to be compared there.
+    compare: AtomicBool,
     /// The server on which the last row read was last seen: when that was started.
     incarnation: Mutex<SystemTime>,
     journal: Option<Written>,
@@ -101,6 +103,10 @@ impl Holding {
         stream: mpsc::WeakUnboundedSender<Event>,
         journal: Option<Written>,
     ) -> Self {
+        // What was acknowledged before does not count: what lies between is handed out first.
+        let written = journal.as_ref().map_or(0, |(_, acks)| acks.len());
+        let runs = bounds.runs + acquired.acked_ahead.len() + written;
+        let bounds = Bounds { runs, ..bounds };
         Self {
             partition: acquired.partition,
             fence: acquired.fence,
@@ -121,6 +127,7 @@ impl Holding {
             round: AtomicU32::new(0),
             rewind: Mutex::default(),
             passed: Mutex::default(),
+            compare: AtomicBool::new(false),
             journal,
         }
     }
@@ -313,6 +320,16 @@ impl Holding {
         }
     }
 
+    /// Has its reader compare what it has read, also while it has nothing to read.
+    pub(crate) fn compare(&self) {
+        self.compare.store(true, Ordering::SeqCst);
+        self.wake.notify_one();
+    }
+
+    pub(crate) fn is_to_be_compared(&self) -> bool {
+        self.compare.swap(false, Ordering::SeqCst)
+    }
+
     /// How far it was read, for looks.
     pub(crate) fn position(&self) -> (Option<Day>, i64) {
         let day = Day::from_yymmdd(self.day.load(Ordering::Relaxed)).ok();
@@ -344,8 +361,12 @@ impl Holding {
         let mut rewind = lock(&self.rewind);
         self.round.fetch_add(1, Ordering::SeqCst);
         *rewind = Some(to);
-        self.tracker().rewind(to.position);
-        drop(rewind);
+        let mut tracker = self.tracker();
+        tracker.rewind(to.position);
+        if tracker.span() <= self.bounds.messages / 2 {
+            self.gate.fetch_and(!AHEAD, Ordering::SeqCst);
+        }
+        drop((tracker, rewind));
         self.wake.notify_one();
     }
 

@@ -61,7 +61,9 @@ impl Member {
 
     /// Another server answers: nothing is renewed until every partition was looked at there.
     fn meet(&mut self, incarnation: SystemTime) {
-        self.wake_all();
+        for holding in self.holdings.values().filter(|h| h.incarnation() != incarnation) {
+            holding.compare();
+        }
         let mut held = self.holdings.values().filter(|holding| holding.is_held());
         if held.all(|holding| holding.incarnation() == incarnation) {
             self.incarnation = Some(incarnation);

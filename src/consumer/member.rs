@@ -53,6 +53,8 @@ pub(super) const STATEMENT: Duration = Duration::from_secs(5);
 /// How often a member that lacks something tries for it, at first and after a while. A hint tells when
 /// something was given back.
 const ACQUIRE_AGAIN: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(1));
+/// How soon after it tried it tries again where a hint came.
+const AFTER_HINT: Duration = Duration::from_millis(50);
 /// How long it tries often.
 const EAGER: Duration = Duration::from_secs(15);
 /// How soon a renewal that failed is tried again.
@@ -171,9 +173,9 @@ impl Member {
 
     /// Until nothing is wanted and nothing held, or the consumer stops.
     async fn work(&mut self, commands: &mut mpsc::UnboundedReceiver<Command>, mut hints: Hints) {
-        let (lease, poll) = (self.shared.options.lease, self.shared.options.poll_interval);
+        let poll = self.shared.options.poll_interval;
         let mut renew_at = Instant::now();
-        let mut acquire_at = Instant::now();
+        let (mut acquire_at, mut balanced_at) = (Instant::now(), Instant::now());
         let mut look_at = Instant::now() + jitter(poll);
         let cluster_ends = self.shared.cluster.inner.shutdown.clone();
         let mut places = self.shared.cluster.inner.nodes.presence().changes();
@@ -186,7 +188,8 @@ impl Member {
                 () = sleep_until(renew_at) => renew_at = self.renew_soon().await,
                 () = sleep_until(acquire_at), if self.stop.is_none() => {
                     self.attempt(Work::Balance).await;
-                    acquire_at = Instant::now() + self.acquire_again();
+                    balanced_at = Instant::now();
+                    acquire_at = balanced_at + self.acquire_again();
                 }
                 () = sleep_until(self.pace.due()) => {
                     self.attempt(Work::Flush).await;
@@ -201,7 +204,10 @@ impl Member {
                         renew_at = Instant::now();
                     }
                 }
-                Some(hint) = hints.next() => self.hear(hint).await,
+                Some(hint) = hints.next() => if self.hear(hint) {
+                    // Whether it was given back or appended to is not said.
+                    acquire_at = acquire_at.min(balanced_at + AFTER_HINT);
+                },
                 Some(Ok(holding)) = self.draining.join_next() => {
                     let others = std::iter::from_fn(|| self.draining.try_join_next());
                     let answered = others.filter_map(Result::ok).chain([holding]).collect();
@@ -217,7 +223,6 @@ impl Member {
                 },
                 () = cluster_ends.cancelled() => return,
             }
-            renew_at = renew_at.min(self.renewed.map_or(renew_at, |at| at + lease * 3 / 10));
             if std::mem::take(&mut self.lacks) {
                 acquire_at = acquire_at.min(Instant::now() + self.acquire_again());
             }
@@ -329,19 +334,20 @@ impl Member {
         Ok(())
     }
 
-    /// Something was appended, or a partition given back.
-    async fn hear(&mut self, hint: Hint) {
+    /// Something was appended, or a partition given back; true where that is one that it lacks.
+    fn hear(&self, hint: Hint) -> bool {
         let lacks = |partition: &PartitionId| {
             !self.holdings.contains_key(partition) && self.shared.wants(*partition)
         };
         match hint {
             Hint::Partitions(partitions) => {
                 self.wake(&partitions);
-                if self.stop.is_none() && partitions.iter().any(lacks) {
-                    self.attempt(Work::Balance).await;
-                }
+                partitions.iter().any(lacks)
             }
-            Hint::Look => self.wake_all(),
+            Hint::Look => {
+                self.wake_all();
+                false
+            }
         }
     }
 
@@ -365,7 +371,9 @@ impl Member {
             }
             Command::TailLost { partition, owner } => {
                 self.lose_tail(partition, owner).await;
-                self.attempt(Work::Balance).await;
+                if self.stop.is_none() {
+                    self.attempt(Work::Balance).await;
+                }
             }
             Command::Stop { until, reply } => {
                 let all: Vec<_> = self.holdings.values().cloned().collect();

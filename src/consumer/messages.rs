@@ -123,6 +123,14 @@ impl Messages {
         }
     }
 
+    /// What is left of the batch that was being handed out waits for its turn again.
+    pub(super) fn put_back(&mut self) {
+        if let Some(batch) = self.current.take() {
+            self.count();
+            self.lanes.give_back(batch);
+        }
+    }
+
     fn count(&mut self) {
         ::metrics::counter!(names::DELIVERED).increment(std::mem::take(&mut self.handed));
     }

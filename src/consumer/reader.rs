@@ -17,7 +17,7 @@
 //! survives.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use tokio::time::timeout;
 
@@ -29,7 +29,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::id::Day;
 use crate::metrics as names;
 use crate::store::connect::refused;
-use crate::store::fetch::{self, Batch, Identity, Overlap};
+use crate::store::fetch::{self, Batch, Identity, Overlap, PartitionState};
 use crate::store::node::{Connection, Unfinished};
 use crate::store::upkeep;
 
@@ -114,7 +114,7 @@ impl Reader {
     /// brought all there was comes with a hint, or a look, which wakes this reader again.
     async fn drain(&mut self) -> Result<(), Stop> {
         loop {
-            self.turn().await;
+            self.turn().await?;
             let Some(day) = self.day else {
                 self.day = self.look().await?;
                 self.holding.set_position(self.day, self.position);
@@ -144,12 +144,49 @@ impl Reader {
     }
 
     /// Waits while nothing is to be read, and goes back where what was read was dropped.
-    async fn turn(&mut self) {
+    async fn turn(&mut self) -> Result<(), Stop> {
         while self.holding.is_paused() || self.holding.is_far_ahead() {
+            self.compare_if_asked().await?;
             self.holding.wake.notified().await;
         }
         if let Some(place) = self.holding.unless_rewound(|_| {}) {
             self.go_back(place);
+        }
+        Ok(())
+    }
+
+    /// Where another server has answered: the lease of all partitions there waits for the comparison.
+    async fn compare_if_asked(&self) -> Result<(), Stop> {
+        if !self.holding.is_to_be_compared() {
+            return Ok(());
+        }
+        let connection = self.shared.connection(self.holding.partition.node()).await?;
+        let compared = match &self.last {
+            Some((day, last)) => self.compare_last(&connection, *day, last).await?,
+            None => {
+                let state = self.state(&connection, self.day).await?;
+                state.map(|state| state.incarnation)
+            }
+        };
+        self.holding.seen_on(compared.unwrap_or(self.holding.incarnation()));
+        Ok(())
+    }
+
+    /// Which server has the row that was read last; none where retention has dropped it.
+    async fn compare_last(
+        &self,
+        connection: &Connection,
+        day: Day,
+        last: &Identity,
+    ) -> Result<Option<SystemTime>, Stop> {
+        let partition = self.holding.partition;
+        let found = fetch::overlap(connection, partition, day, last)
+            .await
+            .map_err(|error| refused(error, &format!("read partition {partition}")))?;
+        match found {
+            Overlap::Same(incarnation) => Ok(Some(incarnation)),
+            Overlap::NoTable if self.was_dropped(connection, day).await? => Ok(None),
+            Overlap::Changed | Overlap::NoTable => Err(Stop::Lost),
         }
     }
 
@@ -167,10 +204,7 @@ impl Reader {
         let partition = self.holding.partition;
         let connection = self.shared.connection(partition.node()).await?;
         let what = || format!("look at partition {partition}");
-        let state = fetch::partition_state(&connection, partition, self.day)
-            .await
-            .map_err(|error| refused(error, &what()))?;
-        let Some(state) = state else {
+        let Some(state) = self.state(&connection, self.day).await? else {
             let what = format!("read partition {partition}: the node does not know it");
             return Err(Error::new(ErrorKind::NotFound, what).into());
         };
@@ -269,16 +303,8 @@ impl Reader {
             }
             // No row of this day was read yet: the last one of the day before is compared.
             Some((of, last)) => {
-                let found = fetch::overlap(connection, partition, *of, last)
-                    .await
-                    .map_err(|error| refused(error, &format!("read partition {partition}")))?;
-                match found {
-                    Overlap::Same(incarnation) => incarnation,
-                    Overlap::NoTable if self.was_dropped(connection, *of).await? => {
-                        read_on.unwrap_or(self.holding.incarnation())
-                    }
-                    Overlap::Changed | Overlap::NoTable => return Err(Stop::Lost),
-                }
+                let compared = self.compare_last(connection, *of, last).await?;
+                compared.or(read_on).unwrap_or(self.holding.incarnation())
             }
             // Nothing was read that another server could lack: the position is of the cursor itself,
             // which is in the same log, and the fence says whether it still is this holding's.
@@ -294,11 +320,19 @@ impl Reader {
 
     /// Whether retention has passed a day.
     async fn was_dropped(&self, connection: &Connection, day: Day) -> Result<bool, Stop> {
+        let state = self.state(connection, Some(day)).await?;
+        let end = fetch::end_of(self.holding.partition, day);
+        Ok(state.is_some_and(|state| state.low_watermark > end))
+    }
+
+    async fn state(
+        &self,
+        connection: &Connection,
+        day: Option<Day>,
+    ) -> Result<Option<PartitionState>> {
         let partition = self.holding.partition;
-        let state = fetch::partition_state(connection, partition, Some(day))
-            .await
-            .map_err(|error| refused(error, &format!("look at partition {partition}")))?;
-        Ok(state.is_some_and(|state| state.low_watermark > fetch::end_of(partition, day)))
+        let state = fetch::partition_state(connection, partition, day).await;
+        state.map_err(|error| refused(error, &format!("look at partition {partition}")))
     }
 
     /// The table of the day is gone: dropped by retention, or never there on this server.
@@ -321,10 +355,10 @@ impl Reader {
 
     /// Room for a fetch, and a connection to fetch with. Where that takes its time the room goes back
     /// meanwhile: readers of a node that hangs would sit on what those of others need.
-    async fn room_and_connection(&self) -> Result<(Room, Connection)> {
+    async fn room_and_connection(&self) -> Result<(Room, Connection), Stop> {
         let node = self.holding.partition.node();
         loop {
-            let room = self.room().await;
+            let room = self.room().await?;
             if let Ok(connection) = timeout(BUSY, self.shared.connection(node)).await {
                 return Ok((room, connection?));
             }
@@ -334,12 +368,13 @@ impl Reader {
     }
 
     /// Room for a fetch. While there is none, what nobody takes of others may be dropped for it.
-    async fn room(&self) -> Room {
+    async fn room(&self) -> Result<Room, Stop> {
         loop {
             if let Ok(room) = timeout(PRESSURE, self.shared.budget.reserve()).await {
-                return room;
+                return Ok(room);
             }
             self.shared.press();
+            self.compare_if_asked().await?;
         }
     }
 

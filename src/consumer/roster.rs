@@ -49,7 +49,7 @@ const SECOND_LOOK: Duration = Duration::from_secs(1);
 const GRACE: Duration = Duration::from_secs(3);
 /// How soon a heartbeat that failed is tried again.
 const AGAIN: Duration = Duration::from_millis(500);
-/// How often to try to agree: each failure means that somebody else was first.
+/// How often to try to agree: each failure means that somebody else was first, and may know more.
 const ATTEMPTS: u32 = 5;
 
 const CRC: Crc<u64> = Crc::<u64>::new(&CRC_64_XZ);
@@ -118,7 +118,9 @@ impl Roster {
     /// When the next heartbeat is due.
     fn next(&self) -> Instant {
         let regular = Instant::now() + jitter(self.shared.options.lease * 27 / 100);
-        let look = self.suspects.values().map(|(_, since)| *since + SECOND_LOOK).min();
+        // Not before this one may judge.
+        let first = self.in_touch_since.map_or(regular, |since| since + GRACE);
+        let look = self.suspects.values().map(|(_, since)| first.max(*since + SECOND_LOOK)).min();
         look.map_or(regular, |look| look.min(regular))
     }
 
@@ -143,34 +145,34 @@ impl Roster {
         Instant::now() + AGAIN.min(self.shared.options.lease * 3 / 10)
     }
 
-    /// One heartbeat, and what follows from the answer.
+    /// A heartbeat, and what follows from the answer; again, where somebody else was first to draw
+    /// conclusions.
     pub(crate) async fn beat(&mut self) -> Result<()> {
-        let Some(mut heard) = self.send().await? else { return Ok(()) };
-        let now = Instant::now();
-        if self.in_touch_since.is_none() || now - self.heard > self.shared.options.lease / 2 {
-            self.in_touch_since = Some(now);
+        for _ in 0..ATTEMPTS {
+            let Some((mut heard, told)) = self.send().await? else { return Ok(()) };
+            let now = Instant::now();
+            let lapsed = now - self.heard > self.shared.options.lease / 2;
+            let after_break = lapsed || self.in_touch_since.is_none();
+            if after_break {
+                self.in_touch_since = Some(now);
+            }
+            self.shared.reach.told(&told, after_break);
+            self.heard = now;
+            self.leave_out(&mut heard.members).await?;
+            let died = heard.members.iter().filter(|seen| seen.standing == Standing::Died);
+            self.shared.note_dead(died.map(|seen| seen.member).collect());
+            let unreachable = heard.members.iter().flat_map(|seen| &seen.unreachable);
+            self.shared.probe(unreachable.filter_map(|number| node(*number)).collect());
+            if self.agree(&peers(&heard.members), heard.assignment).await? {
+                return Ok(());
+            }
         }
-        self.heard = now;
-        self.leave_out(&mut heard.members).await?;
-        let died = heard
-            .members
-            .iter()
-            .filter(|seen| seen.standing == Standing::Died)
-            .map(|seen| seen.member);
-        self.shared.note_dead(died.collect());
-        let unreachable = heard.members.iter().flat_map(|seen| &seen.unreachable);
-        self.shared.probe(unreachable.filter_map(|number| node(*number)).collect());
-        let peers = heard
-            .members
-            .iter()
-            .filter(|seen| seen.standing == Standing::Listed)
-            .map(peer)
-            .collect();
-        self.agree(peers, heard.assignment).await
+        let what = format!("agree with group {} on who has what", self.shared.group);
+        Err(Error::new(ErrorKind::Conflict, what))
     }
 
-    /// None where the consumer has left meanwhile.
-    async fn send(&self) -> Result<Option<Heard>> {
+    /// With the nodes that it told to be unreachable. None where the consumer has left meanwhile.
+    async fn send(&self) -> Result<Option<(Heard, Vec<i32>)>> {
         let shared = &self.shared;
         let _turn = shared.registering.lock().await;
         if shared.stopping.is_cancelled() {
@@ -184,7 +186,7 @@ impl Roster {
             host: &host,
             lease_secs: shared.options.lease.as_secs_f64(),
             only: shared.options.only.as_ref().map(numbers),
-            unreachable,
+            unreachable: unreachable.clone(),
             avoid,
             session: shared.cluster.inner.nodes.presence().session(Place::Control),
         };
@@ -194,16 +196,19 @@ impl Roster {
             let heard = membership::heartbeat(connection, names, &sign).await;
             heard.map_err(|error| refused(error, what))
         };
-        in_time(STATEMENT, what, sent).await.map(Some)
+        let heard = in_time(STATEMENT, what, sent).await?;
+        Ok(Some((heard, unreachable)))
     }
 
     /// Leaves those out who are silent for too long, or whose process has died.
     async fn leave_out(&mut self, members: &mut [Seen]) -> Result<()> {
-        let missing: Vec<Uuid> = members.iter().filter(|m| m.missing).map(|m| m.member).collect();
+        let suspect = |seen: &&Seen| seen.missing && seen.standing != Standing::Died;
+        let missing: Vec<Uuid> = members.iter().filter(suspect).map(|seen| seen.member).collect();
         self.suspects.retain(|member, _| missing.contains(member));
         let in_touch = self.in_touch_since.is_some_and(|since| since.elapsed() >= GRACE);
         for seen in members.iter_mut().filter(|seen| seen.standing != Standing::Died) {
-            let died = seen.missing && (seen.silent || self.is_missed_again(seen));
+            let missed_again = seen.missing && self.is_missed_again(seen);
+            let died = seen.missing && in_touch && (seen.silent || missed_again);
             let silent = seen.silent && in_touch && seen.standing == Standing::Listed;
             if !(died || silent) {
                 continue;
@@ -233,29 +238,36 @@ impl Roster {
         since.elapsed() >= SECOND_LOOK
     }
 
-    /// Takes the assignment over that is of these members, or makes it.
-    async fn agree(&mut self, peers: Vec<Peer>, recorded: Option<(i64, String)>) -> Result<()> {
-        let basis = basis(&peers, &self.shared.topology.partitions);
+    /// Takes the assignment over that is of these members, or makes it. False where there is another one
+    /// by now than when these members were seen.
+    async fn agree(&mut self, peers: &[Peer], recorded: Option<(i64, String)>) -> Result<bool> {
+        let basis = basis(peers, &self.shared.topology.partitions);
         if recorded == self.known && recorded.as_ref().is_some_and(|(_, known)| *known == basis) {
-            return Ok(());
+            return Ok(true);
         }
-        for _ in 0..ATTEMPTS {
-            let before = self.read().await?;
-            let (next, is_new) = match before {
-                Some(before) if before.basis == basis => (before, false),
-                before => (self.compute(&before.unwrap_or_default(), &peers, &basis), true),
-            };
-            if !is_new || self.record(&next).await? {
-                let mine = owners(&next).into_iter().filter(|(_, m)| *m == self.shared.member);
-                let mine = mine.map(|(partition, _)| partition).collect();
-                self.known = Some((next.version, next.basis));
-                ::metrics::counter!(names::ASSIGNED).increment(1);
-                self.shared.want(Wanted::These(mine));
-                return Ok(());
+        let before = self.read().await?.unwrap_or_default();
+        let next = if before.basis == basis {
+            before
+        } else {
+            if before.version != recorded.map_or(0, |(version, _)| version) {
+                return Ok(false);
             }
-        }
-        let what = format!("agree with group {} on who has what", self.shared.group);
-        Err(Error::new(ErrorKind::Conflict, what))
+            let next = self.compute(&before, peers, &basis);
+            if !self.record(&next).await? {
+                return Ok(false);
+            }
+            next
+        };
+        let mine = owners(&next).into_iter().filter(|(_, m)| *m == self.shared.member);
+        let mine = mine.map(|(partition, _)| partition).collect();
+        tracing::debug!(
+            group = %self.shared.group, version = next.version, members = next.members.len(),
+            "assignment taken over"
+        );
+        self.known = Some((next.version, next.basis));
+        ::metrics::counter!(names::ASSIGNED).increment(1);
+        self.shared.want(Wanted::These(mine));
+        Ok(true)
     }
 
     fn compute(&self, before: &Assignment, peers: &[Peer], basis: &str) -> Assignment {
@@ -332,13 +344,17 @@ pub(crate) async fn leave(shared: &Shared) {
     }
 }
 
-fn peer(seen: &Seen) -> Peer {
+/// The members among which partitions are divided. A node is avoided by one only if another may reach it.
+fn peers(members: &[Seen]) -> Vec<Peer> {
+    let listed = || members.iter().filter(|seen| seen.standing == Standing::Listed);
+    let dark = |node: &i32| listed().all(|seen| seen.unreachable.contains(node));
     let partition = |number: &i32| PartitionId::from_i32(*number).ok();
-    Peer {
+    let peer = |seen: &Seen| Peer {
         member: seen.member,
         only: seen.only.as_ref().map(|only| only.iter().filter_map(partition).collect()),
-        avoid: seen.avoid.iter().filter_map(|number| node(*number)).collect(),
-    }
+        avoid: seen.avoid.iter().filter(|n| !dark(n)).filter_map(|n| node(*n)).collect(),
+    };
+    listed().map(peer).collect()
 }
 
 fn node(number: i32) -> Option<NodeId> {

@@ -91,11 +91,13 @@ impl Messages {
         E: Into<Box<dyn StdError + Send + Sync>> + Send + 'static,
     {
         let handler = Arc::new(handler);
-        let options = &self.handle.shared.options;
+        let mut messages = self;
+        messages.put_back();
+        let options = &messages.handle.shared.options;
         let runner = Runner {
             order: options.order,
             keys: Keys::new(options.prefetch_bytes),
-            messages: self,
+            messages,
             handler: move |unit: Vec<Delivery>| {
                 let handler = Arc::clone(&handler);
                 async move { handler(unit).await.map_err(Into::into) }
@@ -165,24 +167,23 @@ where
         self.working.shutdown().await;
     }
 
+    /// An event, and what came with it.
     fn take_in(&mut self, event: Event) {
-        let mut next = Some(event);
-        for _ in 0..TURN {
-            match next {
-                Some(Event::Error(news)) => {
-                    tracing::warn!(news = %news.chain(), "consuming goes on");
-                }
-                Some(Event::Turn(owner)) => {
-                    self.keys.turn(owner);
-                    self.messages.absorb(Event::Turn(owner));
-                }
-                Some(event) => self.messages.absorb(event),
-                None => return,
-            }
-            next = self.messages.events.try_recv().ok();
+        self.absorb(event);
+        for _ in 1..TURN {
+            let Ok(event) = self.messages.events.try_recv() else { return };
+            self.absorb(event);
         }
-        if let Some(event) = next {
-            self.messages.absorb(event);
+    }
+
+    fn absorb(&mut self, event: Event) {
+        match event {
+            Event::Error(news) => tracing::warn!(news = %news.chain(), "consuming goes on"),
+            Event::Turn(owner) => {
+                self.keys.turn(owner);
+                self.messages.absorb(Event::Turn(owner));
+            }
+            event => self.messages.absorb(event),
         }
     }
 

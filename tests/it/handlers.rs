@@ -309,6 +309,27 @@ async fn batches_have_what_is_there_of_one_partition() {
     assert!(test.cluster.lag("orders").await.unwrap().iter().all(|lag| lag.lag == 0));
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_batch_that_was_begun_from_the_stream_goes_on_with_the_handler() {
+    let test = TestCluster::new(1).await;
+    let sql = test.sql(0).await;
+    let partition = topic(&test, "orders", 1).await[0];
+    append_texts(&sql, partition, 0..10).await;
+    let mut messages = consumer(&test, Order::ByPartition).stream().await.unwrap();
+    let first = next(&mut messages).await;
+    let (handle, log) = (messages.handle(), Log::default());
+    let seen = Arc::clone(&log);
+    let task = tokio::spawn(messages.run(4, move |delivery| {
+        note(&seen, &delivery);
+        async { Ok::<(), String>(()) }
+    }));
+    eventually("the rest", SOON, async || log.lock().unwrap().len() == 9).await;
+    assert_eq!((text(&first), texts(&log, partition)), ("0".to_owned(), numbers(10).split_off(1)));
+    first.ack().unwrap();
+    stop((handle, task)).await;
+    assert_eq!(cursor(&sql, "g", partition).await.acked_id % 100_000_000, 10);
+}
+
 /// What waits for its key is bounded; then its partition waits, and no other.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_stuck_key_stops_its_partition_at_the_bound_and_no_other() {

@@ -5,9 +5,9 @@ use std::time::Duration;
 use futures_util::FutureExt;
 use shardmq::{ConsumerBuilder, Delivery, ErrorKind, Messages, PartitionId};
 
-use crate::support::reading::{append, append_texts, cursor, next, take, text};
+use crate::support::reading::{append, append_texts, cursor, cursors, next, take, text};
 use crate::support::stored::{number, topic};
-use crate::support::{TestCluster, eventually, within};
+use crate::support::{TestCluster, eventually, own_server, within};
 
 const SECOND: Duration = Duration::from_secs(1);
 const SOON: Duration = Duration::from_secs(15);
@@ -231,6 +231,118 @@ async fn what_is_in_hand_of_a_partition_that_moves_may_be_answered_until_the_dea
     }
     rest.into_iter().for_each(|delivery| delivery.ack().unwrap());
     first.shutdown(SECOND).await.unwrap();
+    second.shutdown(SECOND).await.unwrap();
+    assert!(test.cluster.lag("orders").await.unwrap().iter().all(|lag| lag.lag == 0));
+}
+
+/// Whoever reads nothing must say all the same that the new server has what was read: the lease of all
+/// partitions there waits for that.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_restart_under_partitions_that_wait_costs_neither_their_lease_nor_the_others() {
+    let server = own_server().await;
+    let test = TestCluster::on(&server, 1).await;
+    let sql = test.sql(0).await;
+    let partitions = topic(&test, "orders", 3).await;
+    for partition in &partitions {
+        append_texts(&sql, *partition, 0..100).await;
+        append_texts(&sql, *partition, 100..200).await;
+    }
+    let builder = consumer(&test).lease(2 * SECOND).max_unacked(100);
+    let mut messages = builder.stream().await.unwrap();
+    let handle = messages.handle();
+    // One is paused, one waits behind a message in hand, one goes on.
+    let mut stuck = Vec::new();
+    let mut seen = [0; 3];
+    while seen[..2] != [100; 2] || seen[2] < 100 {
+        let delivery = next(&mut messages).await;
+        let which = partitions.iter().position(|p| *p == delivery.partition()).unwrap();
+        seen[which] += 1;
+        if which == 1 {
+            stuck.push(delivery);
+        } else {
+            delivery.ack().unwrap();
+        }
+        if seen[0] == 100 {
+            handle.pause([partitions[0]]).unwrap();
+        }
+    }
+    messages.flush().await.unwrap();
+    let before: Vec<_> =
+        cursors(&sql, "g").await.into_iter().map(|(_, c)| (c.owner, c.epoch)).collect();
+    server.stop_server(shardmq::embedded::StopMode::Immediate).await.unwrap();
+    server.start_server().await.unwrap();
+    let sql = test.sql(0).await;
+    let renewed = async || {
+        let live =
+            "select count(*) from shardmq.member where leased_until > now() + interval '1 s'";
+        sql.query_one(live, &[]).await.unwrap().get::<_, i64>(0) == 1
+    };
+    eventually("the lease is renewed on the new server", SOON, renewed).await;
+    stuck.drain(..).for_each(|delivery| delivery.ack().unwrap());
+    handle.resume(partitions.clone()).unwrap();
+    while seen != [200; 3] {
+        let delivery = next(&mut messages).await;
+        seen[partitions.iter().position(|p| *p == delivery.partition()).unwrap()] += 1;
+        delivery.ack().unwrap();
+    }
+    messages.flush().await.unwrap();
+    let after: Vec<_> =
+        cursors(&sql, "g").await.into_iter().map(|(_, c)| (c.owner, c.epoch)).collect();
+    assert_eq!(after, before);
+    messages.shutdown(SECOND).await.unwrap();
+}
+
+/// What waits behind the bound is dropped by a pause, and read again after it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_pause_at_the_bound_does_not_stop_the_partition_for_ever() {
+    let test = TestCluster::new(1).await;
+    let sql = test.sql(0).await;
+    let partition = topic(&test, "orders", 1).await[0];
+    for batch in 0..30 {
+        append_texts(&sql, partition, batch * 10..batch * 10 + 10).await;
+    }
+    let mut messages = consumer(&test).max_unacked(100).stream().await.unwrap();
+    let handle = messages.handle();
+    next(&mut messages).await.ack().unwrap();
+    eventually("the reader waits", SOON, async || handle.prefetched_bytes() > 0).await;
+    handle.pause([partition]).unwrap();
+    assert!(rest(&mut messages).await.is_empty());
+    handle.resume([partition]).unwrap();
+    for expected in 1..300 {
+        let delivery = next(&mut messages).await;
+        assert_eq!(text(&delivery), expected.to_string());
+        delivery.ack().unwrap();
+    }
+    messages.shutdown(SECOND).await.unwrap();
+}
+
+/// More runs than are allowed now were acknowledged before: it goes on, and each comes once.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn many_runs_of_a_former_owner_do_not_stop_the_next_one() {
+    let test = TestCluster::new(1).await;
+    let sql = test.sql(0).await;
+    let partition = topic(&test, "orders", 1).await[0];
+    append_texts(&sql, partition, 0..200).await;
+    let mut first = consumer(&test).stream().await.unwrap();
+    for (n, delivery) in take(&mut first, 100).await.into_iter().enumerate() {
+        if n % 2 == 1 {
+            delivery.ack().unwrap();
+        }
+    }
+    first.shutdown(SECOND).await.unwrap();
+    let mut second = consumer(&test).max_acked_runs(5).stream().await.unwrap();
+    let handle = second.handle();
+    for (n, expected) in (0..100).step_by(2).chain(100..200).enumerate() {
+        let delivery = next(&mut second).await;
+        assert_eq!(text(&delivery), expected.to_string());
+        delivery.ack().unwrap();
+        if n % 7 == 0 {
+            // What was fetched is dropped and read again: what is acknowledged does not come again.
+            handle.pause([partition]).unwrap();
+            assert!(second.next().now_or_never().is_none());
+            handle.resume([partition]).unwrap();
+        }
+    }
     second.shutdown(SECOND).await.unwrap();
     assert!(test.cluster.lag("orders").await.unwrap().iter().all(|lag| lag.lag == 0));
 }

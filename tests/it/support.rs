@@ -58,6 +58,7 @@ pub async fn own_server() -> Server {
 
 /// Starts a server and makes the migrated template in it.
 pub async fn prepared(builder: shardmq::embedded::ServerBuilder) -> Server {
+    logs();
     let server = builder.start().await.unwrap();
     prepare(&server).await;
     server
