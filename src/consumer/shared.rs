@@ -1,0 +1,293 @@
+//! What a consumer's tasks share.
+
+use std::collections::{BTreeSet, HashMap};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use futures_util::future::join_all;
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::{Instant, timeout};
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+use crate::cluster::Cluster;
+use crate::consumer::budget::Budget;
+use crate::consumer::builder::Options;
+use crate::consumer::handle::GRACE;
+use crate::consumer::holding::Holding;
+use crate::consumer::journal::{Before, Journal};
+use crate::consumer::member::{self, Command};
+use crate::consumer::roster::{self, Roster};
+use crate::consumer::start::GroupStart;
+use crate::consumer::wanted::{Reach, Wanted};
+use crate::consumer::{Event, lock};
+use crate::error::{Error, Result};
+use crate::id::{NodeId, PartitionId};
+use crate::name::GroupName;
+use crate::store::fetch::Batch;
+use crate::store::group::Acquired;
+use crate::store::node::Connection;
+use crate::topology::Topology;
+
+/// What a consumer's tasks share.
+pub(crate) struct Shared {
+    pub(super) cluster: Cluster,
+    pub(super) topology: Topology,
+    pub(super) group: GroupName,
+    pub(super) member: Uuid,
+    pub(super) journal: Option<Journal>,
+    /// When it joined.
+    pub(super) began: Instant,
+    pub(super) start: GroupStart,
+    pub(super) options: Options,
+    /// Taken when the consumer has left: the stream ends then.
+    pub(super) events: Mutex<Option<mpsc::UnboundedSender<Event>>>,
+    pub(super) budget: Arc<Budget>,
+    /// What this member should have.
+    pub(super) wanted: Mutex<Wanted>,
+    /// Members that have died, as somebody saw.
+    pub(super) dead: Mutex<Vec<Uuid>>,
+    pub(super) reach: Reach,
+    /// What it owns, or gives up.
+    pub(super) holdings: Mutex<HashMap<PartitionId, Arc<Holding>>>,
+    pub(super) paused: Mutex<BTreeSet<PartitionId>>,
+    /// Why acknowledgements were not committed, since somebody asked.
+    pub(super) uncommitted: Mutex<Vec<Error>>,
+    /// It was said that a reader waits for room.
+    pub(super) pressed: AtomicBool,
+    /// A shutdown was asked for.
+    pub(super) stopped: AtomicBool,
+    /// Ends the heartbeat.
+    pub(super) stopping: CancellationToken,
+    /// Held while the member is put on the list of live ones, or taken off it.
+    pub(super) registering: tokio::sync::Mutex<()>,
+    /// All is given back, and the stream has ended.
+    pub(super) left: CancellationToken,
+    pub(super) commands: Mutex<Vec<(NodeId, mpsc::UnboundedSender<Command>)>>,
+}
+
+impl Shared {
+    /// Registers, then starts the roster and one member for each node.
+    pub(super) async fn launch(self: &Arc<Self>) {
+        roster::bury_former(self).await;
+        let mut roster = Roster::new(Arc::clone(self));
+        if let Err(error) = roster.beat().await {
+            // What nobody has, until a heartbeat says what is this member's.
+            tracing::warn!(group = %self.group, error = %error.chain(), "no heartbeat: taking what is free");
+            self.want(Wanted::Anything);
+        }
+        let tasks = &self.cluster.inner.tasks;
+        tasks.spawn(roster.run());
+        let mut members = Vec::new();
+        for (node, partitions) in self.topology.by_node() {
+            let (sender, commands) = mpsc::unbounded_channel();
+            lock(&self.commands).push((node, sender));
+            members.push(tasks.spawn(member::run(Arc::clone(self), node, partitions, commands)));
+        }
+        // Stopped meanwhile: whoever did may have found nobody to tell.
+        if self.stopped.load(Ordering::Acquire) {
+            drop(self.stop_nodes(Instant::now()));
+        }
+        // However they end, by a shutdown of the consumer or of the whole cluster.
+        let shared = Arc::clone(self);
+        tasks.spawn(async move {
+            join_all(members).await;
+            shared.leave().await;
+        });
+    }
+
+    /// Tells every node's member to give everything back; returns their answers to come. None where
+    /// they were told before. The group is told first: it finds out who takes over meanwhile.
+    pub(super) fn stop(&self, until: Instant) -> Option<Vec<oneshot::Receiver<Result<()>>>> {
+        if self.stopped.swap(true, Ordering::AcqRel) {
+            return None;
+        }
+        self.stopping.cancel();
+        Some(self.stop_nodes(until))
+    }
+
+    pub(super) fn stop_nodes(&self, until: Instant) -> Vec<oneshot::Receiver<Result<()>>> {
+        let all: Vec<NodeId> = lock(&self.commands).iter().map(|(node, _)| *node).collect();
+        self.tell_nodes(&all, |reply| Command::Stop { until, reply })
+    }
+
+    /// Tells some nodes' members; returns their answers to come.
+    pub(super) fn tell_nodes(
+        &self,
+        nodes: &[NodeId],
+        make: impl Fn(oneshot::Sender<Result<()>>) -> Command,
+    ) -> Vec<oneshot::Receiver<Result<()>>> {
+        let tell = |node: &NodeId| {
+            let (reply, answer) = oneshot::channel();
+            // A member that has ended drops the reply, which the receiver sees.
+            self.tell(*node, make(reply));
+            answer
+        };
+        nodes.iter().map(tell).collect()
+    }
+
+    pub(super) fn tell_all(&self, make: impl Fn() -> Command) {
+        for (_, sender) in lock(&self.commands).iter() {
+            let _ = sender.send(make());
+        }
+    }
+
+    /// What this member should have is another from now on.
+    pub(super) fn want(&self, wanted: Wanted) {
+        let mut before = lock(&self.wanted);
+        if *before != wanted {
+            *before = wanted;
+            drop(before);
+            self.tell_all(|| Command::Rebalance);
+        }
+    }
+
+    pub(super) fn wants(&self, partition: PartitionId) -> bool {
+        let listed = self.options.only.as_ref().is_none_or(|only| only.contains(&partition));
+        listed && lock(&self.wanted).wants(partition)
+    }
+
+    /// Which of these it should have.
+    pub(super) fn wanted_of(&self, partitions: &[PartitionId]) -> BTreeSet<PartitionId> {
+        partitions.iter().copied().filter(|partition| self.wants(*partition)).collect()
+    }
+
+    /// Cursors may have been moved: looks at all of them.
+    pub(super) fn renew_all(&self) {
+        self.tell_all(|| Command::Renew);
+    }
+
+    /// Others do not reach these nodes.
+    pub(super) fn probe(&self, nodes: BTreeSet<NodeId>) {
+        for node in nodes {
+            self.tell(node, Command::Probe);
+        }
+    }
+
+    pub(super) fn note_dead(&self, members: Vec<Uuid>) {
+        *lock(&self.dead) = members;
+    }
+
+    pub(super) fn dead(&self) -> Vec<Uuid> {
+        lock(&self.dead).clone()
+    }
+
+    pub(super) fn out_of_reach(&self) -> (Vec<i32>, Vec<i32>) {
+        self.reach.out_of_reach(self.options.lease)
+    }
+
+    pub(super) fn holdings(&self) -> MutexGuard<'_, HashMap<PartitionId, Arc<Holding>>> {
+        lock(&self.holdings)
+    }
+
+    pub(super) fn paused(&self) -> MutexGuard<'_, BTreeSet<PartitionId>> {
+        lock(&self.paused)
+    }
+
+    /// Of a partition that was taken.
+    pub(super) fn holding(&self, acquired: Acquired) -> Holding {
+        let ended = self.cluster.inner.shutdown.child_token();
+        let stream = lock(&self.events).as_ref().map(mpsc::UnboundedSender::downgrade);
+        let stream = stream.unwrap_or_else(|| mpsc::unbounded_channel().0.downgrade());
+        let written = self.journal.as_ref().map(|journal| {
+            let before = Before {
+                member: acquired.member_before,
+                owner: acquired.owner_before,
+                epoch: acquired.fence.epoch - 1,
+                reset_epoch: acquired.fence.reset_epoch,
+            };
+            journal.holding(&acquired, &before)
+        });
+        Holding::new(acquired, self.options.bounds, ended, stream, written)
+    }
+
+    /// From now on it is among what this consumer owns, and paused with that.
+    pub(super) fn hold(&self, holding: &Arc<Holding>) {
+        let paused = self.paused();
+        if paused.contains(&holding.partition) {
+            holding.pause();
+        }
+        self.holdings().insert(holding.partition, Arc::clone(holding));
+    }
+
+    /// The nodes on which something is to be committed.
+    pub(super) fn pending_nodes(&self) -> Vec<NodeId> {
+        let holdings = self.holdings();
+        let pending = holdings.values().filter(|holding| holding.tracker().pending().is_some());
+        let nodes: BTreeSet<NodeId> = pending.map(|holding| holding.partition.node()).collect();
+        nodes.into_iter().collect()
+    }
+
+    pub(super) fn note_uncommitted(&self, why: Error) {
+        let mut uncommitted = lock(&self.uncommitted);
+        // The first is what is told.
+        if uncommitted.is_empty() {
+            uncommitted.push(why);
+        }
+    }
+
+    pub(super) fn take_uncommitted(&self) -> Result<()> {
+        lock(&self.uncommitted).pop().map_or(Ok(()), Err)
+    }
+
+    /// Says once that a reader waits for room.
+    pub(super) fn press(&self) {
+        if !self.pressed.swap(true, Ordering::AcqRel) {
+            self.send(Event::Pressure);
+        }
+    }
+
+    /// Tells one node's member.
+    pub(super) fn tell(&self, node: NodeId, command: Command) {
+        let commands = lock(&self.commands);
+        if let Some((_, sender)) = commands.iter().find(|(known, _)| *known == node) {
+            let _ = sender.send(command);
+        }
+    }
+
+    /// The members of all nodes have ended: the stream ends too. Idempotent.
+    pub(super) async fn leave(&self) {
+        roster::leave(self).await;
+        if let Some(journal) = &self.journal {
+            journal.close();
+        }
+        if self.options.broadcast && !self.left.is_cancelled() {
+            Box::pin(self.remove_group()).await;
+        }
+        drop(lock(&self.events).take());
+        self.left.cancel();
+    }
+
+    /// What this fails at is swept later.
+    pub(super) async fn remove_group(&self) {
+        let names = (self.topology.topic.as_str(), self.group.as_str());
+        let removed = timeout(GRACE, self.cluster.delete_group(names.0, names.1)).await;
+        if let Ok(Err(error)) = removed {
+            tracing::debug!(error = %error.chain(), "the group of a broadcast consumer stays for a while");
+        }
+    }
+
+    pub(super) fn send(&self, event: Event) {
+        if let Some(events) = &*lock(&self.events) {
+            // Nobody polls a stream that was dropped.
+            let _ = events.send(event);
+        }
+    }
+
+    pub(super) async fn connection(&self, node: NodeId) -> Result<Connection> {
+        self.cluster.inner.nodes.node(node).await?.get().await
+    }
+
+    /// What a row counts for: its bytes, or more where its messages are many and small.
+    pub(super) fn weight(&self, row: &Batch) -> usize {
+        let each = self.options.prefetch_bytes / self.options.prefetch_messages;
+        let many = (row.count as usize).saturating_mul(each);
+        row.bytes.max(many.min(self.options.prefetch_bytes))
+    }
+
+    pub(super) async fn failpoint(&self, name: &'static str) {
+        if let Some(hook) = &self.options.failpoint {
+            hook(name).await;
+        }
+    }
+}
