@@ -82,10 +82,21 @@ impl<'a> Consume<'a> {
         let name = format!("{}{}-{}", self.prefix, self.backlog, self.groups);
         let progress = Arc::new(Progress::new(self.backlog));
         let mut group = Group { handles: Vec::new(), readers: JoinSet::new(), progress };
+        let mut streams = Vec::new();
         for _ in 0..members {
             let topic = self.stage.name();
             let messages = self.stage.consuming.consumer(topic, &name).stream().await?;
             group.handles.push(messages.handle());
+            streams.push(messages);
+        }
+        // What is measured is reading, not the division of partitions.
+        timeout(PATIENCE, group.is_even(self.stage.topic.partitions.len())).await.map_err(
+            |_| {
+                let what = "the members do not come to even shares";
+                Error::new(ErrorKind::Timeout, what)
+            },
+        )?;
+        for messages in streams {
             group.readers.spawn(read(messages, Arc::clone(&group.progress)));
         }
         Ok(group)
@@ -137,6 +148,19 @@ struct Group {
 }
 
 impl Group {
+    /// Waits until all partitions are owned, and evenly.
+    async fn is_even(&self, partitions: usize) {
+        let least = partitions / self.handles.len().max(1);
+        loop {
+            let held = self.handles.iter().map(ConsumerHandle::held_partitions);
+            let (sum, fewest) = held.fold((0, usize::MAX), |(sum, few), n| (sum + n, few.min(n)));
+            if sum == partitions && fewest >= least {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    }
+
     async fn leave(self) -> Result<Latency> {
         let left = join_all(self.handles.iter().map(|handle| handle.shutdown(GRACE))).await;
         left.into_iter().collect::<Result<()>>()?;
@@ -178,7 +202,8 @@ struct Progress {
 
 impl Progress {
     fn new(backlog: u64) -> Self {
-        let start = backlog.min(1_000_000) / 10;
+        // More than several members have fetched before.
+        let start = backlog.min(5_000_000) / 5;
         Self { start, backlog, count: AtomicU64::new(0), more: Notify::new() }
     }
 

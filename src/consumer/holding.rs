@@ -185,8 +185,10 @@ impl Holding {
             RESET => return Err(self.refusal(ErrorKind::Reset)),
             _ => tracker.ack(id),
         }
-        let gate = self.gate.load(Ordering::SeqCst);
-        if tracker.runs() >= self.bounds.runs && gate & PATCHY == 0 {
+        let gate = self.gate.load(Ordering::Acquire);
+        if gate == 0 && tracker.runs() < self.bounds.runs {
+            // As almost always.
+        } else if gate & PATCHY == 0 && tracker.runs() >= self.bounds.runs {
             self.gate.fetch_or(PATCHY, Ordering::SeqCst);
         } else if gate & PATCHY != 0 && tracker.runs() <= self.bounds.runs / 2 {
             self.open(PATCHY);
@@ -273,7 +275,7 @@ impl Holding {
     pub(crate) fn hand_out(&self) -> Hand {
         self.outstanding.fetch_add(1, Ordering::SeqCst);
         let hand = match self.state.load(Ordering::SeqCst) {
-            HELD if self.gate.load(Ordering::SeqCst) & (PAUSED | PATCHY) == 0 => return Hand::Out,
+            HELD if self.gate.load(Ordering::Acquire) & (PAUSED | PATCHY) == 0 => return Hand::Out,
             HELD => Hand::Wait,
             _ => Hand::Gone,
         };

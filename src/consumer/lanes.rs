@@ -45,6 +45,7 @@ impl Unread {
     }
 
     /// The next message that is to be handed out.
+    #[inline]
     pub(super) fn peek(&mut self) -> Option<i64> {
         let Origin { holding, row, .. } = &*self.origin;
         while self.next <= row.last_id() {
@@ -57,6 +58,7 @@ impl Unread {
     }
 
     /// Hands out the next message, or says why not; none at the end.
+    #[inline]
     pub(super) fn hand_out(&mut self) -> Option<Result<Delivery, Hand>> {
         let id = self.peek()?;
         Some(match self.origin.holding.hand_out() {

@@ -99,28 +99,34 @@ impl Messages {
     /// The next message of what was fetched.
     fn hand_out(&mut self) -> Option<Delivery> {
         loop {
-            let mut batch = match self.current.take() {
-                Some(batch) => batch,
-                None => self.lanes.next()?,
-            };
-            if self.handle.is_shutting_down() {
-                self.count();
-                self.lanes.clear();
-                return None;
-            }
-            match batch.hand_out() {
-                Some(Ok(delivery)) => {
-                    self.handed += 1;
-                    self.current = Some(batch);
-                    return Some(delivery);
+            // In place: this is what happens for each message.
+            let end = match &mut self.current {
+                Some(_) if self.handle.is_shutting_down() => break,
+                Some(batch) => match batch.hand_out() {
+                    Some(Ok(delivery)) => {
+                        self.handed += 1;
+                        return Some(delivery);
+                    }
+                    other => other.and_then(Result::err),
+                },
+                None => {
+                    self.current = Some(self.lanes.next()?);
+                    continue;
                 }
-                Some(Err(Hand::Wait)) => self.lanes.park(batch),
-                // With what is left of the partition.
-                Some(Err(_)) => self.lanes.give_back(batch),
-                None => self.lanes.finish(batch),
-            }
+            };
             self.count();
+            match (self.current.take(), end) {
+                (Some(batch), None) => self.lanes.finish(batch),
+                (Some(batch), Some(Hand::Wait)) => self.lanes.park(batch),
+                // With what is left of the partition.
+                (Some(batch), Some(_)) => self.lanes.give_back(batch),
+                (None, _) => {}
+            }
         }
+        self.count();
+        self.current = None;
+        self.lanes.clear();
+        None
     }
 
     /// What is left of the batch that was being handed out waits for its turn again.
