@@ -161,12 +161,10 @@ impl Reader {
             return Ok(());
         }
         let connection = self.shared.connection(self.holding.partition.node()).await?;
-        let compared = match &self.last {
-            Some((day, last)) => self.compare_last(&connection, *day, last).await?,
-            None => {
-                let state = self.state(&connection, self.day).await?;
-                state.map(|state| state.incarnation)
-            }
+        let compared = if let Some((day, last)) = &self.last {
+            self.compare_last(&connection, *day, last).await?
+        } else {
+            self.state(&connection, self.day).await?.map(|state| state.incarnation)
         };
         self.holding.seen_on(compared.unwrap_or(self.holding.incarnation()));
         Ok(())
@@ -369,8 +367,10 @@ impl Reader {
 
     /// Room for a fetch. While there is none, what nobody takes of others may be dropped for it.
     async fn room(&self) -> Result<Room, Stop> {
+        // One wait: who came first goes first.
+        let mut reserved = std::pin::pin!(self.shared.budget.reserve());
         loop {
-            if let Ok(room) = timeout(PRESSURE, self.shared.budget.reserve()).await {
+            if let Ok(room) = timeout(PRESSURE, &mut reserved).await {
                 return Ok(room);
             }
             self.shared.press();

@@ -330,6 +330,25 @@ async fn a_batch_that_was_begun_from_the_stream_goes_on_with_the_handler() {
     assert_eq!(cursor(&sql, "g", partition).await.acked_id % 100_000_000, 10);
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn batches_are_taken_from_the_stream_as_they_are_there() {
+    let test = TestCluster::new(1).await;
+    let sql = test.sql(0).await;
+    let partition = topic(&test, "orders", 1).await[0];
+    append_texts(&sql, partition, 0..25).await;
+    let mut messages = consumer(&test, Order::ByPartition).stream().await.unwrap();
+    let mut sizes = Vec::new();
+    for _ in 0..3 {
+        let batch = within(SOON, "a batch", messages.next_batch(10)).await.unwrap().unwrap();
+        sizes.push(batch.len());
+        batch.into_iter().for_each(|delivery| delivery.ack().unwrap());
+    }
+    assert_eq!(sizes, [10, 10, 5]);
+    messages.shutdown(SECOND).await.unwrap();
+    assert!(messages.next_batch(10).await.is_none());
+    assert_eq!(cursor(&sql, "g", partition).await.acked_id % 100_000_000, 25);
+}
+
 /// What waits for its key is bounded; then its partition waits, and no other.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_stuck_key_stops_its_partition_at_the_bound_and_no_other() {
