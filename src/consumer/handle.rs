@@ -29,15 +29,16 @@ impl ConsumerHandle {
     ///
     /// # Errors
     /// [`ErrorKind::LeaseLost`] or [`ErrorKind::Reset`] where a partition's acknowledgements were
-    /// refused, [`ErrorKind::Closed`] after a shutdown, or what keeps a node from answering.
+    /// refused: told by each call that began before that, and by the first one after, [`ErrorKind::Closed`] after a shutdown, or what keeps a node from answering.
     pub async fn flush(&self) -> Result<()> {
+        let began = Instant::now();
         // A node that does not answer holds nobody up that has nothing to be committed there.
         let answers = self.shared.tell_nodes(&self.shared.pending_nodes(), Command::Flush);
         let mut outcome = Ok(());
         for answer in join_all(answers).await {
             outcome = outcome.and(answer.unwrap_or_else(|_| Err(Error::closed("the consumer"))));
         }
-        outcome = outcome.and(self.shared.take_uncommitted());
+        outcome = outcome.and(self.shared.take_uncommitted(began));
         if self.shared.left.is_cancelled() {
             return Err(Error::closed("the consumer"));
         }
@@ -62,7 +63,7 @@ impl ConsumerHandle {
                 outcome = outcome.and(answer.unwrap_or(Ok(())));
             }
             shared.left.cancelled().await;
-            outcome.and(shared.take_uncommitted())
+            outcome.and(shared.take_uncommitted(Instant::now()))
         };
         if let Ok(outcome) = timeout(deadline + GRACE, ended).await {
             return outcome;

@@ -51,8 +51,8 @@ pub(crate) struct Shared {
     /// What it owns, or gives up.
     pub(super) holdings: Mutex<HashMap<PartitionId, Arc<Holding>>>,
     pub(super) paused: Mutex<BTreeSet<PartitionId>>,
-    /// Why acknowledgements were not committed, since somebody asked.
-    pub(super) uncommitted: Mutex<Vec<Error>>,
+    /// Why acknowledgements were not committed, since somebody asked, and when the last of them was lost.
+    pub(super) uncommitted: Mutex<Option<(Error, Instant)>>,
     /// It was said that a reader waits for room.
     pub(super) pressed: AtomicBool,
     /// A shutdown was asked for.
@@ -220,14 +220,21 @@ impl Shared {
 
     pub(super) fn note_uncommitted(&self, why: Error) {
         let mut uncommitted = lock(&self.uncommitted);
-        // The first is what is told.
-        if uncommitted.is_empty() {
-            uncommitted.push(why);
-        }
+        // The first is what is told, for as long as the last is not.
+        let first = uncommitted.take().map_or(why, |(first, _)| first);
+        *uncommitted = Some((first, Instant::now()));
     }
 
-    pub(super) fn take_uncommitted(&self) -> Result<()> {
-        lock(&self.uncommitted).pop().map_or(Ok(()), Err)
+    /// What a flush that began then must tell. What was lost after it began is told again by the next one:
+    /// that may be of acknowledgements which this one does not cover.
+    pub(super) fn take_uncommitted(&self, began: Instant) -> Result<()> {
+        let mut uncommitted = lock(&self.uncommitted);
+        let Some((why, at)) = &*uncommitted else { return Ok(()) };
+        let (why, covered) = (why.clone(), *at < began);
+        if covered {
+            *uncommitted = None;
+        }
+        Err(why)
     }
 
     /// Says once that a reader waits for room.

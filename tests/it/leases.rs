@@ -270,6 +270,42 @@ async fn a_flush_that_comes_after_the_loss_was_noticed_still_tells_of_it() {
     messages.shutdown(SECOND).await.unwrap();
 }
 
+/// The flush under way covers one of the two, and is told; the next one covers both.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_loss_during_a_flush_is_told_by_the_next_one_too() {
+    let test = TestCluster::new(1).await;
+    let sql = test.sql(0).await;
+    let partition = topic(&test, "orders", 1).await[0];
+    append_texts(&sql, partition, 0..3).await;
+    let builder = consumer(&test.cluster).flush_interval(60 * SECOND).lease(60 * SECOND);
+    let mut messages = builder.stream().await.unwrap();
+    let mut in_hand = take(&mut messages, 2).await;
+    let second = in_hand.pop().unwrap();
+    in_hand.pop().unwrap().ack().unwrap();
+    let mut thief = test.sql(0).await;
+    let open = thief.transaction().await.unwrap();
+    open.batch_execute("select from shardmq.cursor for update").await.unwrap();
+    let handle = messages.handle();
+    let first_flush = tokio::spawn(async move { handle.flush().await });
+    let tries = "select count(*) > 0 from pg_stat_activity
+                  where datname = current_database() and application_name = 'shardmq'
+                    and query_start > $1 and query = 'commit'";
+    let now: std::time::SystemTime =
+        sql.query_one("select clock_timestamp()", &[]).await.unwrap().get(0);
+    let tried = async || sql.query_one(tries, &[&now]).await.unwrap().get::<_, bool>(0);
+    eventually("the flush passes the locked row over", SOON, tried).await;
+    second.ack().unwrap();
+    open.batch_execute("update shardmq.cursor set owner = gen_random_uuid(), epoch = epoch + 1")
+        .await
+        .unwrap();
+    open.commit().await.unwrap();
+    let told = within(SOON, "the flush under way", first_flush).await.unwrap();
+    assert_eq!(told.unwrap_err().kind(), ErrorKind::LeaseLost);
+    assert_eq!(messages.flush().await.unwrap_err().kind(), ErrorKind::LeaseLost);
+    messages.flush().await.unwrap();
+    messages.shutdown(SECOND).await.unwrap();
+}
+
 /// Gives a partition to a member whose lease has ended, as if one had taken it and died.
 async fn take_away(sql: &Client, partition: PartitionId) {
     sql.execute(

@@ -4,7 +4,7 @@
 //! A connection whose peer is gone without a word looks idle for ever. So whoever has heard nothing for
 //! a while sends a heartbeat through the channel itself, which all listeners of the node hear: one of
 //! them beats for all. Where it does not come back in time, the connection is given up, 11 s after the
-//! last word at most. Meanwhile consumers look by themselves.
+//! last hint at most, or 23 s after the last heartbeat where there were no hints. Meanwhile consumers look by themselves.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -26,6 +26,8 @@ use crate::store::{connect, sql};
 
 /// How long it may be silent before it is asked, give or take a fifth.
 const QUIET: Duration = Duration::from_secs(5);
+/// The same, where nothing but heartbeats was heard: nobody sends much then.
+const IDLE: Duration = Duration::from_secs(15);
 /// How long an answer may take.
 const ANSWER: Duration = Duration::from_secs(5);
 /// Between attempts to listen again.
@@ -150,8 +152,8 @@ fn hear(
     if let AsyncMessage::Notification(note) = message
         && note.channel() == HINTS
     {
-        pulse.heard();
         let partitions = parse(note.payload());
+        pulse.heard(!partitions.is_empty());
         if !partitions.is_empty() {
             let _ = channel.hints.send(Hint::Partitions(partitions));
         }
@@ -175,8 +177,10 @@ impl Pulse {
         sleep_until(self.due).await;
     }
 
-    fn heard(&mut self) {
-        *self = Self::new();
+    /// A hint, or a heartbeat.
+    fn heard(&mut self, hint: bool) {
+        let quiet = if hint { QUIET } else { IDLE };
+        *self = Self { due: Instant::now() + jitter(quiet), asked: false };
     }
 
     /// Asks, or fails where the last question was not answered.
@@ -216,8 +220,12 @@ mod tests {
         pulse.due().await;
         assert!(pulse.ask().is_err());
         assert!(begun.elapsed() <= Duration::from_secs(11), "{:?}", begun.elapsed());
-        pulse.heard();
-        pulse.due().await;
-        pulse.ask().unwrap();
+        for (hint, longest) in [(true, 6), (false, 18)] {
+            pulse.heard(hint);
+            let heard = Instant::now();
+            pulse.due().await;
+            assert!(heard.elapsed() <= Duration::from_secs(longest), "{:?}", heard.elapsed());
+            pulse.ask().unwrap();
+        }
     }
 }
