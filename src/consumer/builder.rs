@@ -213,6 +213,7 @@ impl ConsumerBuilder {
             reach: Reach::default(),
             holdings: Mutex::default(),
             paused: Mutex::default(),
+            flushes: Arc::default(),
             uncommitted: Mutex::default(),
             pressed: AtomicBool::new(false),
             events: Mutex::new(Some(events)),

@@ -105,7 +105,7 @@ impl Member {
                 }
                 // Nobody reads it any more, who could compare.
                 Moved::OtherServer => {
-                    self.shared.note_uncommitted(holding.refusal(ErrorKind::LeaseLost));
+                    self.shared.note_uncommitted(holding.refusal(ErrorKind::LeaseLost), &holding);
                     continue;
                 }
                 Moved::LeaseLost => ErrorKind::LeaseLost,

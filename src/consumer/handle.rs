@@ -29,16 +29,16 @@ impl ConsumerHandle {
     ///
     /// # Errors
     /// [`ErrorKind::LeaseLost`] or [`ErrorKind::Reset`] where a partition's acknowledgements were
-    /// refused: told by each call that began before that, and by the first one after, [`ErrorKind::Closed`] after a shutdown, or what keeps a node from answering.
+    /// refused: told by each call under way, and by the first that began after the last of them, [`ErrorKind::Closed`] after a shutdown, or what keeps a node from answering.
     pub async fn flush(&self) -> Result<()> {
-        let began = Instant::now();
+        let flush = self.shared.begin_flush();
         // A node that does not answer holds nobody up that has nothing to be committed there.
         let answers = self.shared.tell_nodes(&self.shared.pending_nodes(), Command::Flush);
         let mut outcome = Ok(());
         for answer in join_all(answers).await {
             outcome = outcome.and(answer.unwrap_or_else(|_| Err(Error::closed("the consumer"))));
         }
-        outcome = outcome.and(self.shared.take_uncommitted(began));
+        outcome = outcome.and(self.shared.take_uncommitted(flush));
         if self.shared.left.is_cancelled() {
             return Err(Error::closed("the consumer"));
         }
@@ -63,7 +63,7 @@ impl ConsumerHandle {
                 outcome = outcome.and(answer.unwrap_or(Ok(())));
             }
             shared.left.cancelled().await;
-            outcome.and(shared.take_uncommitted(Instant::now()))
+            outcome.and(shared.take_uncommitted(shared.begin_flush()))
         };
         if let Ok(outcome) = timeout(deadline + GRACE, ended).await {
             return outcome;

@@ -1,6 +1,8 @@
 //! A partition that this consumer owns, from its acquisition to its end.
 
-use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU8, AtomicU32, AtomicUsize, Ordering};
+use std::sync::atomic::{
+    AtomicBool, AtomicI64, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering,
+};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
@@ -23,6 +25,9 @@ pub(crate) struct Holding {
     pub(crate) fence: Fence,
     tracker: Mutex<Tracker>,
     bounds: Bounds,
+    /// How many flushes of the consumer have begun, now and at the last acknowledgement.
+    flushes: Arc<AtomicU64>,
+    acked_since: AtomicU64,
     state: AtomicU8,
     void: AtomicBool,
     /// Why nothing is handed out for now: 0, or some of the bits below.
@@ -101,6 +106,7 @@ impl Holding {
         bounds: Bounds,
         ended: CancellationToken,
         stream: mpsc::WeakUnboundedSender<Event>,
+        flushes: Arc<AtomicU64>,
         journal: Option<Written>,
     ) -> Self {
         // What was acknowledged before does not count: what lies between is handed out first.
@@ -114,6 +120,8 @@ impl Holding {
             position: AtomicI64::new(acquired.acked_id),
             tracker: Mutex::new(Tracker::new(acquired.acked_id, acquired.acked_ahead)),
             bounds,
+            flushes,
+            acked_since: AtomicU64::new(0),
             state: AtomicU8::new(HELD),
             void: AtomicBool::new(false),
             gate: AtomicU8::new(0),
@@ -185,6 +193,8 @@ impl Holding {
             RESET => return Err(self.refusal(ErrorKind::Reset)),
             _ => tracker.ack(id),
         }
+        // Looked at after it was recorded: a flush that begins later commits it.
+        self.acked_since.store(self.flushes.load(Ordering::SeqCst), Ordering::Release);
         let gate = self.gate.load(Ordering::Acquire);
         if gate == 0 && tracker.runs() < self.bounds.runs {
             // As almost always.
@@ -222,6 +232,11 @@ impl Holding {
             journal.settled();
         }
         patchy
+    }
+
+    /// How many flushes had begun at the last acknowledgement.
+    pub(crate) fn acked_since(&self) -> u64 {
+        self.acked_since.load(Ordering::SeqCst)
     }
 
     pub(crate) fn refusal(&self, kind: ErrorKind) -> Error {

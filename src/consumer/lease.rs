@@ -216,7 +216,7 @@ impl Member {
         // Where the group starts may be lost too: it was deleted, or the end of the log is gone.
         self.started = false;
         if holding.tracker().pending().is_some() {
-            self.shared.note_uncommitted(holding.refusal(why));
+            self.shared.note_uncommitted(holding.refusal(why), holding);
         }
         ::metrics::counter!(names::LEASE_LOST).increment(1);
         self.shared.send(Event::Error(news));
@@ -259,7 +259,7 @@ impl Member {
             if let Err(error) = &outcome
                 && holding.tracker().pending().is_some()
             {
-                self.shared.note_uncommitted(error.clone());
+                self.shared.note_uncommitted(error.clone(), &holding);
             }
             self.forget(&holding);
         }

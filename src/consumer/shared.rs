@@ -1,7 +1,7 @@
 //! What a consumer's tasks share.
 
 use std::collections::{BTreeSet, HashMap};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use futures_util::future::join_all;
@@ -51,8 +51,10 @@ pub(crate) struct Shared {
     /// What it owns, or gives up.
     pub(super) holdings: Mutex<HashMap<PartitionId, Arc<Holding>>>,
     pub(super) paused: Mutex<BTreeSet<PartitionId>>,
-    /// Why acknowledgements were not committed, since somebody asked, and when the last of them was lost.
-    pub(super) uncommitted: Mutex<Option<(Error, Instant)>>,
+    /// How many flushes have begun.
+    pub(super) flushes: Arc<AtomicU64>,
+    /// Why acknowledgements were not committed, and how many flushes had begun at the last of them.
+    pub(super) uncommitted: Mutex<Option<(Error, u64)>>,
     /// It was said that a reader waits for room.
     pub(super) pressed: AtomicBool,
     /// A shutdown was asked for.
@@ -198,7 +200,8 @@ impl Shared {
             };
             journal.holding(&acquired, &before)
         });
-        Holding::new(acquired, self.options.bounds, ended, stream, written)
+        let flushes = Arc::clone(&self.flushes);
+        Holding::new(acquired, self.options.bounds, ended, stream, flushes, written)
     }
 
     /// From now on it is among what this consumer owns, and paused with that.
@@ -218,19 +221,24 @@ impl Shared {
         nodes.into_iter().collect()
     }
 
-    pub(super) fn note_uncommitted(&self, why: Error) {
+    /// Acknowledgements of a holding are lost.
+    pub(super) fn note_uncommitted(&self, why: Error, holding: &Holding) {
         let mut uncommitted = lock(&self.uncommitted);
-        // The first is what is told, for as long as the last is not.
-        let first = uncommitted.take().map_or(why, |(first, _)| first);
-        *uncommitted = Some((first, Instant::now()));
+        let (first, last) = uncommitted.take().unwrap_or((why, 0));
+        *uncommitted = Some((first, last.max(holding.acked_since())));
     }
 
-    /// What a flush that began then must tell. What was lost after it began is told again by the next one:
-    /// that may be of acknowledgements which this one does not cover.
-    pub(super) fn take_uncommitted(&self, began: Instant) -> Result<()> {
+    /// A flush begins: returns its number.
+    pub(super) fn begin_flush(&self) -> u64 {
+        self.flushes.fetch_add(1, Ordering::SeqCst) + 1
+    }
+
+    /// What a flush must tell. The next one tells it again, where some of what was lost was acknowledged
+    /// after this one had begun.
+    pub(super) fn take_uncommitted(&self, flush: u64) -> Result<()> {
         let mut uncommitted = lock(&self.uncommitted);
-        let Some((why, at)) = &*uncommitted else { return Ok(()) };
-        let (why, covered) = (why.clone(), *at < began);
+        let Some((why, last)) = &*uncommitted else { return Ok(()) };
+        let (why, covered) = (why.clone(), *last < flush);
         if covered {
             *uncommitted = None;
         }
