@@ -85,12 +85,13 @@ impl Target {
         let keys = self.keys(marker).await;
         let keys = keys.map_err(|error| Error::with_source(error.kind(), what, error))?;
         let mut failures = Vec::new();
-        for index in self.order() {
-            // Whoever gives up on this one begins with the next.
-            self.first.store(index + 1, Ordering::Relaxed);
+        let order = self.order();
+        let hosts = order.len();
+        for index in order {
+            let attempt = Attempt { first: &self.first, index, next: (index + 1) % hosts };
             match self.connect_to_host(index, &keys).await {
                 Ok(opened) => {
-                    self.first.store(index, Ordering::Relaxed);
+                    attempt.succeeded();
                     return Ok(opened);
                 }
                 Err(failure) => failures.push((self.place(index), failure)),
@@ -106,8 +107,7 @@ impl Target {
         if self.config.get_load_balance_hosts() == LoadBalanceHosts::Random {
             order.sort_by_cached_key(|_| Uuid::new_v4());
         } else if self.config.get_target_session_attrs() == TargetSessionAttrs::ReadWrite {
-            let first = self.first.load(Ordering::Relaxed) % order.len().max(1);
-            order.rotate_left(first);
+            order.rotate_left(self.first.load(Ordering::Relaxed));
         }
         order
     }
@@ -189,6 +189,29 @@ impl Target {
                 )
             })??;
         Ok(Keys { connector, passwords, marker })
+    }
+}
+
+/// An attempt at one host. Until it is over, it changes nothing for those who connect meanwhile. Whoever
+/// gives up on it, by a failure or by being dropped, makes the next one begin with the next host.
+struct Attempt<'a> {
+    first: &'a AtomicUsize,
+    index: usize,
+    next: usize,
+}
+
+impl Attempt<'_> {
+    fn succeeded(self) {
+        self.first.store(self.index, Ordering::Relaxed);
+        std::mem::forget(self);
+    }
+}
+
+impl Drop for Attempt<'_> {
+    fn drop(&mut self) {
+        // Not where another attempt has found a better one by now.
+        let (from, to) = (self.index, self.next);
+        let _ = self.first.compare_exchange(from, to, Ordering::Relaxed, Ordering::Relaxed);
     }
 }
 
@@ -394,11 +417,28 @@ mod tests {
         };
         let url = "postgresql://a,b,c/d?target_session_attrs=";
         assert_eq!(order(&format!("{url}read-write"), 1), [1, 2, 0]);
-        assert_eq!(order(&format!("{url}read-write"), 3), [0, 1, 2]);
         assert_eq!(order(&format!("{url}any"), 1), [0, 1, 2]);
         let mut shuffled = order(&format!("{url}any&load_balance_hosts=random"), 0);
         shuffled.sort_unstable();
         assert_eq!(shuffled, [0, 1, 2]);
+    }
+
+    #[tokio::test]
+    async fn an_attempt_under_way_does_not_send_others_elsewhere_and_one_given_up_does() {
+        let silent = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = silent.local_addr().unwrap().port();
+        let target = target(&format!(
+            "postgresql://u@127.0.0.1:1,127.0.0.1:{port}/d?target_session_attrs=read-write"
+        ));
+        target.first.store(1, Ordering::Relaxed);
+        let mut attempt = target.connect("connect", None);
+        tokio::select! {
+            _ = &mut attempt => panic!("nobody answers"),
+            accepted = silent.accept() => drop(accepted.unwrap()),
+        }
+        assert_eq!(target.order(), [1, 0]);
+        drop(attempt);
+        assert_eq!(target.order(), [0, 1]);
     }
 
     #[test]
