@@ -1,6 +1,9 @@
-//! What one consumer of very many partitions costs while nothing comes: transactions and connections of each
-//! node, and memory.
+//! What one consumer of very many partitions costs while nothing comes: statements and connections of each
+//! node, and memory. The statements are counted in the servers' logs: `pg_stat_database` counts what a
+//! server does by itself too, and whole seconds late.
 
+use std::collections::HashMap;
+use std::fs;
 use std::time::Duration;
 
 use shardmq::embedded::Server;
@@ -12,11 +15,8 @@ use tokio_postgres::{Client, NoTls};
 use crate::Size;
 use crate::spread::Spread;
 
-/// What a node has done and has open.
-struct Used {
-    transactions: i64,
-    connections: i64,
-}
+/// How each line of a log begins that says a statement.
+const MARK: &str = "statement of ";
 
 async fn connect(url: &str) -> Client {
     let (client, connection) = tokio_postgres::connect(url, NoTls).await.unwrap();
@@ -43,25 +43,40 @@ async fn nodes(servers: &[Server], count: u8) -> Vec<(String, String)> {
     nodes
 }
 
-async fn used(admins: &[(Client, String)]) -> Vec<Used> {
+async fn connections(admins: &[(Client, String)]) -> Vec<f64> {
     let mut all = Vec::new();
     for (admin, name) in admins {
-        let row = admin
-            .query_one(
-                "select xact_commit + xact_rollback,
-                        (select count(*) from pg_stat_activity a where a.datname = d.datname)
-                   from pg_stat_database d where datname = $1",
-                &[name],
-            )
-            .await
-            .unwrap();
-        all.push(Used { transactions: row.get(0), connections: row.get(1) });
+        let open = "select count(*) from pg_stat_activity where datname = $1";
+        all.push(admin.query_one(open, &[name]).await.unwrap().get::<_, i64>(0) as f64);
+    }
+    all
+}
+
+/// How many statements each database was sent by now. What begins and ends a transaction is sent along
+/// with the statement between, and not counted.
+fn statements(servers: &[Server]) -> HashMap<String, u32> {
+    let mut all = HashMap::new();
+    for server in servers {
+        let log = fs::read(server.data_dir().with_file_name("server.log")).unwrap();
+        for line in String::from_utf8_lossy(&log).lines() {
+            let Some((database, said)) = line.strip_prefix(MARK).and_then(|l| l.split_once('|'))
+            else {
+                continue;
+            };
+            let text = said.split_once(": ").and_then(|(_, said)| said.split_once(": "));
+            let counted = !text.is_some_and(|(_, text)| {
+                text.trim() == "commit" || text.starts_with("-- Begins a transaction")
+            });
+            if said.starts_with("LOG:") && counted {
+                *all.entry(database.to_owned()).or_default() += 1;
+            }
+        }
     }
     all
 }
 
 fn memory_mib() -> f64 {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap_or("0 kB");
     line.trim().trim_end_matches(" kB").parse::<f64>().unwrap_or(0.0) / 1024.0
 }
@@ -89,29 +104,31 @@ pub(crate) async fn measure(size: Size) {
     }
     let taken = begun.elapsed();
     sleep(Duration::from_secs(seconds / 3)).await;
+    let after = memory_mib();
+    let first = statements(&servers);
+    sleep(Duration::from_secs(seconds)).await;
+    let last = statements(&servers);
     let mut admins = Vec::new();
-    for (admin, name) in &nodes {
+    // The first one has the control database too.
+    for (admin, name) in nodes.iter().skip(1) {
         admins.push((connect(admin).await, name.clone()));
     }
-    let first = used(&admins).await;
-    sleep(Duration::from_secs(seconds)).await;
-    let last = used(&admins).await;
-    // The first one has the control database too.
-    let pairs = first.iter().zip(&last).skip(1);
-    let per_5_s = pairs.map(|(first, last)| {
-        (last.transactions - first.transactions) as f64 / seconds as f64 * 5.0
+    let per_5_s = admins.iter().map(|(_, name)| {
+        let count = |counts: &HashMap<String, u32>| f64::from(*counts.get(name).unwrap_or(&0));
+        (count(&last) - count(&first)) / seconds as f64 * 5.0
     });
-    let connections = last.iter().skip(1).map(|used| used.connections as f64).collect();
     println!("idle: one consumer, {partitions} partitions, {count} nodes, for {seconds} s");
     println!("  all taken in {:.1} s", taken.as_secs_f64());
-    println!("  transactions in 5 s, by node: {}", Spread::of(per_5_s.collect()).text());
-    println!("  connections, by node: {}", Spread::of(connections).text());
-    println!("  memory: {before:.0} MiB before, {:.0} MiB now", memory_mib());
+    println!("  statements in 5 s, by node: {}", Spread::of(per_5_s.collect()).text());
+    println!("  connections, by node: {}", Spread::of(connections(&admins).await).text());
+    println!("  memory: {before:.0} MiB before, {after:.0} MiB after");
     messages.shutdown(Duration::from_secs(30)).await.unwrap();
     cluster.shutdown().await;
 }
 
 async fn started() -> Server {
     let builder = Server::builder().durable(false).setting("max_connections", "400");
+    let builder = builder.setting("log_statement", "all");
+    let builder = builder.setting("log_line_prefix", format!("{MARK}%d|"));
     builder.setting("max_locks_per_transaction", "256").start().await.unwrap()
 }

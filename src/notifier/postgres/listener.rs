@@ -4,7 +4,8 @@
 //! A connection whose peer is gone without a word looks idle for ever. So whoever has heard nothing for
 //! a while sends a heartbeat through the channel itself, which all listeners of the node hear: one of
 //! them beats for all. Where it does not come back in time, the connection is given up, 11 s after the
-//! last hint at most, or 23 s after the last heartbeat where there were no hints. Meanwhile consumers look by themselves.
+//! last hint at most, or 29 s after the last heartbeat where there were no hints. Meanwhile consumers
+//! look by themselves.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -27,7 +28,7 @@ use crate::store::{connect, sql};
 /// How long it may be silent before it is asked, give or take a fifth.
 const QUIET: Duration = Duration::from_secs(5);
 /// The same, where nothing but heartbeats was heard: nobody sends much then.
-const IDLE: Duration = Duration::from_secs(15);
+const IDLE: Duration = Duration::from_secs(20);
 /// How long an answer may take.
 const ANSWER: Duration = Duration::from_secs(5);
 /// Between attempts to listen again.
