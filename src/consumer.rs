@@ -15,6 +15,7 @@ mod assignment;
 mod budget;
 mod builder;
 mod commit;
+mod filter;
 mod handle;
 mod holding;
 mod journal;
@@ -32,6 +33,7 @@ mod wanted;
 
 use budget::Room;
 pub use builder::ConsumerBuilder;
+pub use filter::Filter;
 pub use handle::ConsumerHandle;
 use holding::Holding;
 pub use messages::{Delivery, Messages};

@@ -15,6 +15,7 @@ use uuid::Uuid;
 
 use crate::cluster::Cluster;
 use crate::consumer::budget::Budget;
+use crate::consumer::filter::Filter;
 use crate::consumer::holding::Bounds;
 use crate::consumer::journal::Journal;
 use crate::consumer::wanted::{Reach, Wanted};
@@ -40,6 +41,7 @@ pub(crate) struct Options {
     pub(super) bounds: Bounds,
     pub(super) journal: Option<PathBuf>,
     pub(super) only: Option<Vec<PartitionId>>,
+    pub(super) filter: Option<Arc<Filter>>,
     pub(super) failpoint: Option<Failpoint>,
 }
 
@@ -69,6 +71,7 @@ impl ConsumerBuilder {
             bounds: Bounds { messages: 100_000, runs: 10_000 },
             journal: None,
             only: None,
+            filter: None,
             failpoint: None,
         };
         Self { cluster, topic: topic.to_owned(), group: group.to_owned(), options }
@@ -172,6 +175,14 @@ impl ConsumerBuilder {
         self
     }
 
+    /// Hands out the messages that this chooses and no others: those are done as soon as they are passed
+    /// over, for the whole group. So all its members should have the same filter, and a new one is for
+    /// what the group has not consumed yet. Payloads are not looked at.
+    pub fn filter(mut self, filter: Filter) -> Self {
+        self.options.filter = Some(Arc::new(filter));
+        self
+    }
+
     /// Called at named places of the library, for tests that stop it there.
     #[doc(hidden)]
     pub fn failpoint(
@@ -189,10 +200,12 @@ impl ConsumerBuilder {
     /// control database can't be reached and the topic is known neither here nor from a
     /// [topology file](crate::ClusterBuilder::topology_file), or the group on no node. Nodes that can't
     /// be reached are no error: their messages come when they are back. [`ErrorKind::Conflict`] where
-    /// another consumer has the [journal](Self::journal), [`ErrorKind::Invalid`] where it can't be used.
+    /// another consumer has the [journal](Self::journal), [`ErrorKind::Invalid`] where it can't be used,
+    /// or where the [filter](Self::filter) asks for a header that is reserved.
     pub async fn stream(self) -> Result<Messages> {
         let topic = TopicName::new(&self.topic)?;
         let group = GroupName::new(&self.group)?;
+        self.options.filter.as_ref().map_or(Ok(()), |filter| filter.check())?;
         let topology = self.cluster.topology(&topic).await?;
         check_partitions(&topology, self.options.only.as_deref())?;
         // Boxed, as the rest is: whoever consumes carries it.

@@ -186,6 +186,22 @@ impl Holding {
 
     /// Records an acknowledgement of a message of this row.
     pub(crate) fn ack(&self, id: i64, row: &Batch) -> Result<()> {
+        self.record(id)?;
+        // After it was recorded: what is written before a commit is composed is in it then.
+        if let Some((journal, _)) = &self.journal {
+            journal.ack(id, row.uid_of(id));
+        }
+        Ok(())
+    }
+
+    /// A message that nobody wants is done, unless the partition is no longer this consumer's. The
+    /// journal need not know: whoever reads it again does not want it either.
+    pub(crate) fn skip(&self, id: i64) {
+        let _ = self.record(id);
+    }
+
+    #[inline]
+    fn record(&self, id: i64) -> Result<()> {
         // Under the lock, so that what is accepted here is seen by the flush that follows an end.
         let mut tracker = self.tracker();
         match self.state.load(Ordering::SeqCst) {
@@ -206,11 +222,6 @@ impl Holding {
         if gate & AHEAD != 0 && tracker.span() <= self.bounds.messages / 2 {
             self.gate.fetch_and(!AHEAD, Ordering::SeqCst);
             self.wake.notify_one();
-        }
-        drop(tracker);
-        // After it was recorded: what is written before a commit is composed is in it then.
-        if let Some((journal, _)) = &self.journal {
-            journal.ack(id, row.uid_of(id));
         }
         Ok(())
     }

@@ -20,6 +20,7 @@ use uuid::Uuid;
 
 use crate::consumer::Read;
 use crate::consumer::budget::Room;
+use crate::consumer::filter::Filter;
 use crate::consumer::holding::{Hand, Holding, Place};
 use crate::consumer::messages::{Delivery, Origin};
 use crate::name::TopicName;
@@ -33,24 +34,30 @@ pub(super) struct Unread {
     next: i64,
     /// Whether parts of it were acknowledged in an earlier holding.
     patchy: bool,
+    /// What is wanted of it.
+    filter: Option<Arc<Filter>>,
     round: u32,
     _room: Room,
 }
 
 impl Unread {
-    pub(super) fn new(read: Read, topic: &TopicName) -> Self {
+    pub(super) fn new(read: Read, topic: &TopicName, filter: Option<Arc<Filter>>) -> Self {
         let Read { holding, row, from, patchy, round, room } = read;
         let origin = Arc::new(Origin { holding, row, topic: topic.clone() });
-        Self { origin, next: from, patchy, round, _room: room }
+        Self { origin, next: from, patchy, filter, round, _room: room }
     }
 
-    /// The next message that is to be handed out.
+    /// The next message that is to be handed out. Those before it that are not wanted are done with that.
     #[inline]
     pub(super) fn peek(&mut self) -> Option<i64> {
         let Origin { holding, row, .. } = &*self.origin;
         while self.next <= row.last_id() {
-            if !self.patchy || !holding.tracker().is_acked(self.next) {
-                return Some(self.next);
+            let id = self.next;
+            if !self.patchy || !holding.tracker().is_acked(id) {
+                match &self.filter {
+                    Some(filter) if !filter.takes(row, id) => holding.skip(id),
+                    _ => return Some(id),
+                }
             }
             self.next += 1;
         }

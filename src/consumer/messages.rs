@@ -160,7 +160,10 @@ impl Messages {
 
     pub(super) fn absorb(&mut self, event: Event) {
         match event {
-            Event::Batch(read) => self.lanes.push(Unread::new(read, &self.topic)),
+            Event::Batch(read) => {
+                let filter = self.handle.shared.options.filter.clone();
+                self.lanes.push(Unread::new(read, &self.topic, filter));
+            }
             Event::Turn(owner) => self.lanes.turn(owner),
             Event::Pressure => {
                 self.handle.shared.pressed.store(false, Ordering::Release);
@@ -354,15 +357,7 @@ impl Delivery {
     }
 
     fn all_headers(&self) -> Headers {
-        let json = self.origin.row.headers.as_ref().and_then(|all| all.element(self.place()));
-        let text = json.and_then(|json| json.get(1..)).unwrap_or(b"{}");
-        let values: serde_json::Map<String, serde_json::Value> =
-            serde_json::from_slice(text).unwrap_or_default();
-        let text = |value| match value {
-            serde_json::Value::String(text) => text,
-            other => other.to_string(),
-        };
-        values.into_iter().map(|(name, value)| (name, text(value))).collect()
+        self.origin.row.headers_of(self.place())
     }
 
     fn reserved_header(&self, name: &str) -> Option<String> {

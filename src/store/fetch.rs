@@ -8,6 +8,7 @@ use tokio_postgres::types::{FromSql, Type};
 use uuid::Uuid;
 
 use crate::id::{Day, PartitionId, Uid, last_of};
+use crate::message::Headers;
 use crate::store::node::{Connection, query};
 use crate::store::packed::Unpacked;
 use crate::store::sql;
@@ -44,6 +45,21 @@ pub(crate) struct Identity {
 }
 
 impl Batch {
+    /// The headers of a message of it, those that the library sets too; a value that is not a string as
+    /// its JSON text.
+    pub(crate) fn headers_of(&self, index: usize) -> Headers {
+        let json = self.headers.as_ref().and_then(|all| all.element(index));
+        // Behind the format's version.
+        let text = json.and_then(|json| json.get(1..)).unwrap_or(b"{}");
+        let values: serde_json::Map<String, serde_json::Value> =
+            serde_json::from_slice(text).unwrap_or_default();
+        let text = |value| match value {
+            serde_json::Value::String(text) => text,
+            other => other.to_string(),
+        };
+        values.into_iter().map(|(name, value)| (name, text(value))).collect()
+    }
+
     pub(crate) fn identity(&self) -> Identity {
         Identity {
             base_id: self.base_id,

@@ -34,6 +34,7 @@ mod embedded;
 mod failover;
 /// The statements of leases and cursors: who may move what.
 mod fence;
+mod filters;
 /// The 99,999,999th message of a partition's day.
 mod full;
 /// Groups are listed, described, moved and deleted.

@@ -7,13 +7,14 @@ use std::time::Duration;
 use clap::Parser;
 use futures_util::FutureExt;
 use indicatif::ProgressBar;
-use shardmq::{Delivery, ErrorKind, Messages, Start};
+use shardmq::{Delivery, ErrorKind, Filter, Messages, Start};
 use tokio::time::{sleep, sleep_until};
 
 use crate::caught_up::CaughtUp;
 use crate::context::Context;
 use crate::failure::Failure;
 use crate::output::{MessageLine, Out, counted, counter, note};
+use crate::produce::parse_header;
 use crate::signals::Interrupt;
 use crate::start::parse_start;
 
@@ -43,6 +44,13 @@ pub(crate) struct Args {
     /// Wait for more when all is consumed.
     #[arg(long)]
     follow: bool,
+    /// Print messages with this header alone, which may be repeated: all must match. The others count as
+    /// consumed.
+    #[arg(long, value_name = "NAME=VALUE", value_parser = parse_header)]
+    header: Vec<(String, String)>,
+    /// Print messages alone whose key begins so. The others count as consumed.
+    #[arg(long, value_name = "TEXT")]
+    key_prefix: Option<String>,
     /// Keep acknowledgements in this directory until they are committed: they survive when this process is
     /// killed.
     #[arg(long, value_name = "FOLDER")]
@@ -59,6 +67,11 @@ pub(crate) async fn run(context: &Context, args: Args) -> Result<(), Failure> {
     let mut consumer = cluster.consumer(&args.topic, &args.group);
     if let Some(folder) = args.journal {
         consumer = consumer.journal(folder);
+    }
+    let headers = args.header.into_iter().map(|(name, value)| Filter::header(name, value));
+    let prefix = args.key_prefix.map(Filter::key_prefix);
+    if let Some(filter) = headers.chain(prefix).reduce(Filter::and) {
+        consumer = consumer.filter(filter);
     }
     let messages = consumer.start(args.from).stream().await?;
     if let Some(caught_up) = &mut caught_up {

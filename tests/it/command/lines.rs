@@ -122,6 +122,26 @@ async fn lines_of_a_key_stay_in_order_and_carry_it() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_group_may_want_only_some() {
+    let test = topic(2, 1).await;
+    for kind in ["paid", "sent"] {
+        let produce = format!("produce lines --key-field k --header kind={kind} --header by=test");
+        let input = b"{\"k\":\"eu/1\"}\n{\"k\":\"us/1\"}\n{\"k\":\"eu/2\"}";
+        run_with(&test.control_url, &produce, input).await.good();
+    }
+    let consume = "consume lines --group g --header kind=paid --header by=test --key-prefix eu/";
+    let consumed = run(&test.control_url, consume).await.good();
+    let mut keys: Vec<String> =
+        consumed.json().iter().map(|line| line["key"].as_str().unwrap().to_owned()).collect();
+    keys.sort();
+    assert_eq!(keys, ["eu/1", "eu/2"]);
+    assert!(consumed.json().iter().all(|line| line["headers"]["kind"] == "paid"));
+    // The others are done.
+    let consumed = run(&test.control_url, "consume lines --group g").await.good();
+    assert!(consumed.stdout.is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_key_may_be_any_scalar() {
     let test = topic(1, 1).await;
     let input = b"{\"k\":1.50}\n{\"k\":true}\n{\"k\":null}\n{\"k\":\"a b\"}";
