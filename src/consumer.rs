@@ -29,6 +29,7 @@ mod roster;
 mod runner;
 mod shared;
 pub(crate) mod start;
+mod transaction;
 mod wanted;
 
 use budget::Room;
@@ -38,6 +39,7 @@ pub use handle::ConsumerHandle;
 use holding::Holding;
 pub use messages::{Delivery, Messages};
 use shared::Shared;
+pub use transaction::Acknowledged;
 
 /// Where a group starts that has not consumed the topic before, or where a [seek](crate::Cluster::seek) moves it
 /// to. In between it goes on from its cursor.

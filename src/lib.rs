@@ -30,7 +30,9 @@ pub use admin::{
 };
 pub use cluster::{Cluster, ClusterBuilder};
 pub use codec::{Codec, Json};
-pub use consumer::{ConsumerBuilder, ConsumerHandle, Delivery, Filter, Messages, Order, Start};
+pub use consumer::{
+    Acknowledged, ConsumerBuilder, ConsumerHandle, Delivery, Filter, Messages, Order, Start,
+};
 pub use error::{Error, ErrorKind, Result};
 pub use id::{Day, MAX_NUMBER, MAX_SEQUENCE, MessageId, NodeId, PartitionId, Uid};
 pub use message::{

@@ -94,6 +94,11 @@ impl Tracker {
         }
     }
 
+    /// Whether an id is the first that was read and is not acknowledged.
+    pub(crate) fn is_next(&self, id: i64) -> bool {
+        self.next() == Some(id)
+    }
+
     /// Whether an id is acknowledged.
     pub(crate) fn is_acked(&self, id: i64) -> bool {
         id <= self.acked_id

@@ -47,7 +47,6 @@ impl Member {
     /// Flushes until the node has answered and no row was passed over because a transaction had locked
     /// it.
     pub(super) async fn flush_through(&mut self) -> Result<()> {
-        let lease = self.shared.options.lease;
         loop {
             match self.flush(None).await {
                 Ok(false) => {}
@@ -55,10 +54,16 @@ impl Member {
                 other => return other.map(drop),
             }
             tokio::time::sleep(AGAIN).await;
-            if self.renewed.is_some_and(|at| at.elapsed() > lease * 3 / 10) {
-                // Whether that succeeds is seen by the next flush.
-                let _ = self.renew().await;
-            }
+            self.renew_if_due().await;
+        }
+    }
+
+    /// Keeps the lease while a flush waits.
+    pub(super) async fn renew_if_due(&mut self) {
+        let lease = self.shared.options.lease;
+        if self.renewed.is_some_and(|at| at.elapsed() > lease * 3 / 10) {
+            // Whether that succeeds is seen by the next flush.
+            let _ = self.renew().await;
         }
     }
 

@@ -15,6 +15,7 @@ use crate::consumer::acks::Tracker;
 use crate::consumer::journal::{Acks, HoldingJournal};
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::{Day, PartitionId};
+use crate::name::GroupName;
 use crate::store::fetch::{Batch, Identity};
 use crate::store::group::{Acquired, Fence};
 
@@ -22,6 +23,7 @@ use crate::store::group::{Acquired, Fence};
 #[derive(Debug)]
 pub(crate) struct Holding {
     pub(crate) partition: PartitionId,
+    pub(crate) group: GroupName,
     pub(crate) fence: Fence,
     tracker: Mutex<Tracker>,
     bounds: Bounds,
@@ -103,6 +105,7 @@ const AHEAD: u8 = 4;
 impl Holding {
     pub(crate) fn new(
         acquired: Acquired,
+        group: GroupName,
         bounds: Bounds,
         ended: CancellationToken,
         stream: mpsc::WeakUnboundedSender<Event>,
@@ -115,6 +118,7 @@ impl Holding {
         let bounds = Bounds { runs, ..bounds };
         Self {
             partition: acquired.partition,
+            group,
             fence: acquired.fence,
             incarnation: Mutex::new(acquired.incarnation),
             position: AtomicI64::new(acquired.acked_id),
@@ -204,11 +208,8 @@ impl Holding {
     fn record(&self, id: i64) -> Result<()> {
         // Under the lock, so that what is accepted here is seen by the flush that follows an end.
         let mut tracker = self.tracker();
-        match self.state.load(Ordering::SeqCst) {
-            LOST => return Err(self.refusal(ErrorKind::LeaseLost)),
-            RESET => return Err(self.refusal(ErrorKind::Reset)),
-            _ => tracker.ack(id),
-        }
+        self.accepts()?;
+        tracker.ack(id);
         // Looked at after it was recorded: a flush that begins later commits it.
         self.acked_since.store(self.flushes.load(Ordering::SeqCst), Ordering::Release);
         let gate = self.gate.load(Ordering::Acquire);
@@ -243,6 +244,15 @@ impl Holding {
             journal.settled();
         }
         patchy
+    }
+
+    /// Refuses what `ack` would refuse.
+    pub(crate) fn accepts(&self) -> Result<()> {
+        match self.state.load(Ordering::SeqCst) {
+            LOST => Err(self.refusal(ErrorKind::LeaseLost)),
+            RESET => Err(self.refusal(ErrorKind::Reset)),
+            _ => Ok(()),
+        }
     }
 
     /// How many flushes had begun at the last acknowledgement.

@@ -237,7 +237,10 @@ impl Member {
         let done = timeout(STATEMENT, async {
             loop {
                 match self.flush(Some(&partitions)).await {
-                    Ok(false) => tokio::time::sleep(AGAIN).await,
+                    Ok(false) => {
+                        tokio::time::sleep(AGAIN).await;
+                        self.renew_if_due().await;
+                    }
                     Ok(true) => break,
                     // One of them is another's already, and the others are not.
                     Err(error)

@@ -236,6 +236,10 @@ impl Delivery {
         self.origin.holding.tracker().is_acked(self.number())
     }
 
+    pub(super) fn holding(&self) -> &Holding {
+        &self.origin.holding
+    }
+
     fn number(&self) -> i64 {
         self.origin.row.base_id + i64::from(self.index)
     }
@@ -348,6 +352,11 @@ impl Delivery {
     /// [`LeaseLost`](crate::ErrorKind::LeaseLost) where the partition is known to be another consumer's
     /// already: the message is delivered there too.
     pub fn ack(mut self) -> Result<()> {
+        self.settle()
+    }
+
+    /// The message is done.
+    pub(super) fn settle(&mut self) -> Result<()> {
         let counted = !std::mem::replace(&mut self.answered, true);
         let result = self.origin.holding.ack(self.number(), &self.origin.row);
         if counted {

@@ -201,7 +201,15 @@ impl Shared {
             journal.holding(&acquired, &before)
         });
         let flushes = Arc::clone(&self.flushes);
-        Holding::new(acquired, self.options.bounds, ended, stream, flushes, written)
+        Holding::new(
+            acquired,
+            self.group.clone(),
+            self.options.bounds,
+            ended,
+            stream,
+            flushes,
+            written,
+        )
     }
 
     /// From now on it is among what this consumer owns, and paused with that.

@@ -2,13 +2,13 @@
 
 use std::time::SystemTime;
 
-use tokio_postgres::Error;
+use tokio_postgres::{Error, GenericClient};
 use uuid::Uuid;
 
 use crate::id::PartitionId;
 use crate::name::{GroupName, TopicName};
 use crate::store::node::{Connection, Durability, query, write};
-use crate::store::param::Param;
+use crate::store::param::{Param, typed};
 use crate::store::sql;
 
 /// Where a group starts: at a time (none: by the server's clock), or exactly at an id in that id's
@@ -212,7 +212,70 @@ pub(crate) async fn flush(
     Ok(outcomes.collect())
 }
 
-/// Gives partitions back, where they are still these owners'.
+/// A message that is acknowledged in a user's transaction.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct InTransaction {
+    pub(crate) partition: PartitionId,
+    pub(crate) fence: Fence,
+    /// The server that it was last seen on.
+    pub(crate) incarnation: SystemTime,
+    pub(crate) id: i64,
+    /// All before it is acknowledged.
+    pub(crate) is_next: bool,
+}
+
+/// What became of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Outcome {
+    /// Acknowledged, if the transaction is committed.
+    Acknowledged,
+    /// It was acknowledged before.
+    Already,
+    /// The partition is another owner's.
+    LeaseLost,
+    /// A seek came in between.
+    Reset,
+    /// Another server answered than the one that it was seen on: not before a look.
+    OtherServer,
+    /// The transaction is on another node.
+    Elsewhere,
+}
+
+/// Acknowledges a message in a user's transaction, which may wait for another one of its partition.
+pub(crate) async fn commit_in<C: GenericClient + Sync>(
+    transaction: &C,
+    group: &GroupName,
+    this: &InTransaction,
+) -> Result<Outcome, Error> {
+    let (group, partition) = (group.as_str(), this.partition.as_i32());
+    let Fence { owner, epoch, reset_epoch } = this.fence;
+    let params: [&dyn Param; 8] = [
+        &group,
+        &partition,
+        &owner,
+        &epoch,
+        &reset_epoch,
+        &this.incarnation,
+        &this.id,
+        &this.is_next,
+    ];
+    let moved = transaction.execute_typed(sql::COMMIT_IN, &typed(&params)).await?;
+    if moved == 1 {
+        return Ok(Outcome::Acknowledged);
+    }
+    let params = typed(&params[..6]);
+    let why = transaction.query_typed_opt(sql::COMMIT_IN_REFUSED, &params).await?;
+    Ok(match why.as_ref().map(|row| row.get(0)) {
+        Some("acknowledged") => Outcome::Already,
+        Some("reset") => Outcome::Reset,
+        Some("other_server") => Outcome::OtherServer,
+        Some(_) => Outcome::LeaseLost,
+        None => Outcome::Elsewhere,
+    })
+}
+
+/// Gives partitions back, where they are still these owners' and no transaction has locked their rows:
+/// the next renewal finds those.
 pub(crate) async fn release(
     connection: Connection,
     group: &GroupName,

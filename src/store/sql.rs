@@ -23,6 +23,8 @@ statements! {
     BEGIN_DURABLE = "begin_durable";
     BEGIN_RELAXED = "begin_relaxed";
     CLAIM_PARTITIONS = "claim_partitions";
+    COMMIT_IN = "commit_in";
+    COMMIT_IN_REFUSED = "commit_in_refused";
     CONTROL_ADD_NODE = "control_add_node";
     CONTROL_ASSIGN = "control_assign";
     CONTROL_ASSIGNMENT = "control_assignment";

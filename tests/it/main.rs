@@ -31,6 +31,7 @@ mod decode;
 /// Private Postgres servers: found, started, ended with their parent.
 mod embedded;
 /// Nodes that fail under a producer.
+mod exactly_once;
 mod failover;
 /// The statements of leases and cursors: who may move what.
 mod fence;

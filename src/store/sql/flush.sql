@@ -1,7 +1,7 @@
 -- Moves cursors, in order and passing over locked rows, where owner, epoch and reset_epoch are what
 -- the acknowledgements were made under, and the server is the one that the messages were last seen
 -- on. Answers for each: moved, lease_lost, reset, locked or other_server. A cursor never goes back
--- here.
+-- here, and what a user's transaction has acknowledged stays.
 -- $1 group  $2 partitions  $3 owners  $4 epochs  $5 reset epochs  $6 acked ids  $7 acked ahead
 -- $8 incarnations
 with asked as (
@@ -17,7 +17,9 @@ locked as (
        for no key update skip locked),
 moved as (
     update shardmq.cursor c
-       set acked_id = greatest(c.acked_id, a.acked_id), acked_ahead = a.acked_ahead::int8multirange
+       set acked_id = greatest(c.acked_id, a.acked_id),
+           acked_ahead = c.acked_ahead + a.acked_ahead::int8multirange
+                         - int8multirange(int8range(null, greatest(c.acked_id, a.acked_id), '[]'))
       from asked a join locked l using (partition, owner, epoch, reset_epoch)
      where c.group_name = $1 and c.partition = a.partition and a.same_server
     returning c.partition)
