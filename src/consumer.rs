@@ -15,6 +15,7 @@ mod assignment;
 mod budget;
 mod builder;
 mod commit;
+mod expiry;
 mod handle;
 mod holding;
 mod journal;

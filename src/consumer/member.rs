@@ -24,6 +24,7 @@ use uuid::Uuid;
 use crate::cluster::Place;
 use crate::consumer::Shared;
 use crate::consumer::commit::Pace;
+use crate::consumer::expiry::Expiry;
 use crate::consumer::holding::Holding;
 use crate::deadline::jitter;
 use crate::error::{Error, ErrorKind, Result};
@@ -74,6 +75,7 @@ pub(super) struct Member {
     pub(super) draining: JoinSet<Arc<Holding>>,
     /// When the lease was renewed last.
     pub(super) renewed: Option<Instant>,
+    pub(super) expiry: Arc<Expiry>,
     /// Since when it was renewed in time.
     pub(super) kept_since: Option<Instant>,
     /// The server whose log all partitions were last seen on: when it was started.
@@ -107,6 +109,7 @@ pub(crate) async fn run(
         holdings: HashMap::new(),
         draining: JoinSet::new(),
         renewed: None,
+        expiry: Arc::default(),
         kept_since: None,
         incarnation: None,
         other_server: false,
@@ -124,7 +127,11 @@ pub(crate) async fn run(
         if member.stop.is_none() && !cluster_ends.is_cancelled() {
             let shared = Arc::clone(&member.shared);
             let hints = shared.cluster.inner.notifier.subscribe(&member.partitions);
-            member.work(&mut commands, hints).await;
+            let expiry = Arc::clone(&member.expiry);
+            tokio::select! {
+                () = member.work(&mut commands, hints) => {}
+                never = expiry.watch(&shared, node) => match never {},
+            }
             outcome = member.leave().await;
         }
         if let Some((_, reply)) = member.stop.take() {

@@ -16,6 +16,8 @@ use crate::support::{TestCluster, eventually};
 
 /// A partition that is lost, and taken again.
 mod losses;
+/// A consumer whose network is gone.
+mod network_gone;
 /// Servers that restart, or are away.
 mod servers;
 
