@@ -29,6 +29,7 @@ mod roster;
 mod runner;
 mod shared;
 pub(crate) mod start;
+mod trouble;
 mod wanted;
 
 use budget::Room;

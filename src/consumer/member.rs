@@ -26,6 +26,7 @@ use crate::consumer::Shared;
 use crate::consumer::commit::Pace;
 use crate::consumer::expiry::Expiry;
 use crate::consumer::holding::Holding;
+use crate::consumer::trouble::Trouble;
 use crate::deadline::jitter;
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::{NodeId, PartitionId};
@@ -89,8 +90,7 @@ pub(super) struct Member {
     pub(super) lacks: bool,
     /// Since when something is wanted that is not held.
     lacking_since: Option<Instant>,
-    /// When it was said last that the node is in trouble.
-    trouble: Option<Instant>,
+    trouble: Trouble,
     stop: Option<(Instant, oneshot::Sender<Result<()>>)>,
 }
 
@@ -117,7 +117,7 @@ pub(crate) async fn run(
         pace,
         lacks: false,
         lacking_since: None,
-        trouble: None,
+        trouble: Trouble::new(REMIND),
         stop: None,
     };
     let cluster_ends = member.shared.cluster.inner.shutdown.clone();
@@ -301,7 +301,7 @@ impl Member {
         match outcome {
             Ok(()) => {
                 self.shared.reach.note(self.node, true);
-                if self.trouble.take().is_some() {
+                if self.trouble.end() {
                     tracing::info!(node = %self.node, group = %self.shared.group, "node is back");
                 }
             }
@@ -309,8 +309,7 @@ impl Member {
             Err(error) if matches!(error.kind(), ErrorKind::LeaseLost | ErrorKind::Reset) => {}
             Err(error) => {
                 self.shared.reach.note(self.node, false);
-                if self.trouble.is_none_or(|said| said.elapsed() >= REMIND) {
-                    self.trouble = Some(Instant::now());
+                if self.trouble.meet(Instant::now()) {
                     tracing::error!(
                         node = %self.node, group = %self.shared.group, error = %error.chain(),
                         "node in trouble: its partitions pause"

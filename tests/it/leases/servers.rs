@@ -3,11 +3,13 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
-use shardmq::Cluster;
+use shardmq::{Balancer, Cluster, Message, Messages, Outgoing, PartitionId, Producer};
 use tokio::time::Instant;
+use tracing::Level;
 
 use super::{Log, SECOND, SOON, Worker, consumer, owned, shares};
-use crate::support::reading::{append_texts, cursors, take, text};
+use crate::support::reading::{append_texts, cursors, next, take, text};
+use crate::support::said::said;
 use crate::support::stored::topic;
 use crate::support::{TestCluster, client, database, eventually, own_server, shared_server};
 
@@ -120,4 +122,73 @@ async fn a_dead_node_stops_nobody_else_and_its_messages_come_when_it_is_back() {
     messages.shutdown(SECOND).await.unwrap();
     let rows = client(&test.node_urls[1]).await;
     assert!(cursors(&rows, "g").await.iter().all(|(_, cursor)| cursor.acked_id > 0));
+}
+
+/// Sends to the first node.
+struct ToFirst;
+
+impl Balancer for ToFirst {
+    fn choose(&self, _: &Outgoing<'_>, open: &[PartitionId]) -> Option<PartitionId> {
+        open.iter().copied().find(|partition| partition.node().number() == 1)
+    }
+}
+
+/// How long a message takes on average, and at most, when one after the other is sent for a while.
+async fn pace(
+    producer: &Producer,
+    messages: &mut Messages,
+    lasts: Duration,
+) -> (Duration, Duration) {
+    let (began, mut count, mut slowest) = (Instant::now(), 0, Duration::ZERO);
+    while began.elapsed() < lasts {
+        let sent = Instant::now();
+        producer.send(Message::new("alive")).await.unwrap();
+        let delivery = next(messages).await;
+        assert_eq!(text(&delivery), "alive");
+        delivery.ack().unwrap();
+        (count, slowest) = (count + 1, slowest.max(sent.elapsed()));
+    }
+    (began.elapsed() / count, slowest)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_that_dies_is_told_of_once_slows_nobody_down_and_is_back_by_itself() {
+    const GROUP: &str = "node_that_dies";
+    let told = |level, message| {
+        let of_group = said(level, "group", GROUP);
+        of_group.iter().filter(|s| s.has("node", "02") && s.has("message", message)).count()
+    };
+    let deaths = || told(Level::ERROR, "node in trouble: its partitions pause");
+    let returns = || told(Level::INFO, "node is back");
+    let dying = own_server().await;
+    let urls = vec![database(shared_server().await).await, database(&dying).await];
+    let test = TestCluster::of(urls).await;
+    let partitions = topic(&test, "orders", 4).await;
+    let others = partitions.iter().filter(|partition| partition.node().number() == 2);
+    let producer = test.cluster.producer("orders").balancer(ToFirst).build().await.unwrap();
+    let builder = test.cluster.consumer("orders", GROUP).lease(SECOND);
+    let mut messages = builder.poll_interval(SECOND / 5).stream().await.unwrap();
+    eventually("it has all", SOON, async || messages.handle().held_partitions() == 4).await;
+    let (healthy, _) = pace(&producer, &mut messages, SECOND).await;
+
+    for death in 1..=2 {
+        dying.stop_server(shardmq::embedded::StopMode::Immediate).await.unwrap();
+        // Many looks and renewals; the others' hints are heard, and nothing waits for the next look.
+        let (average, slowest) = pace(&producer, &mut messages, 4 * SECOND).await;
+        assert!(average < (5 * healthy).max(SECOND / 20), "{healthy:?}, then {average:?}");
+        assert!(slowest < 2 * SECOND, "nobody waits for a node: {slowest:?}");
+        assert_eq!((deaths(), returns()), (death, death - 1));
+        dying.start_server().await.unwrap();
+        let back = test.sql(1).await;
+        for partition in others.clone() {
+            append_texts(&back, *partition, ["back"]).await;
+        }
+        for delivery in take(&mut messages, 2).await {
+            assert_eq!(text(&delivery), "back");
+            delivery.ack().unwrap();
+        }
+        eventually("its return is told", SOON, async || returns() == death).await;
+    }
+    messages.shutdown(SECOND).await.unwrap();
+    assert_eq!((deaths(), returns()), (2, 2));
 }
