@@ -15,6 +15,7 @@ mod assignment;
 mod budget;
 mod builder;
 mod commit;
+mod expiry;
 mod filter;
 mod handle;
 mod holding;
@@ -30,6 +31,7 @@ mod runner;
 mod shared;
 pub(crate) mod start;
 mod transaction;
+mod trouble;
 mod wanted;
 
 use budget::Room;

@@ -101,6 +101,10 @@ const PAUSED: u8 = 1;
 const PATCHY: u8 = 2;
 /// Too much was read above the cursor.
 const AHEAD: u8 = 4;
+/// The lease has run out by the own clock: it may be another's by now.
+const LAPSED: u8 = 8;
+/// Any of these keeps messages from being handed out; `AHEAD` only keeps them from being read.
+const CLOSED: u8 = PAUSED | PATCHY | LAPSED;
 
 impl Holding {
     pub(crate) fn new(
@@ -284,6 +288,22 @@ impl Holding {
         self.gate.load(Ordering::SeqCst) & PAUSED != 0
     }
 
+    /// The lease has run out by the own clock: nothing is handed out until it is renewed.
+    pub(crate) fn lapse(&self) {
+        self.gate.fetch_or(LAPSED, Ordering::SeqCst);
+    }
+
+    /// A renewal has shown that it is still this consumer's.
+    pub(crate) fn renew(&self) {
+        if self.is_lapsed() {
+            self.open(LAPSED);
+        }
+    }
+
+    pub(crate) fn is_lapsed(&self) -> bool {
+        self.gate.load(Ordering::SeqCst) & LAPSED != 0
+    }
+
     fn open(&self, why: u8) {
         self.gate.fetch_and(!why, Ordering::SeqCst);
         self.tell_stream();
@@ -311,7 +331,7 @@ impl Holding {
     pub(crate) fn hand_out(&self) -> Hand {
         self.outstanding.fetch_add(1, Ordering::SeqCst);
         let hand = match self.state.load(Ordering::SeqCst) {
-            HELD if self.gate.load(Ordering::Acquire) & (PAUSED | PATCHY) == 0 => return Hand::Out,
+            HELD if self.gate.load(Ordering::Acquire) & CLOSED == 0 => return Hand::Out,
             HELD => Hand::Wait,
             _ => Hand::Gone,
         };
@@ -321,7 +341,7 @@ impl Holding {
 
     /// Whether it is held and nothing keeps it from being handed out.
     pub(crate) fn may_go(&self) -> bool {
-        self.is_held() && self.gate.load(Ordering::SeqCst) & (PAUSED | PATCHY) == 0
+        self.is_held() && self.gate.load(Ordering::SeqCst) & CLOSED == 0
     }
 
     /// A delivery was answered, or dropped.

@@ -50,6 +50,7 @@ impl Member {
             self.kept_since = Some(asked);
         }
         self.renewed = Some(asked);
+        self.expiry.put_off(asked + lease);
         self.reconcile(renewed.owned).await?;
         if let Some(journal) = &shared.journal
             && shared.began.elapsed() > lease * TAKEN_OVER
@@ -76,7 +77,7 @@ impl Member {
         let holdings: Vec<_> = self.holdings.values().cloned().collect();
         for holding in holdings {
             match owned.remove(&holding.partition) {
-                Some(fence) if fence == holding.fence => {}
+                Some(fence) if fence == holding.fence => holding.renew(),
                 Some(fence) if fence.owner == holding.fence.owner => {
                     self.lose(&holding, ErrorKind::Reset).await;
                 }
@@ -149,6 +150,9 @@ impl Member {
             self.lose(&before, ErrorKind::LeaseLost).await;
         }
         let holding = Arc::new(self.shared.holding(acquired));
+        if self.expiry.is_over() {
+            holding.lapse();
+        }
         self.shared.hold(&holding);
         self.shared.cluster.inner.tasks.spawn(read(Arc::clone(&self.shared), Arc::clone(&holding)));
         ::metrics::counter!(names::ACQUIRED).increment(1);

@@ -24,7 +24,9 @@ use uuid::Uuid;
 use crate::cluster::Place;
 use crate::consumer::Shared;
 use crate::consumer::commit::Pace;
+use crate::consumer::expiry::Expiry;
 use crate::consumer::holding::Holding;
+use crate::consumer::trouble::Trouble;
 use crate::deadline::jitter;
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::{NodeId, PartitionId};
@@ -74,6 +76,7 @@ pub(super) struct Member {
     pub(super) draining: JoinSet<Arc<Holding>>,
     /// When the lease was renewed last.
     pub(super) renewed: Option<Instant>,
+    pub(super) expiry: Arc<Expiry>,
     /// Since when it was renewed in time.
     pub(super) kept_since: Option<Instant>,
     /// The server whose log all partitions were last seen on: when it was started.
@@ -87,8 +90,7 @@ pub(super) struct Member {
     pub(super) lacks: bool,
     /// Since when something is wanted that is not held.
     lacking_since: Option<Instant>,
-    /// When it was said last that the node is in trouble.
-    trouble: Option<Instant>,
+    trouble: Trouble,
     stop: Option<(Instant, oneshot::Sender<Result<()>>)>,
 }
 
@@ -107,6 +109,7 @@ pub(crate) async fn run(
         holdings: HashMap::new(),
         draining: JoinSet::new(),
         renewed: None,
+        expiry: Arc::default(),
         kept_since: None,
         incarnation: None,
         other_server: false,
@@ -114,7 +117,7 @@ pub(crate) async fn run(
         pace,
         lacks: false,
         lacking_since: None,
-        trouble: None,
+        trouble: Trouble::new(REMIND),
         stop: None,
     };
     let cluster_ends = member.shared.cluster.inner.shutdown.clone();
@@ -124,7 +127,11 @@ pub(crate) async fn run(
         if member.stop.is_none() && !cluster_ends.is_cancelled() {
             let shared = Arc::clone(&member.shared);
             let hints = shared.cluster.inner.notifier.subscribe(&member.partitions);
-            member.work(&mut commands, hints).await;
+            let expiry = Arc::clone(&member.expiry);
+            tokio::select! {
+                () = member.work(&mut commands, hints) => {}
+                never = expiry.watch(&shared, node) => match never {},
+            }
             outcome = member.leave().await;
         }
         if let Some((_, reply)) = member.stop.take() {
@@ -294,7 +301,7 @@ impl Member {
         match outcome {
             Ok(()) => {
                 self.shared.reach.note(self.node, true);
-                if self.trouble.take().is_some() {
+                if self.trouble.end() {
                     tracing::info!(node = %self.node, group = %self.shared.group, "node is back");
                 }
             }
@@ -302,8 +309,7 @@ impl Member {
             Err(error) if matches!(error.kind(), ErrorKind::LeaseLost | ErrorKind::Reset) => {}
             Err(error) => {
                 self.shared.reach.note(self.node, false);
-                if self.trouble.is_none_or(|said| said.elapsed() >= REMIND) {
-                    self.trouble = Some(Instant::now());
+                if self.trouble.meet(Instant::now()) {
                     tracing::error!(
                         node = %self.node, group = %self.shared.group, error = %error.chain(),
                         "node in trouble: its partitions pause"

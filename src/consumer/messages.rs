@@ -240,6 +240,12 @@ impl Delivery {
         &self.origin.holding
     }
 
+    /// Whether the lease has run out, and it is not known whether the partition is another's.
+    pub(super) fn is_lapsed(&self) -> bool {
+        let holding = &self.origin.holding;
+        holding.is_lapsed() && !holding.revoked.is_cancelled()
+    }
+
     fn number(&self) -> i64 {
         self.origin.row.base_id + i64::from(self.index)
     }
@@ -331,6 +337,9 @@ impl Delivery {
     /// Cancelled when the partition is not this consumer's any more: it went to another one, its position
     /// was moved, or it was waited for long enough when it was given back. What is acknowledged from then
     /// on is refused, and the message is delivered again: work that can be given up should be.
+    ///
+    /// Where the node is not heard, nobody knows. Nothing more is handed out then once the
+    /// [lease](crate::ConsumerBuilder::lease) has run out, and this is told when the node is heard again.
     pub fn revoked(&self) -> CancellationToken {
         self.origin.holding.revoked.clone()
     }

@@ -206,7 +206,7 @@ where
 
     /// What is to be worked on next: what failed before, what waited for its key, what was fetched.
     fn next_unit(&mut self) -> Option<Unit> {
-        if let Some(unit) = self.again.pop_front() {
+        if let Some(unit) = self.next_again() {
             return Some(unit);
         }
         while let Some(Freed { owner, key, deliveries }) = self.keys.next(self.most) {
@@ -224,6 +224,14 @@ where
             }
         }
         None
+    }
+
+    /// A unit that failed before. It waits like what was not handed out yet where the lease has run out:
+    /// another may work on it by then.
+    fn next_again(&mut self) -> Option<Unit> {
+        let is_due = |unit: &Unit| unit.deliveries.first().is_none_or(|first| !first.is_lapsed());
+        let next = self.again.iter().position(is_due)?;
+        self.again.remove(next)
     }
 
     /// Takes messages of a batch; says why it stopped.
