@@ -25,6 +25,7 @@ mod lanes;
 mod lease;
 mod member;
 mod messages;
+mod pinned;
 mod reader;
 mod roster;
 mod runner;

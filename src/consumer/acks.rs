@@ -48,6 +48,11 @@ impl Tracker {
     pub(crate) fn read(&mut self, first: i64, last: i64) -> bool {
         let run = self.ahead.range(..=last).next_back();
         let patchy = first <= self.acked_id || run.is_some_and(|(_, end)| *end >= first);
+        // Below the watermark where it was read before, and is read again.
+        let first = first.max(self.acked_id + 1);
+        if first > last {
+            return true;
+        }
         match self.read.back_mut() {
             Some(run) if run.1 + 1 == first => run.1 = last,
             _ => self.read.push_back((first, last)),
@@ -67,6 +72,7 @@ impl Tracker {
                 self.read.pop_back();
             }
         }
+        self.step_to(self.acked_id);
     }
 
     /// How many ids lie between the watermark and what was read last.
@@ -226,6 +232,20 @@ mod tests {
         tracker.read(11, 16);
         (2..=16).for_each(|id| tracker.ack(id));
         assert_eq!((tracker.acked_id(), tracker.span(), tracker.runs()), (16, 0, 0));
+    }
+
+    #[test]
+    fn what_is_read_again_below_the_watermark_does_not_stop_it_at_the_end_of_a_day() {
+        let mut tracker = Tracker::new(0, [(3, 10)]);
+        tracker.read(1, 5);
+        tracker.read(6, 10);
+        tracker.ack(1);
+        tracker.ack(2);
+        tracker.rewind(5);
+        assert!(tracker.read(6, 10));
+        tracker.read(101, 103);
+        (101..=103).for_each(|id| tracker.ack(id));
+        assert_eq!((tracker.acked_id(), tracker.span(), tracker.runs()), (103, 0, 0));
     }
 
     #[test]

@@ -118,7 +118,8 @@ impl Holding {
     ) -> Self {
         // What was acknowledged before does not count: what lies between is handed out first.
         let written = journal.as_ref().map_or(0, |(_, acks)| acks.len());
-        let runs = bounds.runs + acquired.acked_ahead.len() + written;
+        let former = acquired.acked_ahead.len() + written;
+        let runs = bounds.runs.saturating_add(former);
         let bounds = Bounds { runs, ..bounds };
         Self {
             partition: acquired.partition,
@@ -328,10 +329,22 @@ impl Holding {
 
     /// Counts a delivery, unless the partition is no longer held or has to wait. Counted first: whoever
     /// ends it then either sees the delivery or is seen here.
+    #[inline]
     pub(crate) fn hand_out(&self) -> Hand {
+        self.hand_out_unless(CLOSED)
+    }
+
+    /// The same for a message that was passed over before, while others behind it were handed out. That
+    /// there are many runs is no reason to wait: it lies between them, and with it they become fewer.
+    pub(crate) fn hand_out_kept(&self) -> Hand {
+        self.hand_out_unless(CLOSED & !PATCHY)
+    }
+
+    #[inline]
+    fn hand_out_unless(&self, closed: u8) -> Hand {
         self.outstanding.fetch_add(1, Ordering::SeqCst);
         let hand = match self.state.load(Ordering::SeqCst) {
-            HELD if self.gate.load(Ordering::Acquire) & CLOSED == 0 => return Hand::Out,
+            HELD if self.gate.load(Ordering::Acquire) & closed == 0 => return Hand::Out,
             HELD => Hand::Wait,
             _ => Hand::Gone,
         };

@@ -8,6 +8,7 @@ use uuid::Uuid;
 use crate::consumer::holding::Hand;
 use crate::consumer::lanes::Unread;
 use crate::consumer::messages::{Delivery, Origin};
+use crate::consumer::pinned::Pinned;
 
 /// A key within an acquisition.
 type Place = (Uuid, Arc<str>);
@@ -20,9 +21,7 @@ pub(super) struct Keys {
     freed: VecDeque<Place>,
     /// The same, where the partition waits.
     stalled: HashSet<Place>,
-    /// Rows that are kept: by how many messages, and their bytes.
-    pinned: HashMap<(Uuid, i64), (usize, usize)>,
-    bytes: usize,
+    pinned: Pinned,
     most_bytes: usize,
 }
 
@@ -46,8 +45,7 @@ impl Keys {
             busy: HashMap::new(),
             freed: VecDeque::new(),
             stalled: HashSet::new(),
-            pinned: HashMap::new(),
-            bytes: 0,
+            pinned: Pinned::default(),
             most_bytes,
         }
     }
@@ -65,15 +63,13 @@ impl Keys {
     /// Keeps a message until its key is free. False where too much is kept.
     pub(super) fn keep(&mut self, batch: &Unread, id: i64, key: &Arc<str>) -> bool {
         let (owner, origin) = (batch.owner(), &batch.origin);
-        let row = (owner, origin.row.base_id);
-        let more = if self.pinned.contains_key(&row) { 0 } else { origin.row.bytes };
-        if self.bytes > 0 && self.bytes + more > self.most_bytes {
+        let bytes = self.pinned.bytes();
+        if bytes > 0 && bytes + self.pinned.more(origin) > self.most_bytes {
             return false;
         }
         let Some(queue) = self.busy.get_mut(&(owner, Arc::clone(key))) else { return false };
         queue.push_back(Kept { origin: Arc::clone(origin), id });
-        self.bytes += more;
-        self.pinned.entry(row).or_insert((0, origin.row.bytes)).0 += 1;
+        self.pinned.pin(origin);
         true
     }
 
@@ -93,10 +89,10 @@ impl Keys {
         while deliveries.len() < most
             && let Some(kept) = self.busy.get_mut(&place).and_then(VecDeque::pop_front)
         {
-            match kept.origin.holding.hand_out() {
+            match kept.origin.holding.hand_out_kept() {
                 Hand::Out => {
                     deliveries.push(Delivery::new(&kept.origin, kept.id));
-                    self.unpin(place.0, &kept);
+                    self.pinned.unpin(&kept.origin);
                 }
                 Hand::Wait => {
                     if let Some(queue) = self.busy.get_mut(&place) {
@@ -107,7 +103,7 @@ impl Keys {
                     }
                     break;
                 }
-                Hand::Gone => self.unpin(place.0, &kept),
+                Hand::Gone => self.pinned.unpin(&kept.origin),
             }
         }
         if deliveries.is_empty() && self.busy.get(&place).is_some_and(VecDeque::is_empty) {
@@ -124,16 +120,5 @@ impl Keys {
 
     pub(super) fn clear(&mut self) {
         *self = Self::new(self.most_bytes);
-    }
-
-    fn unpin(&mut self, owner: Uuid, kept: &Kept) {
-        let row = (owner, kept.origin.row.base_id);
-        if let Some((count, bytes)) = self.pinned.get_mut(&row) {
-            *count -= 1;
-            if *count == 0 {
-                self.bytes -= *bytes;
-                self.pinned.remove(&row);
-            }
-        }
     }
 }

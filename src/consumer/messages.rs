@@ -240,6 +240,10 @@ impl Delivery {
         &self.origin.holding
     }
 
+    pub(super) fn origin(&self) -> &Origin {
+        &self.origin
+    }
+
     /// Whether the lease has run out, and it is not known whether the partition is another's.
     pub(super) fn is_lapsed(&self) -> bool {
         let holding = &self.origin.holding;

@@ -23,6 +23,7 @@ use crate::consumer::holding::Hand;
 use crate::consumer::keys::{Freed, Keys};
 use crate::consumer::lanes::Unread;
 use crate::consumer::messages::{Delivery, Messages};
+use crate::consumer::pinned::Pinned;
 use crate::consumer::{Event, Order};
 use crate::deadline::jitter;
 use crate::metrics as names;
@@ -108,6 +109,7 @@ impl Messages {
             units: HashMap::new(),
             resting: JoinSet::new(),
             again: VecDeque::new(),
+            failed: Pinned::default(),
             blocked: HashSet::new(),
         };
         // Boxed: whoever runs it carries it.
@@ -132,9 +134,11 @@ struct Runner<H> {
     most: usize,
     working: JoinSet<Result<(), Failed>>,
     units: HashMap<Id, Unit>,
-    /// Those that failed, until they are tried again. Empty where that is not worth it any more.
-    resting: JoinSet<Unit>,
+    /// Those that failed, until they are tried again, or until their partition is lost.
+    resting: JoinSet<(Unit, bool)>,
     again: VecDeque<Unit>,
+    /// What these keep in memory.
+    failed: Pinned,
     keys: Keys,
     /// Acquisitions that can't go on since too much is kept.
     blocked: HashSet<Uuid>,
@@ -154,9 +158,10 @@ where
                     None => break,
                 },
                 Some(done) = self.working.join_next_with_id() => self.finish(done),
-                Some(Ok(unit)) = self.resting.join_next() => {
-                    if unit.deliveries.is_empty() {
-                        self.free(unit);
+                Some(Ok((unit, is_lost))) = self.resting.join_next() => {
+                    if is_lost {
+                        self.unpin(&unit);
+                        self.free(Unit { deliveries: Vec::new(), ..unit });
                     } else {
                         self.again.push_back(unit);
                     }
@@ -214,7 +219,9 @@ where
                 return Some(Unit { owner, deliveries, keys: vec![key], attempt: 1 });
             }
         }
-        while let Some(mut batch) = self.messages.lanes.next() {
+        while !self.is_full_of_failed()
+            && let Some(mut batch) = self.messages.lanes.next()
+        {
             let owner = batch.owner();
             let mut unit = Unit { owner, deliveries: Vec::new(), keys: Vec::new(), attempt: 1 };
             let end = self.fill(&mut unit, &mut batch);
@@ -231,7 +238,9 @@ where
     fn next_again(&mut self) -> Option<Unit> {
         let is_due = |unit: &Unit| unit.deliveries.first().is_none_or(|first| !first.is_lapsed());
         let next = self.again.iter().position(is_due)?;
-        self.again.remove(next)
+        let unit = self.again.remove(next)?;
+        self.unpin(&unit);
+        Some(unit)
     }
 
     /// Takes messages of a batch; says why it stopped.
@@ -307,14 +316,26 @@ where
         let stopping = self.messages.handle.shared.stopping.clone();
         let doubled = BACKOFF.0.saturating_mul(1 << (unit.attempt - 1).min(16));
         unit.attempt += 1;
+        unit.deliveries.iter().for_each(|delivery| self.failed.pin(delivery.origin()));
         self.resting.spawn(async move {
-            tokio::select! {
-                () = tokio::time::sleep(jitter(doubled.min(BACKOFF.1))) => {}
-                () = revoked.cancelled() => unit.deliveries.clear(),
-                () = stopping.cancelled() => unit.deliveries.clear(),
-            }
-            unit
+            let is_lost = tokio::select! {
+                () = tokio::time::sleep(jitter(doubled.min(BACKOFF.1))) => false,
+                () = revoked.cancelled() => true,
+                () = stopping.cancelled() => true,
+            };
+            (unit, is_lost)
         });
+    }
+
+    fn unpin(&mut self, unit: &Unit) {
+        unit.deliveries.iter().for_each(|delivery| self.failed.unpin(delivery.origin()));
+    }
+
+    /// Whether nothing new may be begun: what failed keeps as much in memory as may be fetched. By
+    /// partition it is one unit of each, and those that do not fail must go on.
+    fn is_full_of_failed(&self) -> bool {
+        let most = self.messages.handle.shared.options.prefetch_bytes;
+        self.order != Order::ByPartition && self.failed.bytes() >= most
     }
 
     /// What is left of a unit is done, and what waited for it may go on.

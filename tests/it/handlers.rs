@@ -14,6 +14,8 @@ use crate::support::reading::{append_texts, cursor, next, text};
 use crate::support::stored::{number, topic};
 use crate::support::{TestCluster, eventually, within};
 
+mod bounds;
+
 const SECOND: Duration = Duration::from_secs(1);
 const SOON: Duration = Duration::from_secs(15);
 
