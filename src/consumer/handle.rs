@@ -16,6 +16,8 @@ use crate::id::PartitionId;
 
 /// How much longer than its deadline a shutdown may take, where nodes don't answer.
 pub(super) const GRACE: Duration = Duration::from_secs(6);
+/// The longest deadline: a clock can't be set for ever.
+const LONGEST: Duration = Duration::from_hours(365 * 24);
 
 /// Flushes and shuts down a consumer, from any task. Cheap to clone.
 #[derive(Clone)]
@@ -47,12 +49,14 @@ impl ConsumerHandle {
 
     /// Ends consuming: nothing new is handed out; deliveries in hand may be answered until the deadline;
     /// then acknowledgements are committed, the partitions given back, and the stream ends.
-    /// Idempotent: a second call waits for the first.
+    /// A deadline of more than a year is one of a year. Idempotent: a second call waits for the first,
+    /// which alone says what went wrong.
     ///
     /// # Errors
     /// Those of [`flush`](Self::flush); the consumer has ended all the same.
     pub async fn shutdown(&self, deadline: Duration) -> Result<()> {
         let shared = &self.shared;
+        let deadline = deadline.min(LONGEST);
         let Some(answers) = shared.stop(Instant::now() + deadline) else {
             shared.left.cancelled().await;
             return Ok(());

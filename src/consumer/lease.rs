@@ -137,9 +137,12 @@ impl Member {
             dead: shared.journal.as_ref().map_or(&[], |journal| journal.former()),
         };
         let connection = shared.connection(self.node).await?;
-        group::acquire(connection, names, &taker, lacking)
+        let acquired = group::acquire(connection, names, &taker, lacking)
             .await
-            .map_err(|error| refused(error, &what))
+            .map_err(|error| refused(error, &what))?;
+        // Nothing may be free, or the node may have forgotten the group: it is told again.
+        self.started = !acquired.is_empty();
+        Ok(acquired)
     }
 
     /// Starts to read a partition that was taken.

@@ -363,7 +363,8 @@ impl Delivery {
     ///
     /// # Errors
     /// [`LeaseLost`](crate::ErrorKind::LeaseLost) where the partition is known to be another consumer's
-    /// already: the message is delivered there too.
+    /// already: the message is delivered there too. [`Reset`](crate::ErrorKind::Reset) where its position
+    /// was moved by a seek.
     pub fn ack(mut self) -> Result<()> {
         self.settle()
     }

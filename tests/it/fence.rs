@@ -33,6 +33,12 @@ async fn ready(partitions: usize) -> (TestCluster, Client, Vec<shardmq::Partitio
     let test = TestCluster::new(1).await;
     let made = topic(&test, "orders", partitions).await;
     let sql = test.sql(0).await;
+    // None, as long as the node does not know where the group starts.
+    sql.execute(MAKE_CURSORS, &[&"orders", &"g"]).await.unwrap();
+    assert!(cursors(&sql, "g").await.is_empty());
+    let start = "insert into shardmq.group_start (topic, group_name, start_at)
+                 values ('orders', 'g', '-infinity')";
+    sql.batch_execute(start).await.unwrap();
     sql.execute(MAKE_CURSORS, &[&"orders", &"g"]).await.unwrap();
     (test, sql, made)
 }

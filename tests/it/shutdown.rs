@@ -32,6 +32,15 @@ fn consumer(cluster: &Cluster) -> ConsumerBuilder {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_deadline_is_too_long() {
+    let test = TestCluster::new(1).await;
+    topic(&test, "orders", 1).await;
+    let builder = test.cluster.consumer("orders", "g").max_acked_runs(usize::MAX);
+    let messages = builder.stream().await.unwrap();
+    within(SOON, "the shutdown", messages.shutdown(Duration::MAX)).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn in_hand_may_be_answered_until_the_deadline_and_nothing_new_comes() {
     let (test, sql, partition, first) = filled(10).await;
     let mut messages = consumer(&test.cluster).stream().await.unwrap();
