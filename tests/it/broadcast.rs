@@ -15,9 +15,14 @@ const SOON: Duration = Duration::from_secs(15);
 
 /// The rows of broadcast groups: starts and cursors.
 async fn left(sql: &Client) -> (i64, i64) {
-    let starts = "select count(*) from shardmq.group_start where broadcast";
-    let cursors = "select count(*) from shardmq.cursor where group_name like 'broadcast-%'";
-    let count = async |query| sql.query_one(query, &[]).await.unwrap().get::<_, i64>(0);
+    rows(sql, "broadcast-%").await
+}
+
+/// The rows of groups with such names: starts and cursors.
+async fn rows(sql: &Client, groups: &str) -> (i64, i64) {
+    let starts = "select count(*) from shardmq.group_start where group_name like $1";
+    let cursors = "select count(*) from shardmq.cursor where group_name like $1";
+    let count = async |query| sql.query_one(query, &[&groups]).await.unwrap().get::<_, i64>(0);
     (count(starts).await, count(cursors).await)
 }
 
@@ -74,16 +79,22 @@ async fn of_an_instance_that_crashed_everything_goes_after_a_while() {
     let mut living = test.cluster.broadcast("orders").lease(600 * SECOND).stream().await.unwrap();
     let other = test.cluster.consumer("orders", "g").stream().await.unwrap();
     eventually("they consume", SOON, async || left(&sql).await == (2, 2)).await;
+    eventually("the group is known", SOON, async || rows(&sql, "g").await == (1, 1)).await;
+    other.shutdown(SECOND).await.unwrap();
     clocks.move_server("5 min").await;
     test.cluster.look_after_nodes().await.unwrap();
     assert_eq!(left(&sql).await, (2, 2), "it may still come back");
     clocks.move_server("6 min").await;
     test.cluster.look_after_nodes().await.unwrap();
     assert_eq!(left(&sql).await, (1, 1), "the living one stays");
+    assert_eq!(
+        rows(&sql, "g").await,
+        (1, 1),
+        "a group that is no broadcast stays without consumers"
+    );
     append_texts(&sql, partition, ["still", "here"]).await;
     assert_eq!(texts_until(&mut living, "here").await, ["still"]);
     living.shutdown(SECOND).await.unwrap();
-    other.shutdown(SECOND).await.unwrap();
     let none = test.cluster.group("orders", "broadcast-x").await.unwrap_err();
     assert_eq!(none.kind(), ErrorKind::NotFound);
 }

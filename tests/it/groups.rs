@@ -381,13 +381,20 @@ async fn groups_are_listed_with_their_lag_and_live_consumers() {
     let mut messages = cluster.consumer("orders", "slow").stream().await.unwrap();
     take(&mut messages, 1).await.remove(0).ack().unwrap();
     messages.flush().await.unwrap();
-    drop(cluster.consumer("other", "g").stream().await.unwrap());
+    // Who is gone or silent does not count, nor who is in another topic's group of the same name.
+    let elsewhere = cluster.consumer("other", "g").stream().await.unwrap();
+    let dead = "insert into shardmq_control.member
+            (member, topic, group_name, host, pid, heartbeat_at, gone_at)
+        values (gen_random_uuid(), 'orders', 'g', 'gone', 1, now(), now()),
+               (gen_random_uuid(), 'orders', 'g', 'silent', 1, now() - interval '1 hour', null)";
+    ready.sql.batch_execute(dead).await.unwrap();
 
     let groups = cluster.groups(None).await.unwrap();
     let names: Vec<_> = groups.iter().map(|g| (g.topic.as_str(), g.group.as_str())).collect();
     assert_eq!(names, [("orders", "g"), ("orders", "slow"), ("other", "g")]);
     let [g, slow] = [&groups[0], &groups[1]];
     assert_eq!((g.members, g.partitions, g.unknown, g.lag, g.lag_secs), (0, 2, 0, 0, None));
+    assert_eq!(groups[2].members, 1);
     let all = i64::try_from(slow.lag).unwrap();
     assert_eq!((slow.members, slow.unknown, all), (1, 0, 14 - 1));
     assert!(slow.lag_secs.unwrap() > 0.0 && !slow.broadcast);
@@ -396,6 +403,7 @@ async fn groups_are_listed_with_their_lag_and_live_consumers() {
     let error = cluster.groups(Some("oders")).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::NotFound);
     messages.shutdown(Duration::ZERO).await.unwrap();
+    elsewhere.shutdown(Duration::ZERO).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -1,9 +1,9 @@
 //! Handlers: as many at a time as order allows, repeated where they fail.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use shardmq::{ConsumerBuilder, ConsumerHandle, Delivery, Order, PartitionId};
 use tokio::sync::{Barrier, Semaphore};
@@ -31,6 +31,28 @@ fn note(log: &Log, delivery: &Delivery) {
 fn texts(log: &Log, partition: PartitionId) -> Vec<String> {
     let log = log.lock().unwrap();
     log.iter().filter(|(of, ..)| *of == partition).map(|(_, text, _)| text.clone()).collect()
+}
+
+/// What is in hand, and what was while it was already. A handler that panics is called again: it notes
+/// what is wrong, and the test fails.
+#[derive(Default)]
+struct InHand(Mutex<(HashSet<String>, Vec<String>)>);
+
+impl InHand {
+    fn begin(&self, what: &str) {
+        let (in_hand, twice) = &mut *self.0.lock().unwrap();
+        if !in_hand.insert(what.to_owned()) {
+            twice.push(what.to_owned());
+        }
+    }
+
+    fn end(&self, what: &str) {
+        self.0.lock().unwrap().0.remove(what);
+    }
+
+    fn twice(&self) -> Vec<String> {
+        self.0.lock().unwrap().1.clone()
+    }
 }
 
 fn numbers(count: usize) -> Vec<String> {
@@ -83,17 +105,17 @@ async fn partitions_go_in_parallel_and_each_in_its_order() {
         append_texts(&sql, *partition, 0..50).await;
     }
     let (log, met) = (Log::default(), Arc::new(Barrier::new(4)));
-    let in_hand: Arc<Mutex<HashMap<PartitionId, usize>>> = Arc::default();
+    let in_hand: Arc<InHand> = Arc::default();
     let running = run(consumer(&test, Order::ByPartition), 8, {
         let (log, in_hand) = (Arc::clone(&log), Arc::clone(&in_hand));
         move |delivery| {
             let (log, met, in_hand) = (Arc::clone(&log), Arc::clone(&met), Arc::clone(&in_hand));
             async move {
-                let partition = delivery.partition();
-                *in_hand.lock().unwrap().entry(partition).or_default() += 1;
+                let partition = delivery.partition().to_string();
+                in_hand.begin(&partition);
                 // Each waits until all four are here.
                 met.wait().await;
-                assert_eq!(in_hand.lock().unwrap().insert(partition, 0), Some(1));
+                in_hand.end(&partition);
                 note(&log, &delivery);
                 Ok(())
             }
@@ -102,6 +124,7 @@ async fn partitions_go_in_parallel_and_each_in_its_order() {
     .await;
     eventually("all is done", SOON, async || log.lock().unwrap().len() >= 200).await;
     stop(running).await;
+    assert_eq!(in_hand.twice(), Vec::<String>::new(), "two messages of a partition at a time");
     for partition in &partitions {
         assert_eq!(texts(&log, *partition), numbers(50));
     }
@@ -115,15 +138,19 @@ async fn keys_of_a_partition_go_in_parallel_and_each_in_its_order() {
     let partition = topic(&test, "orders", 1).await[0];
     append_keyed(&sql, partition, &["a", "b", "a", "c", "b", "a", "c", "b"]).await;
     let (log, gate) = (Log::default(), Arc::new(Semaphore::new(0)));
+    let in_hand: Arc<InHand> = Arc::default();
     let running = run(consumer(&test, Order::ByKey), 8, {
-        let (log, gate) = (Arc::clone(&log), Arc::clone(&gate));
+        let (log, gate, in_hand) = (Arc::clone(&log), Arc::clone(&gate), Arc::clone(&in_hand));
         move |delivery| {
-            let (log, gate) = (Arc::clone(&log), Arc::clone(&gate));
+            let (log, gate, in_hand) = (Arc::clone(&log), Arc::clone(&gate), Arc::clone(&in_hand));
             async move {
-                if delivery.key() == Some("a") {
+                let key = delivery.key().unwrap();
+                in_hand.begin(key);
+                if key == "a" {
                     gate.acquire().await.unwrap().forget();
                 }
                 note(&log, &delivery);
+                in_hand.end(key);
                 Ok(())
             }
         }
@@ -146,6 +173,7 @@ async fn keys_of_a_partition_go_in_parallel_and_each_in_its_order() {
     gate.add_permits(9);
     eventually("all", SOON, async || log.lock().unwrap().len() == 10).await;
     stop(running).await;
+    assert_eq!(in_hand.twice(), Vec::<String>::new(), "two messages of a key at a time");
     assert_eq!(of("a"), [numbered("a", 3), vec!["a1".to_owned()]].concat());
 }
 
@@ -178,7 +206,8 @@ async fn a_restart_repeats_only_what_was_not_acknowledged() {
     .await;
     eventually("all others", SOON, async || log.lock().unwrap().len() == 996).await;
     running.0.shutdown(Duration::ZERO).await.unwrap();
-    within(SOON, "handlers are aborted", running.1).await.unwrap();
+    within(SOON, "the run ends", running.1).await.unwrap();
+    assert_eq!(Arc::strong_count(&log), 1, "calls that are under way are aborted");
     let mut messages = consumer(&test, Order::Unordered).stream().await.unwrap();
     for expected in stuck {
         let delivery = next(&mut messages).await;
@@ -385,6 +414,10 @@ async fn a_stuck_key_stops_its_partition_at_the_bound_and_no_other() {
     eventually("the other is through", SOON, async || texts(&log, partitions[1]).len() == 40).await;
     // Six rows of 10,000 bytes fit into 64 KiB: one in hand, six kept, and their neighbours.
     eventually("it waits", SOON, async || texts(&log, stuck).len() == 7).await;
+    // It stays so, while the other goes on.
+    append_keyed(&sql, partitions[1], &["free"]).await;
+    eventually("what is new", SOON, async || texts(&log, partitions[1]).len() == 41).await;
+    assert_eq!(texts(&log, stuck).len(), 7);
     gate.add_permits(100);
     eventually("all", SOON, async || texts(&log, stuck).len() == 40).await;
     stop(running).await;
@@ -420,8 +453,13 @@ async fn a_handler_slower_than_the_lease_keeps_its_partition() {
     eventually("the first is in hand", SOON, async || log.lock().unwrap().len() == 1).await;
     let other = consumer(&test, Order::ByPartition).lease(SECOND).stream().await.unwrap();
     let before = cursor(&sql, "g", partition).await;
-    let begun = tokio::time::Instant::now();
-    eventually("several leases", SOON, async || begun.elapsed() > 5 * SECOND).await;
+    let leased_until = async || {
+        let until = "select leased_until from shardmq.member join shardmq.cursor using (member)";
+        sql.query_one(until, &[]).await.unwrap().get::<_, SystemTime>(0)
+    };
+    let later = leased_until().await + 5 * SECOND;
+    let several_leases = async || leased_until().await > later;
+    eventually("several leases are over", SOON, several_leases).await;
     turns.add_permits(2_000);
     eventually("all", SOON, async || log.lock().unwrap().len() == 1_000).await;
     assert_eq!(texts(&log, partition), numbers(1_000));

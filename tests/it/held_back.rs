@@ -1,6 +1,6 @@
 //! Partitions that are held back: paused by their consumer, or too far ahead of what is acknowledged.
 
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use futures_util::FutureExt;
 use shardmq::{ConsumerBuilder, Delivery, ErrorKind, Messages, PartitionId};
@@ -12,8 +12,9 @@ use crate::support::{TestCluster, eventually, own_server, within};
 const SECOND: Duration = Duration::from_secs(1);
 const SOON: Duration = Duration::from_secs(15);
 
+/// It looks for nothing by itself: whatever waits must be woken by what it waits for.
 fn consumer(test: &TestCluster) -> ConsumerBuilder {
-    let builder = test.cluster.consumer("orders", "g").poll_interval(SECOND / 5);
+    let builder = test.cluster.consumer("orders", "g").poll_interval(60 * SECOND);
     builder.flush_interval(SECOND / 5)
 }
 
@@ -35,7 +36,8 @@ async fn a_paused_partition_keeps_still_and_goes_on_where_it_was() {
         append_texts(&sql, *partition, 0..100).await;
         append_texts(&sql, *partition, 100..200).await;
     }
-    let mut messages = consumer(&test).stream().await.unwrap();
+    // SQL tells nobody that it has appended something.
+    let mut messages = consumer(&test).poll_interval(SECOND / 5).stream().await.unwrap();
     let handle = messages.handle();
     // In the middle of a batch.
     let mut in_hand = Vec::new();
@@ -272,10 +274,12 @@ async fn a_restart_under_partitions_that_wait_costs_neither_their_lease_nor_the_
     server.stop_server(shardmq::embedded::StopMode::Immediate).await.unwrap();
     server.start_server().await.unwrap();
     let sql = test.sql(0).await;
+    // Later than any renewal before the restart could have led to.
+    let until = "select now() + interval '3 s'";
+    let until: SystemTime = sql.query_one(until, &[]).await.unwrap().get(0);
     let renewed = async || {
-        let live =
-            "select count(*) from shardmq.member where leased_until > now() + interval '1 s'";
-        sql.query_one(live, &[]).await.unwrap().get::<_, i64>(0) == 1
+        let live = "select count(*) from shardmq.member where leased_until > $1";
+        sql.query_one(live, &[&until]).await.unwrap().get::<_, i64>(0) == 1
     };
     eventually("the lease is renewed on the new server", SOON, renewed).await;
     stuck.drain(..).for_each(|delivery| delivery.ack().unwrap());

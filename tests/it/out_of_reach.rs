@@ -56,13 +56,21 @@ async fn what_a_member_does_not_reach_is_the_others() {
     let messages = consumer(&test.cluster).stream().await.unwrap();
     eventually("it has all", SOON, async || by_node(&messages) == [(1, 4), (2, 4)].into()).await;
     another(&control, &[2]).await;
-    let all_of_one = async || by_node(&messages) == [(2, 4)].into();
-    eventually("all of the node, and no more than its share", SOON, all_of_one).await;
+    let all_of_two = async || by_node(&messages) == [(2, 4)].into();
+    eventually("all of the node, and no more than its share", SOON, all_of_two).await;
+    // Now it is the other node: whatever was kept so far goes.
+    control
+        .batch_execute("update shardmq_control.member set avoid = '{1}' where pid = 1")
+        .await
+        .unwrap();
+    let all_of_one = async || by_node(&messages) == [(1, 4)].into();
+    eventually("all of the other node, and no more than its share", SOON, all_of_one).await;
     // It says that it reaches the node again: nothing that need not move does.
     control.batch_execute("update shardmq_control.member set avoid = '{}'").await.unwrap();
     another(&control, &[]).await;
     let share = async || by_node(&messages).values().sum::<usize>() == 3;
     eventually("a share of three", SOON, share).await;
+    assert_eq!(by_node(&messages), [(1, 3)].into());
     messages.shutdown(SECOND).await.unwrap();
 }
 
@@ -78,8 +86,8 @@ async fn what_nobody_reaches_stays_where_it_is_and_goes_on_by_itself() {
     let (one, two) = (one.await.unwrap(), two.await.unwrap());
     let (mut one, mut two) =
         (consumer(&one).stream().await.unwrap(), consumer(&two).stream().await.unwrap());
-    let shares = async || by_node(&one).values().sum::<usize>() == 2 && by_node(&two).len() == 1;
-    eventually("each has a node", SOON, shares).await;
+    let whole = |messages| by_node(messages).into_values().eq([2]);
+    eventually("each has a node", SOON, async || whole(&one) && whole(&two)).await;
     let before = version(&control).await;
     let (held_one, held_two) = (one.handle().partitions(), two.handle().partitions());
     dying.stop_server(StopMode::Immediate).await.unwrap();

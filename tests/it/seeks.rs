@@ -7,7 +7,7 @@ use tokio::time::Instant;
 
 use crate::support::reading::{append_texts, cursor, next, next_error, take, text, texts_until};
 use crate::support::stored::topic;
-use crate::support::{TestCluster, eventually};
+use crate::support::{TestCluster, eventually, within};
 
 const SECOND: Duration = Duration::from_secs(1);
 const SOON: Duration = Duration::from_secs(15);
@@ -36,7 +36,7 @@ async fn running_consumers_go_on_from_there_within_a_second() {
         test.cluster.seek("orders", "g", Start::Earliest, None).await.unwrap();
         let mut again = Vec::new();
         while again.len() < 20 {
-            match messages.next().await.unwrap() {
+            match within(SOON, "all comes again", messages.next()).await.unwrap() {
                 Ok(delivery) => again.push(delivery),
                 Err(news) => assert_eq!(news.kind(), ErrorKind::Reset, "{}", news.chain()),
             }
@@ -98,7 +98,7 @@ async fn what_was_fetched_before_is_not_handed_out_after() {
     eventually("it is taken again", SOON, moved).await;
     append_texts(&sql, partition, ["new"]).await;
     let seen = loop {
-        match messages.next().await.unwrap() {
+        match within(SOON, "what is new", messages.next()).await.unwrap() {
             Ok(delivery) => break text(&delivery),
             Err(news) => assert_eq!(news.kind(), ErrorKind::Reset),
         }
