@@ -252,6 +252,10 @@ impl Roster {
             if before.version != recorded.map_or(0, |(version, _)| version) {
                 return Ok(false);
             }
+            if before.version == 0 {
+                let Shared { start, cluster, topology, group, .. } = &*self.shared;
+                start.record(cluster, topology, group).await?;
+            }
             let next = self.compute(&before, peers, &basis);
             if !self.record(&next).await? {
                 return Ok(false);

@@ -149,6 +149,23 @@ async fn tell(
 }
 
 impl GroupStart {
+    /// Records it in the control database, where it is not known: a group that is consumed may have been
+    /// removed there, by somebody who took its consumers for gone.
+    pub(crate) async fn record(
+        &self,
+        cluster: &Cluster,
+        topology: &Topology,
+        name: &GroupName,
+    ) -> Result<(), Error> {
+        let what = format!("record where group {name} starts");
+        in_time(ANSWER, &what, async {
+            let connection = cluster.inner.control.get().await?;
+            let made = control::make_group(connection, &topology.topic, name, self.0).await;
+            made.map_err(|error| refused(error, &what))
+        })
+        .await
+    }
+
     /// Tells a node that may have been away when the group began.
     pub(crate) async fn tell(
         &self,

@@ -221,7 +221,7 @@ mod tests {
         pulse.due().await;
         assert!(pulse.ask().is_err());
         assert!(begun.elapsed() <= Duration::from_secs(11), "{:?}", begun.elapsed());
-        for (hint, longest) in [(true, 6), (false, 18)] {
+        for (hint, longest) in [(true, 6), (false, 24)] {
             pulse.heard(hint);
             let heard = Instant::now();
             pulse.due().await;

@@ -23,6 +23,23 @@ async fn count(sql: &Client, table: &str) -> i64 {
     sql.query_one(&format!("select count(*) from {table}"), &[]).await.unwrap().get(0)
 }
 
+/// As where it was swept by others while its consumer did not reach the control database.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_group_that_is_consumed_and_was_removed_from_control_is_put_back() {
+    let ready = Ready::new().await;
+    let cluster = &ready.test.cluster;
+    let messages = cluster.consumer("orders", "g").stream().await.unwrap();
+    let all = async || messages.handle().held_partitions() == ready.partitions.len();
+    eventually("all is held", 10 * SECOND, all).await;
+    ready.sql.batch_execute("delete from shardmq_control.consumer_group").await.unwrap();
+    assert_eq!(count(&ready.sql, "shardmq_control.assignment").await, 0);
+    let agreed = async || count(&ready.sql, "shardmq_control.assignment").await == 1;
+    eventually("its members agree again", 10 * SECOND, agreed).await;
+    assert_eq!(count(&ready.sql, "shardmq_control.consumer_group").await, 1);
+    assert!(all().await);
+    messages.shutdown(SECOND).await.unwrap();
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_group_is_deleted_once_nobody_consumes_and_then_begins_anew() {
     let ready = Ready::new().await;
