@@ -11,6 +11,10 @@ use shardmq::migrate::{Schema, migrate};
 use shardmq::{Cluster, NodeId};
 use tokio::sync::OnceCell;
 use tokio_postgres::{Client, NoTls};
+use tracing_subscriber::Layer;
+use tracing_subscriber::filter::LevelFilter;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
 
 pub mod authority;
 pub mod clocks;
@@ -19,6 +23,7 @@ pub mod pgbouncer;
 pub mod proxy;
 pub mod put_back;
 pub mod reading;
+pub mod said;
 pub mod signals;
 pub mod small_disk;
 pub mod stored;
@@ -45,10 +50,12 @@ pub async fn shared_server() -> &'static Server {
         .await
 }
 
-/// Shows what the library logs where `RUST_LOG` asks for it.
+/// Shows what the library logs where `RUST_LOG` asks for it, and keeps what it says of trouble.
 fn logs() {
-    let filter = tracing_subscriber::EnvFilter::from_default_env();
-    let _ = tracing_subscriber::fmt().with_env_filter(filter).with_test_writer().try_init();
+    let shown = tracing_subscriber::fmt::layer().with_test_writer();
+    let shown = shown.with_filter(tracing_subscriber::EnvFilter::from_default_env());
+    let kept = said::Keep.with_filter(LevelFilter::INFO);
+    let _ = tracing_subscriber::registry().with(shown).with(kept).try_init();
 }
 
 /// A Postgres of the test's own, to be stopped and broken.
