@@ -9,7 +9,6 @@ use std::time::Duration;
 
 use futures_util::future::BoxFuture;
 use tokio::sync::mpsc;
-use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
@@ -220,7 +219,6 @@ impl ConsumerBuilder {
             budget: Budget::new(self.options.prefetch_bytes),
             member,
             journal,
-            began: Instant::now(),
             wanted: Mutex::new(Wanted::These(BTreeSet::new())),
             dead: Mutex::default(),
             reach: Reach::default(),

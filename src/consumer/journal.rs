@@ -144,8 +144,9 @@ impl Journal {
         self.node(node).retire_old();
     }
 
-    /// Everything of this node is committed and given back. Nothing more is written, and what this
-    /// process has written is deleted, unless that tells of what was taken over and is not settled.
+    /// Everything of this node is committed and given back. Nothing more is written until it is
+    /// [begun](Self::begin) again, and what this process has written is deleted, unless that tells of
+    /// what was taken over and is not settled.
     pub(crate) fn finish(&self, node: NodeId) {
         self.node(node).finish();
     }

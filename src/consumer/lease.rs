@@ -52,8 +52,9 @@ impl Member {
         self.renewed = Some(asked);
         self.expiry.put_off(asked + lease);
         self.reconcile(renewed.owned).await?;
+        // Not since the start: the node may have been away, and nothing taken there as yet.
         if let Some(journal) = &shared.journal
-            && shared.began.elapsed() > lease * TAKEN_OVER
+            && self.kept_since.is_some_and(|since| since.elapsed() > lease * TAKEN_OVER)
         {
             journal.retire_old(self.node);
         }

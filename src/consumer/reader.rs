@@ -162,7 +162,7 @@ impl Reader {
         }
         let connection = self.shared.connection(self.holding.partition.node()).await?;
         let compared = if let Some((day, last)) = &self.last {
-            self.compare_last(&connection, *day, last).await?
+            Some(self.compare_last(&connection, *day, last).await?)
         } else {
             self.state(&connection, self.day).await?.map(|state| state.incarnation)
         };
@@ -170,21 +170,22 @@ impl Reader {
         Ok(())
     }
 
-    /// Which server has the row that was read last; none where retention has dropped it.
+    /// Which server has the row that was read last, or says that retention has dropped it: a paused
+    /// reader may stand in that day for long.
     async fn compare_last(
         &self,
         connection: &Connection,
         day: Day,
         last: &Identity,
-    ) -> Result<Option<SystemTime>, Stop> {
+    ) -> Result<SystemTime, Stop> {
         let partition = self.holding.partition;
         let found = fetch::overlap(connection, partition, day, last)
             .await
             .map_err(|error| refused(error, &format!("read partition {partition}")))?;
         match found {
-            Overlap::Same(incarnation) => Ok(Some(incarnation)),
-            Overlap::NoTable if self.was_dropped(connection, day).await? => Ok(None),
-            Overlap::Changed | Overlap::NoTable => Err(Stop::Lost),
+            Overlap::Same(incarnation) => Ok(incarnation),
+            Overlap::NoTable => self.dropped_on(connection, day).await?.ok_or(Stop::Lost),
+            Overlap::Changed => Err(Stop::Lost),
         }
     }
 
@@ -300,10 +301,7 @@ impl Reader {
                 same.ok_or(Stop::Lost)?.incarnation
             }
             // No row of this day was read yet: the last one of the day before is compared.
-            Some((of, last)) => {
-                let compared = self.compare_last(connection, *of, last).await?;
-                compared.or(read_on).unwrap_or(self.holding.incarnation())
-            }
+            Some((of, last)) => self.compare_last(connection, *of, last).await?,
             // Nothing was read that another server could lack: the position is of the cursor itself,
             // which is in the same log, and the fence says whether it still is this holding's.
             None => read_on.unwrap_or(self.holding.incarnation()),
@@ -316,11 +314,16 @@ impl Reader {
         Ok(())
     }
 
-    /// Whether retention has passed a day.
-    async fn was_dropped(&self, connection: &Connection, day: Day) -> Result<bool, Stop> {
+    /// Which server says that retention has passed a day, if it has.
+    async fn dropped_on(
+        &self,
+        connection: &Connection,
+        day: Day,
+    ) -> Result<Option<SystemTime>, Stop> {
         let state = self.state(connection, Some(day)).await?;
         let end = fetch::end_of(self.holding.partition, day);
-        Ok(state.is_some_and(|state| state.low_watermark > end))
+        let dropped = state.filter(|state| state.low_watermark > end);
+        Ok(dropped.map(|state| state.incarnation))
     }
 
     async fn state(

@@ -36,8 +36,6 @@ pub(crate) struct Shared {
     pub(super) group: GroupName,
     pub(super) member: Uuid,
     pub(super) journal: Option<Journal>,
-    /// When it joined.
-    pub(super) began: Instant,
     pub(super) start: GroupStart,
     pub(super) options: Options,
     /// Taken when the consumer has left: the stream ends then.

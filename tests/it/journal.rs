@@ -7,6 +7,7 @@ use shardmq::{Cluster, ConsumerBuilder, ErrorKind, Messages};
 use tokio::time::Instant;
 use tokio_postgres::Client;
 
+use crate::support::proxy::cluster_behind_proxy;
 use crate::support::reading::{append_texts, cursor, next, seek, take, text, texts_until};
 use crate::support::stored::topic;
 use crate::support::{TestCluster, eventually};
@@ -90,6 +91,27 @@ async fn what_was_acknowledged_and_not_committed_does_not_come_again() {
     eventually("the old files are gone", SOON, async || files().len() == 2).await;
     messages.shutdown(SECOND).await.unwrap();
     assert_eq!(files(), ["lock"]);
+}
+
+/// Before the first acquisition nothing is known to be others'.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_that_is_away_at_the_start_is_not_forgotten_meanwhile() {
+    let (test, proxy) = cluster_behind_proxy().await;
+    let sql = test.sql(0).await;
+    let partition = topic(&test, "orders", 1).await[0];
+    append_texts(&sql, partition, 0..9).await;
+    let folder = tempfile::tempdir().unwrap();
+    killed(&test, folder.path(), 9, &[0, 1, 2, 5]).await;
+    proxy.refuse(true);
+    proxy.cut();
+    let begun = Instant::now();
+    let builder = consumer(&test.cluster, folder.path()).lease(SECOND);
+    let mut messages = builder.stream().await.unwrap();
+    eventually("some leases are over", SOON, async || begun.elapsed() > 3 * SECOND).await;
+    proxy.refuse(false);
+    let rest = all_until_end(&mut messages, &sql, partition).await;
+    assert_eq!(rest, ["3", "4", "6", "7", "8"]);
+    messages.shutdown(SECOND).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

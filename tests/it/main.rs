@@ -74,6 +74,8 @@ mod notifications;
 mod out_of_reach;
 /// Where a password comes from, that it can be replaced, and that nobody shows it.
 mod passwords;
+/// Paused for longer than its messages are kept, a partition harms nobody and goes on.
+mod paused_for_days;
 /// Every statement is one that the server takes, and the hot ones go by indexes only.
 mod plans;
 /// PgBouncer in transaction mode stands before everything.

@@ -114,6 +114,8 @@ impl NodeJournal {
     /// Makes the first segment, which says who may own partitions.
     pub(super) fn begin(&self) {
         let mut state = self.lock();
+        // A node where nothing was wanted for a while; an end of the whole journal stands.
+        state.closed = false;
         if state.file.is_none() {
             self.roll(&mut state);
         }

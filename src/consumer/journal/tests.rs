@@ -223,6 +223,30 @@ fn a_node_that_is_finished_leaves_nothing() {
 }
 
 #[test]
+fn a_node_that_was_finished_can_be_begun_again() {
+    let folder = tempfile::tempdir().unwrap();
+    killed(&folder, [1]);
+    let node = partition(1, 1).node();
+    {
+        let journal = open(&folder, 2);
+        journal.begin(node);
+        journal.finish(node);
+        journal.begin(node);
+        let (writer, acks) = journal.holding(&acquired(2), &before(2, MEMBER));
+        assert_eq!(ids(&acks), [1]);
+        journal.retire_old(node);
+        ack_all(&writer, [1, 2]);
+        writer.settled();
+    }
+    assert_eq!(next(&folder, 3), [1, 2]);
+    let journal = open(&folder, 3);
+    let written = segments(&journal);
+    journal.close();
+    journal.begin(node);
+    assert_eq!(segments(&journal), written, "what is closed stays so");
+}
+
+#[test]
 fn a_write_that_fails_stops_the_journal_and_nothing_else() {
     let folder = tempfile::tempdir().unwrap();
     let journal = open(&folder, 1);
