@@ -322,7 +322,9 @@ impl Member {
     /// Asks all partitions at once whether they have something, and wakes the readers of those.
     async fn look(&mut self) -> Result<()> {
         let mut known = Vec::new();
-        for holding in self.holdings.values().filter(|holding| holding.is_held()) {
+        // Who is paused is woken when it is resumed, and its day may be gone by then.
+        let read = |holding: &&Arc<Holding>| holding.is_held() && !holding.is_paused();
+        for holding in self.holdings.values().filter(read) {
             match holding.position() {
                 (Some(day), position) => known.push((holding.partition, day, position)),
                 (None, _) => holding.wake.notify_one(),
