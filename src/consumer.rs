@@ -55,7 +55,8 @@ pub enum Start {
     Latest,
     /// At the first message that was appended at this time or later.
     At(SystemTime),
-    /// At this message in its own partition, and at its time in the others.
+    /// At this message in its own partition, and at its time in the others: at their latest, where there is
+    /// no message from this one on yet.
     Id(MessageId),
 }
 

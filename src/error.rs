@@ -17,10 +17,11 @@ pub enum ErrorKind {
     /// Something of that name or number exists already, and is different. The caller should choose
     /// another, or use what is there.
     Conflict,
-    /// A server can't be reached, or can't work now. Nothing was done. The caller may try again.
+    /// A server can't be reached, or can't work now. Nothing was done, or something that does no harm when
+    /// it is done again, such as a seek or a deletion. The caller may try again.
     Unavailable,
-    /// The time allowed for an operation is over, and it was certainly not done. The caller may try
-    /// again.
+    /// The time allowed for an operation is over, and it was certainly not done; but acknowledgements may
+    /// have been committed where a flush or a shutdown says this. The caller may try again.
     Timeout,
     /// The operation may have been done, or may still be: the connection failed after the request
     /// was sent, and the server could not be asked since. The caller should expect either.

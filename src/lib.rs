@@ -7,6 +7,7 @@ mod cluster;
 mod codec;
 mod consumer;
 mod deadline;
+pub mod dedup;
 #[cfg(feature = "embedded")]
 pub mod embedded;
 mod error;

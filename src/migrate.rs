@@ -1,8 +1,8 @@
 //! Schemas: making them, bringing them up to date, and refusing what does not fit.
 //!
-//! Three schemas, each with its migrations and its own history table: `shardmq` on every node,
-//! `shardmq_control` and `shardmq_log` in the control and log database (which may be one database, or
-//! a node's). Nothing outside of them is touched.
+//! Schemas with their own migrations and history table each: `shardmq` on every node, `shardmq_control` and
+//! `shardmq_log` in the control and log database (which may be one database, or a node's), and
+//! `shardmq_dedup` where a user wants it. Nothing outside of them is touched.
 //!
 //! Whoever runs refinery for a service's own tables can run these in the same place:
 //!
@@ -32,8 +32,11 @@ mod control {
 mod log {
     refinery::embed_migrations!("migrations/log");
 }
+mod dedup {
+    refinery::embed_migrations!("migrations/dedup");
+}
 
-/// One of the three schemas.
+/// One of the schemas.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Schema {
     /// `shardmq`: messages, cursors and leases, on each node.
@@ -42,6 +45,8 @@ pub enum Schema {
     Control,
     /// `shardmq_log`: the log centre.
     Log,
+    /// `shardmq_dedup`: messages that were applied, in a database that has the effects of some.
+    Dedup,
 }
 
 impl Schema {
@@ -51,6 +56,7 @@ impl Schema {
             Self::Node => "shardmq",
             Self::Control => "shardmq_control",
             Self::Log => "shardmq_log",
+            Self::Dedup => "shardmq_dedup",
         }
     }
 
@@ -60,6 +66,7 @@ impl Schema {
             Self::Node => "create schema if not exists shardmq",
             Self::Control => "create schema if not exists shardmq_control",
             Self::Log => "create schema if not exists shardmq_log",
+            Self::Dedup => "create schema if not exists shardmq_dedup",
         }
     }
 
@@ -71,6 +78,7 @@ impl Schema {
             Self::Node => node::migrations::runner(),
             Self::Control => control::migrations::runner(),
             Self::Log => log::migrations::runner(),
+            Self::Dedup => dedup::migrations::runner(),
         };
         runner.set_migration_table_name(format!("{}.migration", self.name()));
         runner.set_abort_missing(false)
@@ -199,7 +207,7 @@ mod tests {
 
     #[test]
     fn every_schema_has_migrations_numbered_without_a_gap() {
-        for schema in [Schema::Node, Schema::Control, Schema::Log] {
+        for schema in [Schema::Node, Schema::Control, Schema::Log, Schema::Dedup] {
             let mut versions: Vec<_> =
                 schema.runner().get_migrations().iter().map(refinery::Migration::version).collect();
             versions.sort_unstable();

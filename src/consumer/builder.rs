@@ -159,9 +159,10 @@ impl ConsumerBuilder {
 
     /// Keeps acknowledgements in this directory until they are committed, so that they survive when the
     /// process is killed: of what was acknowledged nothing is delivered again, if a consumer of the same
-    /// cluster, topic, group and directory is started before others take its partitions. Not when the
-    /// machine dies. The directory is made if it is missing, and may be shared by consumers of other
-    /// groups and topics. An acknowledgement costs a write then, of some microseconds.
+    /// cluster, topic, group and directory is started before others take its partitions, and the node's
+    /// server was not started again meanwhile. Not when the machine dies. The directory is made if it is
+    /// missing, and may be shared by consumers of other groups and topics. An acknowledgement costs a write
+    /// then, of some microseconds.
     pub fn journal(mut self, directory: impl Into<PathBuf>) -> Self {
         self.options.journal = Some(directory.into());
         self

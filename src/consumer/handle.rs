@@ -89,7 +89,8 @@ impl ConsumerHandle {
 
     /// Hands out nothing of these partitions from now on, whether they are owned now or later, until they
     /// are resumed. Others go on. They stay this consumer's; what is in hand can be acknowledged, and
-    /// messages that were fetched are dropped, and fetched again later.
+    /// messages that were fetched are dropped, and fetched again later; by key, those that wait for a key
+    /// in hand are kept.
     ///
     /// # Errors
     /// [`ErrorKind::NotFound`] where one is not of the topic; nothing is paused then.

@@ -21,7 +21,7 @@ use crate::error::{Error, Result};
 use crate::id::{MessageId, PartitionId, Uid};
 use crate::message::{DUPLICATE_HEADER, Headers, RESERVED_HEADER_PREFIX, UID_HEADER};
 use crate::metrics as names;
-use crate::name::TopicName;
+use crate::name::{GroupName, TopicName};
 use crate::store::fetch::Batch;
 
 /// The messages of a consumer: an endless [`Stream`] of deliveries, each partition in order.
@@ -283,6 +283,11 @@ impl Delivery {
     /// The topic's name.
     pub fn topic(&self) -> &TopicName {
         &self.origin.topic
+    }
+
+    /// The group that it was delivered to.
+    pub fn group(&self) -> &GroupName {
+        &self.origin.holding.group
     }
 
     /// The partition it is in.

@@ -51,6 +51,8 @@ statements! {
     CONTROL_TOPICS = "control_topics";
     CONTROL_TOPICS_ON = "control_topics_on";
     DAY_FROZEN = "day_frozen";
+    DEDUP_PRUNE = "dedup_prune";
+    DEDUP_RECORD = "dedup_record";
     DELETE_GROUP = "delete_group";
     DELETE_PARTITION = "delete_partition";
     DROP_DAY = "drop_day";

@@ -29,6 +29,7 @@ mod days;
 /// Payloads that can't be read are no dead end; headers are text.
 mod decode;
 /// Private Postgres servers: found, started, ended with their parent.
+mod dedup;
 mod embedded;
 /// Nodes that fail under a producer.
 mod exactly_once;

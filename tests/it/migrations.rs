@@ -13,7 +13,7 @@ use crate::support::reading::{next, text};
 use crate::support::stored::topic;
 use crate::support::{TestCluster, client, database, shared_server, within};
 
-const ALL: [Schema; 3] = [Schema::Control, Schema::Log, Schema::Node];
+const ALL: [Schema; 4] = [Schema::Control, Schema::Log, Schema::Node, Schema::Dedup];
 const SOON: Duration = Duration::from_secs(10);
 
 /// A database without any of our schemas.

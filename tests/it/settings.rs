@@ -69,7 +69,7 @@ async fn noted(sql: &Client) -> Vec<(String, String)> {
 
 async fn everything_works_with(name: &str, isolation: &str) {
     let (url, sql) = hostile(name, isolation).await;
-    for schema in [Schema::Control, Schema::Log, Schema::Node] {
+    for schema in [Schema::Control, Schema::Log, Schema::Node, Schema::Dedup] {
         migrate(&url, schema).await.unwrap();
         assert!(migrate(&url, schema).await.unwrap().is_empty());
     }

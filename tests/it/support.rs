@@ -75,7 +75,7 @@ pub async fn prepared(builder: shardmq::embedded::ServerBuilder) -> Server {
 pub async fn prepare(server: &Server) {
     server.create_database(TEMPLATE).await.unwrap();
     let url = server.url(TEMPLATE);
-    for schema in [Schema::Control, Schema::Log, Schema::Node] {
+    for schema in [Schema::Control, Schema::Log, Schema::Node, Schema::Dedup] {
         migrate(&url, schema).await.unwrap();
     }
 }

@@ -21,6 +21,10 @@ pub(crate) struct Args {
     /// A database that is to become a node, instead; may be repeated.
     #[arg(long, value_name = "URL")]
     node: Vec<String>,
+    /// A database with effects of messages that are elsewhere, instead: it gets the table that
+    /// `shardmq::dedup` needs.
+    #[arg(long, value_name = "URL", conflicts_with = "node")]
+    dedup: Option<String>,
 }
 
 /// What was done to one schema.
@@ -34,6 +38,10 @@ struct Migrated {
 
 pub(crate) async fn run(context: &Context, args: Args) -> Result<(), Failure> {
     let mut out = Out::new();
+    if let Some(url) = args.dedup {
+        let applied = apply("database".to_owned(), &url, Schema::Dedup).await;
+        return print(context, &mut out, applied).await;
+    }
     if args.node.is_empty() {
         let url = context.url()?;
         for schema in [Schema::Control, Schema::Log] {
