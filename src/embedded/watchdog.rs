@@ -58,7 +58,8 @@ pub(super) struct Watchdog {
 }
 
 impl Watchdog {
-    /// Starts a watchdog for a folder. From here on that, and not we, removes the folder.
+    /// Starts a watchdog for a folder. From here on that, and not we, removes the folder: a process that is
+    /// killed before leaves it, with an empty log in it and no server.
     pub(super) fn start(
         folder: &mut Folder,
         binaries: &Binaries,

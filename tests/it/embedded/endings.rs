@@ -84,8 +84,10 @@ async fn a_parent_killed_during_the_start_takes_its_server_along() {
     // The first has to make the cluster. Then something else each time is what it was doing.
     for seen in ["fresh/data", "server.log", "data/PG_VERSION", "data/postmaster.pid"] {
         let mut victim = victim("runs", base.path(), 0);
+        // Who is killed before its watchdog runs leaves a folder with nothing in it.
         let is_there = |server: &PathBuf| {
-            [seen, "data/postmaster.pid"].iter().any(|path| server.join(path).exists())
+            let is_made = |path: &&str| server.join(path).exists();
+            [seen, "data/postmaster.pid"].iter().any(is_made) && is_used(server)
         };
         eventually(seen, || async { servers_in(base.path()).iter().any(is_there) }).await;
         victim.kill().await.unwrap();
