@@ -1,6 +1,6 @@
 //! What one consumer of very many partitions costs while nothing comes: statements and connections of each
-//! node, and memory. The statements are counted in the servers' logs: `pg_stat_database` counts what a
-//! server does by itself too, and whole seconds late.
+//! node, and memory. The statements are counted in the servers' logs; `pg_stat_database` shows more
+//! transactions than that, also without autovacuum, for a reason that was not found.
 
 use std::collections::HashMap;
 use std::fs;
