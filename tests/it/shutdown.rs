@@ -32,11 +32,20 @@ fn consumer(cluster: &Cluster) -> ConsumerBuilder {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn no_deadline_is_too_long() {
-    let test = TestCluster::new(1).await;
-    topic(&test, "orders", 1).await;
-    let builder = test.cluster.consumer("orders", "g").max_acked_runs(usize::MAX);
-    let messages = builder.stream().await.unwrap();
+async fn no_deadline_is_too_long_and_no_bound_too_large() {
+    let (test, _sql, _, _) = filled(3).await;
+    let mut former = consumer(&test.cluster).stream().await.unwrap();
+    let mut hand = take(&mut former, 3).await;
+    hand.remove(1).ack().unwrap();
+    former.shutdown(Duration::ZERO).await.unwrap();
+    drop(hand);
+    let builder = consumer(&test.cluster).max_acked_runs(usize::MAX).max_unacked(usize::MAX);
+    let mut messages = builder.stream().await.unwrap();
+    for expected in ["0", "2"] {
+        let delivery = next(&mut messages).await;
+        assert_eq!(text(&delivery), expected);
+        delivery.ack().unwrap();
+    }
     within(SOON, "the shutdown", messages.shutdown(Duration::MAX)).await.unwrap();
 }
 

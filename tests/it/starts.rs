@@ -9,7 +9,7 @@ use tokio_postgres::Client;
 
 use crate::support::reading::{append_texts, cursor, next, take, text, texts_until};
 use crate::support::stored::{number, stored, topic};
-use crate::support::{TestCluster, database, eventually, own_server, shared_server};
+use crate::support::{TestCluster, database, eventually, own_server, shared_server, within};
 
 const SECOND: Duration = Duration::from_secs(1);
 
@@ -253,4 +253,49 @@ async fn an_id_that_is_not_there_yet_and_a_fixed_list_of_partitions() {
         let builder = test.cluster.consumer("orders", "g").partitions(list);
         assert!(builder.stream().await.is_err());
     }
+}
+
+/// As after a failover that lost the end of the log: the node knows neither the group nor its cursors,
+/// and a member is there that waits.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_that_forgot_where_a_group_starts_is_told_again_by_who_waits() {
+    let test = TestCluster::new(1).await;
+    let sql = test.sql(0).await;
+    let partition = topic(&test, "orders", 1).await[0];
+    append_texts(&sql, partition, ["before"]).await;
+    let now: SystemTime = sql.query_one("select clock_timestamp()", &[]).await.unwrap().get(0);
+    let builder = test.cluster.consumer("orders", "g").start(Start::At(now));
+    let mut messages = builder.lease(SECOND).partitions([partition]).stream().await.unwrap();
+    let holds = async || messages.handle().held_partitions() == 1;
+    eventually("it is held", 10 * SECOND, holds).await;
+    // Somebody else has it, and lives.
+    let taken = "with stranger as (
+                     insert into shardmq.member (member, group_name, leased_until)
+                     values (gen_random_uuid(), 'g', now() + interval '1 hour') returning member)
+                 update shardmq.cursor c
+                    set member = s.member, owner = gen_random_uuid(), epoch = epoch + 1
+                   from stranger s";
+    sql.batch_execute(taken).await.unwrap();
+    let lost = async || messages.handle().held_partitions() == 0;
+    eventually("it is lost", 10 * SECOND, lost).await;
+    let known = async || {
+        let start = "select exists (select from shardmq.group_start)";
+        sql.query_one(start, &[]).await.unwrap().get::<_, bool>(0)
+    };
+    for forgotten in
+        ["delete from shardmq.group_start", "truncate shardmq.group_start, shardmq.cursor"]
+    {
+        sql.batch_execute(forgotten).await.unwrap();
+        eventually("the node is told", 10 * SECOND, known).await;
+    }
+    append_texts(&sql, partition, ["after"]).await;
+    // The loss is news in the stream before it.
+    let delivered = async {
+        loop {
+            if let Ok(delivery) = messages.next().await.unwrap() {
+                break delivery;
+            }
+        }
+    };
+    assert_eq!(text(&within(10 * SECOND, "the message", delivered).await), "after");
 }
