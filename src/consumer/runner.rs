@@ -41,7 +41,9 @@ impl Messages {
     /// says what is never in hand at the same time: two messages of a partition, or of a key, or nothing.
     ///
     /// Where it returns an error, or panics, the message is handed to it again: after 100 ms, then twice
-    /// as long each time, up to 30 s. Its partition or key waits for that, others go on.
+    /// as long each time, up to 30 s. Its partition or key waits for that, others go on; but by key and
+    /// unordered nothing new is begun while the rows of what failed take as many bytes as may be
+    /// [fetched ahead](crate::ConsumerBuilder::prefetch_bytes).
     /// [`Delivery::attempt`] counts.
     ///
     /// Returns after a [`shutdown`](crate::ConsumerHandle::shutdown), which lets calls that are under way

@@ -11,8 +11,10 @@ use crate::store::group::{self, InTransaction, Outcome};
 
 impl Delivery {
     /// Acknowledges the message inside a transaction on the [node](Self::partition) that it is on, so that
-    /// the group's position and what the transaction does happen together or not at all: the message takes
-    /// effect exactly once, whatever is killed in between.
+    /// the group's position and what the transaction does happen together or not at all: this message takes
+    /// effect exactly once, whatever is killed in between. Not so one that its producer has stored a second
+    /// time ([`is_possible_duplicate`](Self::is_possible_duplicate)), under another id: where that matters,
+    /// [`dedup`](crate::dedup) goes by the uid, also here.
     ///
     /// ```no_run
     /// # async fn example(
