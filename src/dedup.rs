@@ -36,7 +36,7 @@ const PART: u64 = 10_000;
 
 /// Records in a transaction that the delivery's group has applied its message. False where it has already:
 /// then nothing is left to do but to acknowledge it. Where another transaction is about to record the
-/// same, this waits for its end.
+/// same, this waits for its end. Where this future is dropped the statement may have been sent: roll back.
 ///
 /// # Errors
 /// [`ErrorKind::Incompatible`] where the transaction's database lacks the table, else those of the

@@ -37,6 +37,7 @@ impl Delivery {
     ///
     /// The delivery is still in hand after an error, a rollback, or a commit whose answer was lost: it
     /// may be tried again, in another transaction. What was committed after all is not committed twice.
+    /// Where this future is dropped the statement may have been sent: roll back then too.
     ///
     /// # Errors
     /// End the transaction with a rollback after each. [`ErrorKind::LeaseLost`] and [`ErrorKind::Reset`]
