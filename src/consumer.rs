@@ -11,10 +11,13 @@ use crate::store::fetch::Batch;
 use crate::topology::Topology;
 
 mod acks;
+mod again;
+mod aside;
 mod assignment;
 mod budget;
 mod builder;
 mod commit;
+mod delivery;
 mod expiry;
 mod filter;
 mod handle;
@@ -25,8 +28,10 @@ mod lanes;
 mod lease;
 mod member;
 mod messages;
+mod parked;
 mod pinned;
 mod reader;
+mod retry;
 mod roster;
 mod runner;
 mod shared;
@@ -37,10 +42,15 @@ mod wanted;
 
 use budget::Room;
 pub use builder::ConsumerBuilder;
+use delivery::Verdict;
+pub use delivery::Delivery;
 pub use filter::Filter;
 pub use handle::ConsumerHandle;
 use holding::Holding;
-pub use messages::{Delivery, Messages};
+pub use messages::Messages;
+use parked::Again;
+use again::Resting;
+pub use retry::RetryPolicy;
 use shared::Shared;
 pub use transaction::Acknowledged;
 
@@ -90,6 +100,12 @@ fn check_known(topology: &Topology, partitions: &[PartitionId]) -> Result<()> {
 #[derive(Debug)]
 pub(crate) enum Event {
     Batch(Read),
+    /// A parked message that is due.
+    Parked { holding: Arc<Holding>, row: Arc<Batch>, again: Again },
+    /// A message that the stream has handed out was not handled.
+    Failed(Delivery, Verdict),
+    /// The time of a message that failed has come, or it needs no holding back any more.
+    Due(Resting),
     /// Whether an acquisition's messages may be handed out has changed.
     Turn(Uuid),
     /// A reader waits for room.

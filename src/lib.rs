@@ -11,6 +11,7 @@ pub mod dedup;
 #[cfg(feature = "embedded")]
 pub mod embedded;
 mod error;
+mod failure;
 mod id;
 mod message;
 pub mod metrics;
@@ -32,9 +33,10 @@ pub use admin::{
 pub use cluster::{Cluster, ClusterBuilder};
 pub use codec::{Codec, Json};
 pub use consumer::{
-    Acknowledged, ConsumerBuilder, ConsumerHandle, Delivery, Filter, Messages, Order, Start,
+    Acknowledged, ConsumerBuilder, ConsumerHandle, Delivery, Filter, Messages, Order, RetryPolicy, Start,
 };
 pub use error::{Error, ErrorKind, Result};
+pub use failure::FailedAttempt;
 pub use id::{Day, MAX_NUMBER, MAX_SEQUENCE, MessageId, NodeId, PartitionId, Uid};
 pub use message::{
     DEFAULT_MAX_PAYLOAD_LEN, Headers, MAX_HEADERS_LEN, MAX_KEY_LEN, MAX_PAYLOAD_LEN, Message,

@@ -12,10 +12,16 @@ pub const APPEND_FAILED: &str = "shardmq_append_failed_total";
 pub const DELIVERED: &str = "shardmq_delivered_messages_total";
 /// Messages acknowledged.
 pub const ACKED: &str = "shardmq_acked_messages_total";
-/// Calls of a handler that failed, and are repeated.
+/// Calls of a handler that failed.
 pub const HANDLER_FAILED: &str = "shardmq_failed_handlers_total";
 /// Deliveries dropped without an answer.
 pub const UNANSWERED: &str = "shardmq_unanswered_deliveries_total";
+/// Messages parked, to be tried again later.
+pub const PARKED: &str = "shardmq_parked_messages_total";
+/// Messages given up: dead letters.
+pub const DEAD_LETTERS: &str = "shardmq_dead_letters_total";
+/// Dead letters whose time was over.
+pub const DEAD_EXPIRED: &str = "shardmq_expired_dead_letters_total";
 /// Cursors moved.
 pub const FLUSHED: &str = "shardmq_flushed_cursors_total";
 /// Assignments of a group taken over: how often partitions are divided anew.
@@ -51,6 +57,9 @@ pub fn describe() {
         (ACKED, "messages acknowledged"),
         (HANDLER_FAILED, "calls of a handler that failed"),
         (UNANSWERED, "deliveries dropped without an answer"),
+        (PARKED, "messages parked, to be tried again later"),
+        (DEAD_LETTERS, "messages given up"),
+        (DEAD_EXPIRED, "dead letters whose time was over"),
         (FLUSHED, "cursors moved"),
         (ASSIGNED, "assignments of a group taken over"),
         (ACQUIRED, "partitions taken"),

@@ -7,6 +7,7 @@ pub(crate) mod connect;
 pub(crate) mod control;
 pub(crate) mod dedup;
 mod dsn;
+pub(crate) mod failures;
 pub(crate) mod fetch;
 pub(crate) mod group;
 pub(crate) mod group_admin;

@@ -13,12 +13,13 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use crate::cluster::Cluster;
+use crate::consumer::aside::Aside;
 use crate::consumer::budget::Budget;
 use crate::consumer::filter::Filter;
 use crate::consumer::holding::Bounds;
 use crate::consumer::journal::Journal;
 use crate::consumer::wanted::{Reach, Wanted};
-use crate::consumer::{ConsumerHandle, Messages, Order, Shared, Start, check_known, start};
+use crate::consumer::{ConsumerHandle, Messages, Order, RetryPolicy, Shared, Start, check_known, start};
 #[cfg(doc)]
 use crate::error::ErrorKind;
 use crate::error::{Error, Result};
@@ -31,6 +32,7 @@ pub(crate) struct Options {
     pub(super) start: Start,
     pub(super) broadcast: bool,
     pub(super) order: Order,
+    pub(super) retry_policy: RetryPolicy,
     pub(super) prefetch_messages: usize,
     pub(super) prefetch_bytes: usize,
     pub(super) lease: Duration,
@@ -61,6 +63,7 @@ impl ConsumerBuilder {
             start: Start::Earliest,
             broadcast: false,
             order: Order::ByPartition,
+            retry_policy: RetryPolicy::default(),
             prefetch_messages: 100_000,
             prefetch_bytes: 16 << 20,
             lease: Duration::from_secs(10),
@@ -94,6 +97,13 @@ impl ConsumerBuilder {
     /// What a handler never has in hand at the same time: two messages of a partition by default.
     pub fn order(mut self, order: Order) -> Self {
         self.options.order = order;
+        self
+    }
+
+    /// When a message that failed is tried again, and when it goes to the dead letters of the group: by
+    /// default after 100 ms, then twice as long each time up to 30 s, and after 50 attempts.
+    pub fn retry_policy(mut self, policy: RetryPolicy) -> Self {
+        self.options.retry_policy = policy;
         self
     }
 
@@ -218,6 +228,7 @@ impl ConsumerBuilder {
         let (events, receiver) = mpsc::unbounded_channel();
         let shared = Arc::new(Shared {
             budget: Budget::new(self.options.prefetch_bytes),
+            aside: Aside::default(),
             member,
             journal,
             wanted: Mutex::new(Wanted::These(BTreeSet::new())),

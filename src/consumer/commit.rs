@@ -5,12 +5,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::Instant;
+use uuid::Uuid;
 
+use crate::consumer::holding::Holding;
 use crate::consumer::member::Member;
 use crate::error::{ErrorKind, Result};
 use crate::id::PartitionId;
 use crate::metrics as names;
 use crate::store::connect::refused;
+use crate::store::failures::{self, Ending, Settle};
 use crate::store::group::{self, Move, Moved};
 
 /// Between two attempts at a flush that is waited for.
@@ -78,51 +81,103 @@ impl Member {
         let journal = shared.journal.as_ref().filter(|_| only.is_none());
         let mark = journal.map(|journal| (journal, journal.mark(self.node)));
         let (moves, versions) = self.moves(only);
-        if moves.is_empty() {
+        let done = self.parked_done(only);
+        if moves.is_empty() && done.is_empty() {
             return Ok(true);
         }
-        let connection = self.shared.connection(self.node).await?;
         let what = format!("commit cursors on node {}", self.node);
-        let outcomes = group::flush(connection, &self.shared.group, &moves)
-            .await
-            .map_err(|error| refused(error, &what))?;
+        let mut outcomes = Vec::new();
+        if !moves.is_empty() {
+            let connection = self.shared.connection(self.node).await?;
+            outcomes = group::flush(connection, &self.shared.group, &moves)
+                .await
+                .map_err(|error| refused(error, &what))?;
+        }
+        outcomes.extend(self.delete_parked(done).await?);
         self.pace.took(begun.elapsed());
         let mut result = Ok(true);
         for (partition, moved) in outcomes {
-            let Some(holding) = self.holdings.get(&partition).cloned() else {
-                continue;
+            let outcome = self.moved(partition, moved, &versions).await;
+            result = match (result, outcome) {
+                (Err(error), Ok(_)) => Err(error),
+                (_, Err(error)) => Err(error),
+                (Ok(all), Ok(this)) => Ok(all && this),
             };
-            let refusal = match moved {
-                Moved::Yes => {
-                    let version = versions.get(&partition).copied().unwrap_or(0);
-                    holding.tracker().flushed(version);
-                    ::metrics::counter!(names::FLUSHED).increment(1);
-                    continue;
-                }
-                Moved::Locked => {
-                    result = result.and(Ok(false));
-                    continue;
-                }
-                Moved::OtherServer if holding.is_held() => {
-                    holding.compare();
-                    result = result.and(Ok(false));
-                    continue;
-                }
-                // Nobody reads it any more, who could compare.
-                Moved::OtherServer => {
-                    self.shared.note_uncommitted(holding.refusal(ErrorKind::LeaseLost), &holding);
-                    continue;
-                }
-                Moved::LeaseLost => ErrorKind::LeaseLost,
-                Moved::Reset => ErrorKind::Reset,
-            };
-            result = Err(holding.refusal(refusal));
-            self.lose(&holding, refusal).await;
         }
         if let Some((journal, mark)) = mark.filter(|_| matches!(result, Ok(true))) {
             journal.committed(self.node, mark);
         }
         result
+    }
+
+    /// Takes note of what became of a partition's cursor, or of something parked. False: next time.
+    async fn moved(
+        &mut self,
+        partition: PartitionId,
+        moved: Moved,
+        versions: &HashMap<PartitionId, u64>,
+    ) -> Result<bool> {
+        let Some(holding) = self.holdings.get(&partition).cloned() else { return Ok(true) };
+        let refusal = match moved {
+            Moved::Yes => {
+                let version = versions.get(&partition).copied().unwrap_or(0);
+                holding.tracker().flushed(version);
+                ::metrics::counter!(names::FLUSHED).increment(1);
+                return Ok(true);
+            }
+            Moved::Locked => return Ok(false),
+            Moved::OtherServer if holding.is_held() => {
+                holding.compare();
+                return Ok(false);
+            }
+            // Nobody reads it any more, who could compare.
+            Moved::OtherServer => {
+                self.shared.note_uncommitted(holding.refusal(ErrorKind::LeaseLost), &holding);
+                return Ok(true);
+            }
+            Moved::LeaseLost => ErrorKind::LeaseLost,
+            Moved::Reset => ErrorKind::Reset,
+        };
+        self.lose(&holding, refusal).await;
+        Err(holding.refusal(refusal))
+    }
+
+    /// What was parked and is done, of all partitions or of some.
+    fn parked_done(&self, only: Option<&[PartitionId]>) -> Vec<(Arc<Holding>, Uuid)> {
+        let chosen = |partition| only.is_none_or(|only| only.contains(partition));
+        let holdings = self.holdings.values().filter(|holding| chosen(&holding.partition));
+        let done = |holding: &Arc<Holding>| {
+            let ids = holding.parked_done().into_iter();
+            ids.map(|id| (Arc::clone(holding), id)).collect::<Vec<_>>()
+        };
+        holdings.flat_map(done).collect()
+    }
+
+    /// Deletes what was parked and is done; what became of those that were not.
+    async fn delete_parked(
+        &self,
+        done: Vec<(Arc<Holding>, Uuid)>,
+    ) -> Result<Vec<(PartitionId, Moved)>> {
+        if done.is_empty() {
+            return Ok(Vec::new());
+        }
+        let settle = |(holding, id): &(Arc<Holding>, Uuid)| {
+            Settle { under: holding.under(), id: *id, ending: &Ending::Done }
+        };
+        let parked: Vec<Settle<'_>> = done.iter().map(settle).collect();
+        let connection = self.shared.connection(self.node).await?;
+        let what = format!("delete what was parked on node {}", self.node);
+        let outcomes = failures::settle_parked(connection, &self.shared.group, &parked)
+            .await
+            .map_err(|error| refused(error, &what))?;
+        let mut left = Vec::new();
+        for ((holding, id), moved) in done.into_iter().zip(outcomes) {
+            match moved {
+                Moved::Yes => holding.parked_deleted(id),
+                other => left.push((holding.partition, other)),
+            }
+        }
+        Ok(left)
     }
 
     /// Ends what a reader has found void, before its cursor is named in a flush.

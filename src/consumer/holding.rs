@@ -10,9 +10,10 @@ use tokio::sync::{Notify, mpsc};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-use crate::consumer::Event;
+use crate::consumer::{Event, Order};
 use crate::consumer::acks::Tracker;
 use crate::consumer::journal::{Acks, HoldingJournal};
+use crate::consumer::parked::InHand;
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::{Day, PartitionId};
 use crate::name::GroupName;
@@ -26,14 +27,17 @@ pub(crate) struct Holding {
     pub(crate) group: GroupName,
     pub(crate) fence: Fence,
     tracker: Mutex<Tracker>,
+    parked: Mutex<InHand>,
     bounds: Bounds,
     /// How many flushes of the consumer have begun, now and at the last acknowledgement.
     flushes: Arc<AtomicU64>,
     acked_since: AtomicU64,
     state: AtomicU8,
     void: AtomicBool,
-    /// Why nothing is handed out for now: 0, or some of the bits below.
-    gate: AtomicU8,
+    order: Order,
+    /// Why nothing is handed out for now: 0, or some of the bits below, and how many messages have failed that
+    /// come before all others.
+    gate: AtomicU32,
     /// Told when the gate has opened, or the partition is no longer held.
     stream: mpsc::WeakUnboundedSender<Event>,
     /// Deliveries handed out and not answered.
@@ -96,15 +100,17 @@ const LOST: u8 = 2;
 const RESET: u8 = 3;
 
 /// The consumer asked to pause it.
-const PAUSED: u8 = 1;
+const PAUSED: u32 = 1;
 /// Too many runs are acknowledged above the cursor.
-const PATCHY: u8 = 2;
+const PATCHY: u32 = 2;
 /// Too much was read above the cursor.
-const AHEAD: u8 = 4;
+const AHEAD: u32 = 4;
 /// The lease has run out by the own clock: it may be another's by now.
-const LAPSED: u8 = 8;
+const LAPSED: u32 = 8;
+/// One message that has failed; the bits from here on count them.
+const FAILED: u32 = 1 << 8;
 /// Any of these keeps messages from being handed out; `AHEAD` only keeps them from being read.
-const CLOSED: u8 = PAUSED | PATCHY | LAPSED;
+const CLOSED: u32 = PAUSED | PATCHY | LAPSED | !(FAILED - 1);
 
 impl Holding {
     pub(crate) fn new(
@@ -128,12 +134,14 @@ impl Holding {
             incarnation: Mutex::new(acquired.incarnation),
             position: AtomicI64::new(acquired.acked_id),
             tracker: Mutex::new(Tracker::new(acquired.acked_id, acquired.acked_ahead)),
+            parked: Mutex::default(),
             bounds,
             flushes,
             acked_since: AtomicU64::new(0),
             state: AtomicU8::new(HELD),
             void: AtomicBool::new(false),
-            gate: AtomicU8::new(0),
+            order: Order::Unordered,
+            gate: AtomicU32::new(0),
             stream,
             outstanding: AtomicUsize::new(0),
             answered: Notify::new(),
@@ -149,6 +157,12 @@ impl Holding {
         }
     }
 
+    /// Messages that fail come again in this order.
+    pub(super) fn in_order(mut self, order: Order) -> Self {
+        self.order = order;
+        self
+    }
+
     /// Stands for this acquisition, in the stream.
     pub(crate) fn owner(&self) -> Uuid {
         self.fence.owner
@@ -156,6 +170,11 @@ impl Holding {
 
     pub(crate) fn tracker(&self) -> MutexGuard<'_, Tracker> {
         lock(&self.tracker)
+    }
+
+    /// What is parked and in hand.
+    pub(super) fn parked(&self) -> MutexGuard<'_, InHand> {
+        lock(&self.parked)
     }
 
     /// Whether messages of it may still be handed out.
@@ -203,8 +222,8 @@ impl Holding {
         Ok(())
     }
 
-    /// A message that nobody wants is done, unless the partition is no longer this consumer's. The
-    /// journal need not know: whoever reads it again does not want it either.
+    /// A message that nobody wants, or that was put aside, is done, unless the partition is no longer this consumer's. The
+    /// journal need not know: whoever reads it again does not want it either, or finds it acknowledged.
     pub(crate) fn skip(&self, id: i64) {
         let _ = self.record(id);
     }
@@ -215,8 +234,7 @@ impl Holding {
         let mut tracker = self.tracker();
         self.accepts()?;
         tracker.ack(id);
-        // Looked at after it was recorded: a flush that begins later commits it.
-        self.acked_since.store(self.flushes.load(Ordering::SeqCst), Ordering::Release);
+        self.note_acked();
         let gate = self.gate.load(Ordering::Acquire);
         if gate == 0 && tracker.runs() < self.bounds.runs {
             // As almost always.
@@ -230,6 +248,12 @@ impl Holding {
             self.wake.notify_one();
         }
         Ok(())
+    }
+
+    /// Something was acknowledged, and recorded before this: a flush that begins later commits it.
+    #[inline]
+    pub(super) fn note_acked(&self) {
+        self.acked_since.store(self.flushes.load(Ordering::SeqCst), Ordering::Release);
     }
 
     /// A row was read, from an id on; says whether parts of it are acknowledged already. What a former
@@ -305,14 +329,19 @@ impl Holding {
         self.gate.load(Ordering::SeqCst) & LAPSED != 0
     }
 
-    fn open(&self, why: u8) {
+    fn open(&self, why: u32) {
         self.gate.fetch_and(!why, Ordering::SeqCst);
         self.tell_stream();
     }
 
     fn tell_stream(&self) {
+        self.tell(Event::Turn(self.owner()));
+    }
+
+    /// Tells the stream, if there is one.
+    pub(super) fn tell(&self, event: Event) {
         if let Some(stream) = self.stream.upgrade() {
-            let _ = stream.send(Event::Turn(self.owner()));
+            let _ = stream.send(event);
         }
     }
 
@@ -340,8 +369,29 @@ impl Holding {
         self.hand_out_unless(CLOSED & !PATCHY)
     }
 
+    /// The same for one that has failed: it is what others wait for.
+    pub(super) fn hand_out_again(&self) -> Hand {
+        self.hand_out_unless(CLOSED & (FAILED - 1) & !PATCHY)
+    }
+
+    /// A message that was handed out has failed: nothing is handed out, in an order, until the stream knows
+    /// what must wait for it.
+    pub(super) fn note_failed(&self) {
+        if self.order != Order::Unordered {
+            self.gate.fetch_add(FAILED, Ordering::SeqCst);
+        }
+    }
+
+    /// It is known, or handed out again: others may go on.
+    pub(super) fn pass_failed(&self) {
+        if self.order != Order::Unordered {
+            self.gate.fetch_sub(FAILED, Ordering::SeqCst);
+            self.tell_stream();
+        }
+    }
+
     #[inline]
-    fn hand_out_unless(&self, closed: u8) -> Hand {
+    fn hand_out_unless(&self, closed: u32) -> Hand {
         self.outstanding.fetch_add(1, Ordering::SeqCst);
         let hand = match self.state.load(Ordering::SeqCst) {
             HELD if self.gate.load(Ordering::Acquire) & closed == 0 => return Hand::Out,

@@ -7,7 +7,7 @@ use uuid::Uuid;
 
 use crate::consumer::holding::Hand;
 use crate::consumer::lanes::Unread;
-use crate::consumer::messages::{Delivery, Origin};
+use crate::consumer::delivery::{Delivery, Origin};
 use crate::consumer::pinned::Pinned;
 
 /// A key within an acquisition.
@@ -60,6 +60,19 @@ impl Keys {
         key
     }
 
+    /// Nothing of a key is handed out from now on until it [ends](Self::end), also what waits for it.
+    pub(super) fn hold(&mut self, owner: Uuid, key: &Arc<str>) {
+        let place = (owner, Arc::clone(key));
+        self.freed.retain(|freed| *freed != place);
+        self.stalled.remove(&place);
+        self.busy.entry(place).or_default();
+    }
+
+    /// Whether no key is in hand, and nothing waits for one.
+    pub(super) fn is_empty(&self) -> bool {
+        self.busy.is_empty()
+    }
+
     /// Keeps a message until its key is free. False where too much is kept.
     pub(super) fn keep(&mut self, batch: &Unread, id: i64, key: &Arc<str>) -> bool {
         let (owner, origin) = (batch.owner(), &batch.origin);
@@ -91,7 +104,7 @@ impl Keys {
         {
             match kept.origin.holding.hand_out_kept() {
                 Hand::Out => {
-                    deliveries.push(Delivery::new(&kept.origin, kept.id));
+                    deliveries.push(Delivery::kept(&kept.origin, kept.id));
                     self.pinned.unpin(&kept.origin);
                 }
                 Hand::Wait => {

@@ -13,7 +13,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use tokio::time::Instant;
 use uuid::Uuid;
@@ -22,8 +22,10 @@ use crate::consumer::Read;
 use crate::consumer::budget::Room;
 use crate::consumer::filter::Filter;
 use crate::consumer::holding::{Hand, Holding, Place};
-use crate::consumer::messages::{Delivery, Origin};
+use crate::consumer::delivery::{Delivery, Origin};
+use crate::consumer::parked::Again;
 use crate::name::TopicName;
+use crate::store::fetch::Batch;
 
 /// How long a lane that waits keeps what was fetched, where others need the room.
 const PATIENCE: Duration = Duration::from_secs(1);
@@ -37,14 +39,32 @@ pub(super) struct Unread {
     /// What is wanted of it.
     filter: Option<Arc<Filter>>,
     round: u32,
-    _room: Room,
+    _room: Option<Room>,
 }
 
 impl Unread {
     pub(super) fn new(read: Read, topic: &TopicName, filter: Option<Arc<Filter>>) -> Self {
         let Read { holding, row, from, patchy, round, room } = read;
-        let origin = Arc::new(Origin { holding, row, topic: topic.clone() });
-        Self { origin, next: from, patchy, filter, round, _room: room }
+        let (topic, read_at) = (topic.clone(), SystemTime::now());
+        let origin = Arc::new(Origin { holding, row, topic, read_at, parked: None });
+        Self { origin, next: from, patchy, filter, round, _room: Some(room) }
+    }
+
+    /// A message that was parked, in a row of its own.
+    pub(super) fn parked(
+        holding: Arc<Holding>,
+        row: Arc<Batch>,
+        parked: Again,
+        topic: &TopicName,
+    ) -> Self {
+        let (next, round) = (row.base_id, holding.round());
+        let (topic, read_at) = (topic.clone(), SystemTime::now());
+        let origin = Arc::new(Origin { holding, row, topic, read_at, parked: Some(parked) });
+        Self { origin, next, patchy: false, filter: None, round, _room: None }
+    }
+
+    fn is_parked(&self) -> bool {
+        self.origin.parked.is_some()
     }
 
     /// The next message that is to be handed out. Those before it that are not wanted are done with that.
@@ -71,7 +91,7 @@ impl Unread {
         Some(match self.origin.holding.hand_out() {
             Hand::Out => {
                 self.next = id + 1;
-                Ok(Delivery::new(&self.origin, id))
+                Ok(Delivery::kept(&self.origin, id))
             }
             other => Err(other),
         })
@@ -95,11 +115,15 @@ impl Unread {
 
     /// Everything of it was handed out.
     pub(super) fn finish(self) {
-        self.origin.holding.pass(self.origin.row.place());
+        if !self.is_parked() {
+            self.origin.holding.pass(self.origin.row.place());
+        }
     }
 
+    /// Whether it may be handed out: it is held, and was not dropped to be read again.
     fn is_current(&self) -> bool {
-        self.origin.holding.is_held() && self.origin.holding.round() == self.round
+        let Origin { holding, .. } = &*self.origin;
+        holding.is_held() && (self.is_parked() || holding.round() == self.round)
     }
 }
 
@@ -262,7 +286,11 @@ impl Lanes {
 impl Lane {
     /// Drops what was fetched; the reader goes back to the last message that was handed out.
     fn drop_unread(&mut self) {
-        let Some(first) = self.batches.front() else { return };
+        let Some(first) = self.batches.iter().find(|batch| !batch.is_parked()) else {
+            // What is parked is fetched again as well.
+            self.batches.clear();
+            return;
+        };
         let row = &first.origin.row;
         let is_begun = first.next > row.base_id;
         let last = if is_begun { row.place() } else { self.holding.passed() };

@@ -51,6 +51,7 @@ impl Member {
         }
         self.renewed = Some(asked);
         self.expiry.put_off(asked + lease);
+        self.expect_parked(renewed.parked_secs);
         self.reconcile(renewed.owned).await?;
         // Not since the start: the node may have been away, and nothing taken there as yet.
         if let Some(journal) = &shared.journal
@@ -108,7 +109,12 @@ impl Member {
         if lacking.is_empty() {
             return Ok(());
         }
-        for acquired in self.acquire(&lacking).await? {
+        let acquired = self.acquire(&lacking).await?;
+        if !acquired.is_empty() {
+            // Something may be parked there.
+            self.expect_parked(Some(0.0));
+        }
+        for acquired in acquired {
             self.begin(acquired).await;
         }
         Ok(())
@@ -223,7 +229,7 @@ impl Member {
         holding.end(why);
         // Where the group starts may be lost too: it was deleted, or the end of the log is gone.
         self.started = false;
-        if holding.tracker().pending().is_some() {
+        if holding.is_pending() {
             self.shared.note_uncommitted(holding.refusal(why), holding);
         }
         ::metrics::counter!(names::LEASE_LOST).increment(1);
@@ -268,7 +274,7 @@ impl Member {
         });
         for holding in answered {
             if let Err(error) = &outcome
-                && holding.tracker().pending().is_some()
+                && holding.is_pending()
             {
                 self.shared.note_uncommitted(error.clone(), &holding);
             }

@@ -46,6 +46,8 @@ pub(crate) enum Command {
     Probe,
     /// A reader found that the server lacks what it has read.
     TailLost { partition: PartitionId, owner: Uuid },
+    /// Something was parked that is due in so many seconds.
+    Parked { secs: f64 },
     /// Give everything back: when all is answered, or at the deadline.
     Stop { until: Instant, reply: oneshot::Sender<Result<()>> },
 }
@@ -86,6 +88,8 @@ pub(super) struct Member {
     /// The node knows where the group starts.
     pub(super) started: bool,
     pub(super) pace: Pace,
+    /// When something parked is due.
+    pub(super) parked_at: Option<Instant>,
     /// Something that is wanted may be lacking: to be found out.
     pub(super) lacks: bool,
     /// Since when something is wanted that is not held.
@@ -115,6 +119,7 @@ pub(crate) async fn run(
         other_server: false,
         started: false,
         pace,
+        parked_at: None,
         lacks: false,
         lacking_since: None,
         trouble: Trouble::new(REMIND),
@@ -201,6 +206,9 @@ impl Member {
                 () = sleep_until(self.pace.due()) => {
                     self.attempt(Work::Flush).await;
                 }
+                () = sleep_until(self.parked_at.unwrap_or(renew_at)), if self.parked_at.is_some() => {
+                    self.attempt(Work::Parked).await;
+                }
                 () = sleep_until(look_at) => {
                     self.attempt(Work::Look).await;
                     look_at = Instant::now() + jitter(poll);
@@ -275,6 +283,7 @@ impl Member {
             Work::Flush => {
                 timeout(STATEMENT, self.flush(None)).await.map(|flushed| flushed.map(drop))
             }
+            Work::Parked => timeout(STATEMENT, self.fetch_parked()).await,
             Work::Look => {
                 let looked = timeout(STATEMENT, self.look()).await;
                 if !matches!(looked, Ok(Ok(()))) {
@@ -390,6 +399,7 @@ impl Member {
                 }
                 self.stop = Some((until, reply));
             }
+            Command::Parked { secs } => self.expect_parked(Some(secs)),
             // Those who sleep are woken by any command, and who works does this anyway.
             Command::Rebalance | Command::Renew | Command::Probe => {}
         }
@@ -432,4 +442,5 @@ enum Work {
     Balance,
     Flush,
     Look,
+    Parked,
 }

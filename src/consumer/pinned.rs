@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use uuid::Uuid;
 
-use crate::consumer::messages::Origin;
+use crate::consumer::delivery::Origin;
 
 /// Rows that are kept: by how many messages, and their bytes.
 #[derive(Debug, Default)]

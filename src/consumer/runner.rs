@@ -16,20 +16,20 @@ use std::error::Error as StdError;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::future::join_all;
 use tokio::task::{Id, JoinError, JoinSet};
 use uuid::Uuid;
 
 use crate::consumer::holding::Hand;
 use crate::consumer::keys::{Freed, Keys};
 use crate::consumer::lanes::Unread;
-use crate::consumer::messages::{Delivery, Messages};
+use crate::consumer::aside::Plan;
+use crate::consumer::delivery::{Delivery, Origin};
+use crate::consumer::messages::Messages;
 use crate::consumer::pinned::Pinned;
-use crate::consumer::{Event, Order};
-use crate::deadline::jitter;
+use crate::consumer::{Event, Order, Verdict};
 use crate::metrics as names;
 
-/// Before a unit is tried again: the first time, and at most.
-const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(30));
 /// Events that are taken in before units are started.
 const TURN: usize = 256;
 
@@ -40,11 +40,14 @@ impl Messages {
     /// which it returns `Ok`. Each call is a task of its own. The [order](crate::ConsumerBuilder::order)
     /// says what is never in hand at the same time: two messages of a partition, or of a key, or nothing.
     ///
-    /// Where it returns an error, or panics, the message is handed to it again: after 100 ms, then twice
-    /// as long each time, up to 30 s. Its partition or key waits for that, others go on; but by key and
-    /// unordered nothing new is begun while the rows of what failed take as many bytes as may be
-    /// [fetched ahead](crate::ConsumerBuilder::prefetch_bytes).
-    /// [`Delivery::attempt`] counts.
+    /// Where it returns an error, or panics, the message is handed to it again when the
+    /// [policy](crate::ConsumerBuilder::retry_policy) says; after the last attempt it goes to the
+    /// [dead letters](crate::Cluster::dead_letters). Ordered, its partition or key waits for that, others go
+    /// on; but by key nothing new is begun while the rows of what failed take as many bytes as may be
+    /// [fetched ahead](crate::ConsumerBuilder::prefetch_bytes). Unordered, and without a key, it is parked on
+    /// its node, and nothing waits. [`Delivery::attempt`] counts. What a handler says itself
+    /// ([`retry`](Delivery::retry), [`retry_after`](Delivery::retry_after), [`reject`](Delivery::reject),
+    /// [`ack`](Delivery::ack)) goes before what it returns.
     ///
     /// Returns after a [`shutdown`](crate::ConsumerHandle::shutdown), which lets calls that are under way
     /// end, until its deadline; then they are aborted. To drop it aborts them at once; nothing else is
@@ -125,7 +128,10 @@ struct Unit {
     deliveries: Vec<Delivery>,
     /// The keys that nobody else may have in hand.
     keys: Vec<Arc<str>>,
-    attempt: u32,
+    /// Whether its partition waits for it.
+    alone: bool,
+    /// What it keeps in memory while it waits.
+    pinned: Vec<Arc<Origin>>,
 }
 
 struct Runner<H> {
@@ -160,10 +166,13 @@ where
                     None => break,
                 },
                 Some(done) = self.working.join_next_with_id() => self.finish(done),
-                Some(Ok((unit, is_lost))) = self.resting.join_next() => {
+                Some(Ok((mut unit, is_lost))) = self.resting.join_next() => {
                     if is_lost {
-                        self.unpin(&unit);
-                        self.free(Unit { deliveries: Vec::new(), ..unit });
+                        unit.deliveries.clear();
+                    }
+                    if unit.deliveries.is_empty() {
+                        self.unpin(&mut unit);
+                        self.free(unit);
                     } else {
                         self.again.push_back(unit);
                     }
@@ -190,6 +199,13 @@ where
                 self.keys.turn(owner);
                 self.messages.absorb(Event::Turn(owner));
             }
+            // Handed out before by the stream, in whatever hands: it comes again beside the others.
+            Event::Failed(delivery, verdict) => {
+                delivery.holding().pass_failed();
+                let owner = delivery.holding().owner();
+                let unit = Unit { owner, deliveries: vec![], keys: vec![], alone: false, pinned: vec![] };
+                self.rest(unit, vec![(delivery, verdict)]);
+            }
             event => self.messages.absorb(event),
         }
     }
@@ -199,14 +215,16 @@ where
             self.messages.lanes.clear();
             self.keys.clear();
             self.again.clear();
+            self.messages.failed.clear();
             return;
         }
         while self.working.len() < self.concurrency
             && let Some(unit) = self.next_unit()
         {
             ::metrics::counter!(names::DELIVERED).increment(unit.deliveries.len() as u64);
-            let twins = unit.deliveries.iter().map(|delivery| delivery.twin(unit.attempt));
-            let task = self.working.spawn((self.handler)(twins.collect()));
+            let mut unit = unit;
+            let twins = unit.deliveries.iter_mut().map(Delivery::twin).collect();
+            let task = self.working.spawn((self.handler)(twins));
             self.units.insert(task.id(), unit);
         }
     }
@@ -216,16 +234,25 @@ where
         if let Some(unit) = self.next_again() {
             return Some(unit);
         }
+        // Of before: it failed in the hands of whoever read the stream.
+        if !self.messages.failed.is_empty()
+            && let Some(delivery) = self.messages.failed.next()
+        {
+            let owner = delivery.holding().owner();
+            let deliveries = vec![delivery];
+            return Some(Unit { owner, deliveries, keys: vec![], alone: false, pinned: vec![] });
+        }
         while let Some(Freed { owner, key, deliveries }) = self.keys.next(self.most) {
             if !deliveries.is_empty() {
-                return Some(Unit { owner, deliveries, keys: vec![key], attempt: 1 });
+                return Some(Unit { owner, deliveries, keys: vec![key], alone: false, pinned: vec![] });
             }
         }
         while !self.is_full_of_failed()
             && let Some(mut batch) = self.messages.lanes.next()
         {
             let owner = batch.owner();
-            let mut unit = Unit { owner, deliveries: Vec::new(), keys: Vec::new(), attempt: 1 };
+            let alone = self.order == Order::ByPartition;
+            let mut unit = Unit { owner, deliveries: Vec::new(), keys: vec![], alone, pinned: vec![] };
             let end = self.fill(&mut unit, &mut batch);
             self.put_away(batch, end, unit.deliveries.is_empty());
             if !unit.deliveries.is_empty() {
@@ -240,8 +267,8 @@ where
     fn next_again(&mut self) -> Option<Unit> {
         let is_due = |unit: &Unit| unit.deliveries.first().is_none_or(|first| !first.is_lapsed());
         let next = self.again.iter().position(is_due)?;
-        let unit = self.again.remove(next)?;
-        self.unpin(&unit);
+        let mut unit = self.again.remove(next)?;
+        self.unpin(&mut unit);
         Some(unit)
     }
 
@@ -289,39 +316,59 @@ where
     }
 
     fn finish(&mut self, done: Result<(Id, Result<(), Failed>), JoinError>) {
+        let policy = &self.messages.handle.shared.options.retry_policy;
         let (id, failed) = match done {
             Ok((id, Ok(()))) => (id, None),
-            Ok((id, Err(error))) => (id, Some(crate::error::chain(error.as_ref()))),
-            Err(error) => (error.id(), Some("the handler panicked".to_owned())),
+            Ok((id, Err(error))) => {
+                let dead = policy.is_final(error.as_ref());
+                let error = crate::error::chain(error.as_ref());
+                (id, Some(Verdict { dead, ..Verdict::failed(error) }))
+            }
+            Err(error) => (error.id(), Some(Verdict::failed("the handler panicked"))),
         };
         let Some(mut unit) = self.units.remove(&id) else { return };
-        if let Some(why) = failed {
-            let left = unit.deliveries.extract_if(.., |delivery| !delivery.is_acked());
-            let left: Vec<Delivery> = left.collect();
-            // The handler acknowledged these itself.
-            unit.deliveries.drain(..).for_each(|delivery| _ = delivery.ack());
-            unit.deliveries = left;
-            if let Some(first) = unit.deliveries.first() {
-                ::metrics::counter!(names::HANDLER_FAILED).increment(1);
-                tracing::warn!(message = %first.id(), attempt = unit.attempt, error = why, "handler failed");
-                if !first.revoked().is_cancelled() {
-                    return self.rest(unit);
+        let mut left = Vec::new();
+        for delivery in std::mem::take(&mut unit.deliveries) {
+            let verdict = delivery.verdict().or_else(|| failed.clone());
+            match verdict.filter(|_| !delivery.is_acked()) {
+                Some(verdict) => left.push((delivery, verdict)),
+                // Done, or acknowledged by the handler itself.
+                None => unit.deliveries.push(delivery),
+            }
+        }
+        // Refused where the partition is another's by now; the news say so.
+        unit.deliveries.drain(..).for_each(|delivery| _ = delivery.ack());
+        let lost = left.first().is_none_or(|(first, _)| first.revoked().is_cancelled());
+        if lost { self.free(unit) } else { self.rest(unit, left) }
+    }
+
+    /// Puts aside what is not to be tried again in its place, and tries the rest again after a while; unless
+    /// its partition is lost meanwhile.
+    fn rest(&mut self, mut unit: Unit, failed: Vec<(Delivery, Verdict)>) {
+        let shared = Arc::clone(&self.messages.handle.shared);
+        let (mut asides, mut pause) = (Vec::new(), Duration::ZERO);
+        for (mut delivery, verdict) in failed {
+            let (id, attempt) = (delivery.id(), delivery.attempt());
+            ::metrics::counter!(names::HANDLER_FAILED).increment(1);
+            tracing::warn!(message = %id, attempt, error = verdict.error, "handler failed");
+            self.failed.pin(delivery.origin());
+            unit.pinned.push(Arc::clone(delivery.origin()));
+            match shared.plan(&mut delivery, &verdict) {
+                Plan::Aside(after) => asides.push(shared.put_aside(delivery, after)),
+                Plan::InPlace(delay) => {
+                    pause = pause.max(delay);
+                    unit.deliveries.push(delivery);
                 }
             }
         }
-        self.free(unit);
-    }
-
-    /// Tries a unit again after a while, unless its partition is lost meanwhile.
-    fn rest(&mut self, mut unit: Unit) {
-        let Some(revoked) = unit.deliveries.first().map(Delivery::revoked) else { return };
-        let stopping = self.messages.handle.shared.stopping.clone();
-        let doubled = BACKOFF.0.saturating_mul(1 << (unit.attempt - 1).min(16));
-        unit.attempt += 1;
-        unit.deliveries.iter().for_each(|delivery| self.failed.pin(delivery.origin()));
+        let revoked = unit.deliveries.first().map(Delivery::revoked);
+        let stopping = shared.stopping.clone();
         self.resting.spawn(async move {
+            // What is another's by now is delivered there.
+            join_all(asides).await;
+            let Some(revoked) = revoked else { return (unit, false) };
             let is_lost = tokio::select! {
-                () = tokio::time::sleep(jitter(doubled.min(BACKOFF.1))) => false,
+                () = tokio::time::sleep(pause) => false,
                 () = revoked.cancelled() => true,
                 () = stopping.cancelled() => true,
             };
@@ -329,8 +376,8 @@ where
         });
     }
 
-    fn unpin(&mut self, unit: &Unit) {
-        unit.deliveries.iter().for_each(|delivery| self.failed.unpin(delivery.origin()));
+    fn unpin(&mut self, unit: &mut Unit) {
+        unit.pinned.drain(..).for_each(|origin| self.failed.unpin(&origin));
     }
 
     /// Whether nothing new may be begun: what failed keeps as much in memory as may be fetched. By
@@ -340,17 +387,13 @@ where
         self.order != Order::ByPartition && self.failed.bytes() >= most
     }
 
-    /// What is left of a unit is done, and what waited for it may go on.
+    /// A unit is done, and what waited for it may go on.
     fn free(&mut self, unit: Unit) {
-        let Unit { owner, deliveries, keys, .. } = unit;
-        for delivery in deliveries {
-            // Refused where the partition is another's by now; the news say so.
-            let _ = delivery.ack();
-        }
+        let Unit { owner, keys, alone, .. } = unit;
         for key in keys {
             self.keys.end(owner, &key);
         }
-        if self.order == Order::ByPartition {
+        if alone {
             self.messages.lanes.free(owner);
         }
         for owner in self.blocked.drain() {

@@ -11,6 +11,7 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use crate::cluster::Cluster;
+use crate::consumer::aside::Aside;
 use crate::consumer::budget::Budget;
 use crate::consumer::builder::Options;
 use crate::consumer::handle::GRACE;
@@ -41,6 +42,7 @@ pub(crate) struct Shared {
     /// Taken when the consumer has left: the stream ends then.
     pub(super) events: Mutex<Option<mpsc::UnboundedSender<Event>>>,
     pub(super) budget: Arc<Budget>,
+    pub(super) aside: Aside,
     /// What this member should have.
     pub(super) wanted: Mutex<Wanted>,
     /// Members that have died, as somebody saw.
@@ -199,15 +201,9 @@ impl Shared {
             journal.holding(&acquired, &before)
         });
         let flushes = Arc::clone(&self.flushes);
-        Holding::new(
-            acquired,
-            self.group.clone(),
-            self.options.bounds,
-            ended,
-            stream,
-            flushes,
-            written,
-        )
+        let (group, bounds) = (self.group.clone(), self.options.bounds);
+        let holding = Holding::new(acquired, group, bounds, ended, stream, flushes, written);
+        holding.in_order(self.options.order)
     }
 
     /// From now on it is among what this consumer owns, and paused with that.
@@ -222,7 +218,7 @@ impl Shared {
     /// The nodes on which something is to be committed.
     pub(super) fn pending_nodes(&self) -> Vec<NodeId> {
         let holdings = self.holdings();
-        let pending = holdings.values().filter(|holding| holding.tracker().pending().is_some());
+        let pending = holdings.values().filter(|holding| holding.is_pending());
         let nodes: BTreeSet<NodeId> = pending.map(|holding| holding.partition.node()).collect();
         nodes.into_iter().collect()
     }

@@ -4,9 +4,10 @@ use std::fmt;
 
 use tokio_postgres::GenericClient;
 
-use crate::consumer::messages::Delivery;
+use crate::consumer::delivery::Delivery;
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::connect::refused;
+use crate::store::failures::commit_parked_in;
 use crate::store::group::{self, InTransaction, Outcome};
 
 impl Delivery {
@@ -61,9 +62,13 @@ impl Delivery {
             id: id.number(),
             is_next: holding.tracker().is_next(id.number()),
         };
-        let outcome = group::commit_in(transaction, &holding.group, &this)
-            .await
-            .map_err(|error| refused(error, &what))?;
+        let outcome = match &self.origin().parked {
+            Some(parked) => {
+                commit_parked_in(transaction, &holding.group, &this, parked.claim.id).await
+            }
+            None => group::commit_in(transaction, &holding.group, &this).await,
+        };
+        let outcome = outcome.map_err(|error| refused(error, &what))?;
         let kind = match outcome {
             Outcome::Acknowledged => return Ok(Acknowledged { delivery: self }),
             Outcome::LeaseLost => ErrorKind::LeaseLost,

@@ -22,6 +22,8 @@ pub(crate) const MAX_LOOK: usize = 99;
 pub(crate) struct Batch {
     pub(crate) base_id: i64,
     pub(crate) count: u32,
+    /// The place of its first message in the batch that was sent: not 0 in a copy of one message.
+    pub(crate) first_index: u32,
     pub(crate) bytes: usize,
     pub(crate) producer: Uuid,
     pub(crate) sequence: i64,
@@ -73,6 +75,7 @@ impl Batch {
     /// The identity of a message in it, as it was stored here: a copy's own, and not that of its original.
     pub(crate) fn uid_of(&self, id: i64) -> Uid {
         let index = u32::try_from(id - self.base_id).unwrap_or(u32::MAX);
+        let index = self.first_index.saturating_add(index);
         Uid { producer: self.producer, sequence: self.sequence, index }
     }
 
@@ -89,6 +92,7 @@ impl Batch {
         Self {
             base_id: row.get(0),
             count: u32::try_from(row.get::<_, i32>(1)).unwrap_or(0),
+            first_index: 0,
             bytes: usize::try_from(row.get::<_, i32>(2)).unwrap_or(0),
             producer: row.get(3),
             sequence: row.get(4),

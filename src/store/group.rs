@@ -90,6 +90,9 @@ pub(crate) struct Renewed {
     pub(crate) same_server: bool,
     /// What the member owns on this node.
     pub(crate) owned: Vec<(PartitionId, Fence)>,
+    /// In how many seconds the first parked message of those partitions is due: less than none where it
+    /// is already.
+    pub(crate) parked_secs: Option<f64>,
 }
 
 /// Renews a member's lease, unless another server answers than the one that the member knows.
@@ -113,6 +116,7 @@ pub(crate) async fn renew(
         incarnation: rows.first().map_or(SystemTime::UNIX_EPOCH, |row| row.get(0)),
         same_server: rows.first().is_some_and(|row| row.get(1)),
         owned: owned.collect(),
+        parked_secs: rows.iter().filter_map(|row| row.get(6)).reduce(f64::min),
     })
 }
 
@@ -182,6 +186,18 @@ pub(crate) enum Moved {
     OtherServer,
 }
 
+impl Moved {
+    pub(super) fn named(name: &str) -> Self {
+        match name {
+            "moved" => Self::Yes,
+            "locked" => Self::Locked,
+            "reset" => Self::Reset,
+            "other_server" => Self::OtherServer,
+            _ => Self::LeaseLost,
+        }
+    }
+}
+
 /// Moves cursors, each only where its fence still holds.
 pub(crate) async fn flush(
     connection: Connection,
@@ -200,14 +216,7 @@ pub(crate) async fn flush(
         [&group, &partitions, &owners, &epochs, &resets, &acked, &ahead, &servers];
     let rows = write(connection, Durability::Durable, sql::FLUSH, &params).await?;
     let outcomes = rows.iter().filter_map(|row| {
-        let outcome = match row.get(1) {
-            "moved" => Moved::Yes,
-            "locked" => Moved::Locked,
-            "reset" => Moved::Reset,
-            "other_server" => Moved::OtherServer,
-            _ => Moved::LeaseLost,
-        };
-        Some((PartitionId::from_i32(row.get(0)).ok()?, outcome))
+        Some((PartitionId::from_i32(row.get(0)).ok()?, Moved::named(row.get(1))))
     });
     Ok(outcomes.collect())
 }
@@ -263,8 +272,16 @@ pub(crate) async fn commit_in<C: GenericClient + Sync>(
     if moved == 1 {
         return Ok(Outcome::Acknowledged);
     }
-    let params = typed(&params[..6]);
-    let why = transaction.query_typed_opt(sql::COMMIT_IN_REFUSED, &params).await?;
+    why_not(transaction, &params[..6]).await
+}
+
+/// Why a message was not acknowledged in a user's transaction: asked with its group, partition, owner,
+/// epoch, reset epoch and incarnation.
+pub(super) async fn why_not<C: GenericClient + Sync>(
+    transaction: &C,
+    params: &[&dyn Param],
+) -> Result<Outcome, Error> {
+    let why = transaction.query_typed_opt(sql::COMMIT_IN_REFUSED, &typed(params)).await?;
     Ok(match why.as_ref().map(|row| row.get(0)) {
         Some("acknowledged") => Outcome::Already,
         Some("reset") => Outcome::Reset,

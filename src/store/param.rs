@@ -32,6 +32,12 @@ macro_rules! params {
             }
         }
 
+        impl Param for Vec<Option<$rust>> {
+            fn of_type(&self) -> Type {
+                Type::$many
+            }
+        }
+
         impl Param for Option<Vec<$rust>> {
             fn of_type(&self) -> Type {
                 Type::$many
@@ -52,6 +58,7 @@ params! {
     i64 = INT8, INT8_ARRAY;
     f64 = FLOAT8, FLOAT8_ARRAY;
     &str = TEXT, TEXT_ARRAY;
+    &[u8] = BYTEA, BYTEA_ARRAY;
     String = TEXT, TEXT_ARRAY;
     Uuid = UUID, UUID_ARRAY;
     SystemTime = TIMESTAMPTZ, TIMESTAMPTZ_ARRAY;

@@ -25,6 +25,7 @@ statements! {
     CLAIM_PARTITIONS = "claim_partitions";
     COMMIT_IN = "commit_in";
     COMMIT_IN_REFUSED = "commit_in_refused";
+    COMMIT_PARKED_IN = "commit_parked_in";
     CONTROL_ADD_NODE = "control_add_node";
     CONTROL_ASSIGN = "control_assign";
     CONTROL_ASSIGNMENT = "control_assignment";
@@ -77,15 +78,18 @@ statements! {
     NOTIFY = "notify";
     NOTIFY_BEAT = "notify_beat";
     OVERLAP = "overlap";
+    PARKED = "parked";
     PARTITIONS_OF_TOPIC = "partitions_of_topic";
     PARTITION_STATE = "partition_state";
     PEEK = "peek";
     PROBE = "probe";
+    PUT_ASIDE = "put_aside";
     REGISTER_NODE = "register_node";
     RELEASE = "release";
     RENEW = "renew";
     ROLL = "roll";
     SEEK = "seek";
+    SETTLE_PARKED = "settle_parked";
     SET_RETENTION = "set_retention";
     SWEEP_BROADCASTS = "sweep_broadcasts";
     SWEEP_MEMBERS = "sweep_members";

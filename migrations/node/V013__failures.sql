@@ -1,0 +1,158 @@
+-- Messages that a group failed at: those that it tries again later, beside the log, and those that it has
+-- given up. Both are copies: the day of the original may be dropped. New objects; shardmq.partition gets a
+-- column with a constant default, under a short exclusive lock and without being rewritten.
+
+alter table shardmq.partition
+    add column dead_letter_days int not null default 30 check (dead_letter_days between 1 and 3650);
+comment on column shardmq.partition.dead_letter_days is 'How many days a dead letter is kept';
+
+-- The same columns in the same order, so that one can be made of the other.
+create table shardmq.retry (
+    id uuid primary key default gen_random_uuid(),
+    group_name text not null,
+    topic text not null,
+    partition int not null,
+    message_id bigint not null,
+    producer uuid not null,
+    sequence bigint not null,
+    message_index int not null,
+    key text check (octet_length(key) <= 1024),
+    headers jsonb,
+    payload bytea not null,
+    appended_at timestamptz not null,
+    first_seen timestamptz not null,
+    attempts int not null,
+    failures jsonb not null default '[]',
+    due_at timestamptz not null
+) with (autovacuum_vacuum_threshold = 1000, autovacuum_vacuum_scale_factor = 0.02, vacuum_truncate = off);
+comment on table shardmq.retry is
+    'Messages that a group is to be given again, beside the log. The id is random: after a failover that '
+    'lost the end of the log, none is used again';
+create index retry_due on shardmq.retry (group_name, partition, due_at);
+
+create table shardmq.dead_letter (
+    id bigint generated always as identity primary key,
+    group_name text not null,
+    topic text not null,
+    partition int not null,
+    message_id bigint not null,
+    producer uuid not null,
+    sequence bigint not null,
+    message_index int not null,
+    key text check (octet_length(key) <= 1024),
+    headers jsonb,
+    payload bytea not null,
+    appended_at timestamptz not null,
+    first_seen timestamptz not null,
+    attempts int not null,
+    failures jsonb not null default '[]',
+    died_at timestamptz not null
+);
+comment on table shardmq.dead_letter is 'Messages that a group has given up, until somebody decides';
+create index dead_letter_group on shardmq.dead_letter (topic, group_name, id);
+create index dead_letter_died on shardmq.dead_letter (partition, died_at);
+
+do $$ begin
+    if exists (select from pg_settings where name = 'default_toast_compression' and 'lz4' = any (enumvals)) then
+        alter table shardmq.retry alter column payload set compression lz4;
+        alter table shardmq.dead_letter alter column payload set compression lz4;
+    end if;
+end $$;
+
+-- Gives dead letters to their group again, and to no other: up to so many of these ids, or of those that
+-- the filter leaves (null: all), oldest first, with their history, and their attempts counted anew. Those
+-- whose group is not known in their partition any more stay. Returns which partitions have something to
+-- do now and how many letters went there.
+create function shardmq.dead_letter_retry(p_ids bigint[], p_topic text, p_group text, p_partition int,
+                                          p_error text, p_before timestamptz, p_most int)
+    returns table (partition int, moved bigint, last_id bigint)
+    language sql volatile security definer
+    set search_path = pg_catalog, pg_temp
+    as $$
+        with chosen as (
+            select d.id
+              from shardmq.dead_letter d
+             where (p_ids is null or d.id = any (p_ids))
+               and (p_topic is null or d.topic = p_topic)
+               and (p_group is null or d.group_name = p_group)
+               and (p_partition is null or d.partition = p_partition)
+               and (p_error is null or strpos(d.failures -> -1 ->> 'error', p_error) > 0)
+               and (p_before is null or d.died_at <= p_before)
+               and exists (select from shardmq.cursor c
+                            where (c.group_name, c.partition) = (d.group_name, d.partition))
+             order by d.id limit p_most
+               for update skip locked),
+        gone as (
+            delete from shardmq.dead_letter d using chosen where d.id = chosen.id returning d.*),
+        again as (
+            insert into shardmq.retry (group_name, topic, partition, message_id, producer, sequence,
+                                       message_index, key, headers, payload, appended_at, first_seen,
+                                       attempts, failures, due_at)
+            select g.group_name, g.topic, g.partition, g.message_id, g.producer, g.sequence,
+                   g.message_index, g.key, g.headers, g.payload, g.appended_at, g.first_seen,
+                   0, g.failures, shardmq.clock() + row_number() over (order by g.id) * interval '1 us'
+              from gone g)
+        select g.partition, count(*), max(g.id) from gone g group by g.partition
+    $$;
+
+-- The same, to be rid of them.
+create function shardmq.dead_letter_drop(p_ids bigint[], p_topic text, p_group text, p_partition int,
+                                         p_error text, p_before timestamptz, p_most int)
+    returns table (partition int, moved bigint, last_id bigint)
+    language sql volatile security definer
+    set search_path = pg_catalog, pg_temp
+    as $$
+        with chosen as (
+            select d.id
+              from shardmq.dead_letter d
+             where (p_ids is null or d.id = any (p_ids))
+               and (p_topic is null or d.topic = p_topic)
+               and (p_group is null or d.group_name = p_group)
+               and (p_partition is null or d.partition = p_partition)
+               and (p_error is null or strpos(d.failures -> -1 ->> 'error', p_error) > 0)
+               and (p_before is null or d.died_at <= p_before)
+             order by d.id limit p_most
+               for update skip locked),
+        gone as (
+            delete from shardmq.dead_letter d using chosen where d.id = chosen.id
+            returning d.partition, d.id)
+        select g.partition, count(*), max(g.id) from gone g group by g.partition
+    $$;
+
+-- Drops dead letters of a partition whose time is over, up to so many. Returns how many.
+create function shardmq.expire_dead_letters(p_partition int, p_most int) returns bigint
+    language sql volatile security definer
+    set search_path = pg_catalog, pg_temp
+    as $$
+        with chosen as (
+            select d.id
+              from shardmq.dead_letter d join shardmq.partition p using (partition)
+             where d.partition = p_partition
+               and d.died_at < shardmq.clock() - p.dead_letter_days * interval '1 day'
+             order by d.died_at limit p_most
+               for update of d skip locked),
+        gone as (delete from shardmq.dead_letter d using chosen where d.id = chosen.id returning 1)
+        select count(*) from gone
+    $$;
+
+-- Messages to be tried again go with their group; dead letters are kept until their time is over.
+create function shardmq.retry_ends() returns trigger
+    language plpgsql security definer
+    set search_path = pg_catalog, pg_temp
+    as $$ begin
+        delete from shardmq.retry r where (r.group_name, r.partition) = (old.group_name, old.partition);
+        return null;
+    end $$;
+create trigger retry_ends after delete on shardmq.cursor
+    for each row execute function shardmq.retry_ends();
+
+-- A partition's number is used again: nothing of the topic before may be left under it.
+create function shardmq.dead_letter_ends() returns trigger
+    language plpgsql security definer
+    set search_path = pg_catalog, pg_temp
+    as $$ begin
+        delete from shardmq.dead_letter d where d.partition = new.partition;
+        return null;
+    end $$;
+create trigger dead_letter_ends after update of state on shardmq.partition
+    for each row when (new.state = 'deleted') execute function shardmq.dead_letter_ends();

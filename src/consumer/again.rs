@@ -1,0 +1,229 @@
+//! Messages that the stream has handed out and that failed: held until they come again.
+//!
+//! ```text
+//! failed ─> rests ─ its time ─> due ─> handed out again, before what was held back for it
+//!    │        │
+//!    │        └─ by partition: it waits; by key: what has its key is kept aside
+//!    └─> put aside, where it needs no place of its own, or is given up
+//! ```
+
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::sync::Arc;
+
+use tokio::time::sleep;
+use uuid::Uuid;
+
+use crate::consumer::aside::Plan;
+use crate::consumer::delivery::{Delivery, Origin};
+use crate::consumer::holding::Hand;
+use crate::consumer::keys::{Freed, Keys};
+use crate::consumer::lanes::Unread;
+use crate::consumer::pinned::Pinned;
+use crate::consumer::{Event, Order, Shared, Verdict};
+
+/// What waits for a message that failed.
+#[derive(Debug, Clone)]
+enum Hold {
+    Nothing,
+    Partition,
+    Key(Uuid, Arc<str>),
+}
+
+/// A message that failed.
+#[derive(Debug)]
+pub(crate) struct Resting {
+    /// None: it needs no holding back any more.
+    delivery: Option<Delivery>,
+    hold: Hold,
+    origin: Arc<Origin>,
+}
+
+/// Those of a stream.
+pub(super) struct Failed {
+    order: Order,
+    count: usize,
+    /// Those whose time has come.
+    due: VecDeque<Resting>,
+    /// How many are of each key.
+    held: HashMap<(Uuid, Arc<str>), usize>,
+    keys: Keys,
+    /// Acquisitions that can't go on since too much is kept.
+    blocked: HashSet<Uuid>,
+    /// What these keep in memory.
+    pinned: Pinned,
+    most_bytes: usize,
+}
+
+impl Failed {
+    pub(super) fn new(order: Order, most_bytes: usize) -> Self {
+        Self {
+            order,
+            count: 0,
+            due: VecDeque::new(),
+            held: HashMap::new(),
+            keys: Keys::new(most_bytes),
+            blocked: HashSet::new(),
+            pinned: Pinned::default(),
+            most_bytes,
+        }
+    }
+
+    /// Whether there is none, and nothing waits for one.
+    #[inline]
+    pub(super) fn is_empty(&self) -> bool {
+        self.count == 0 && self.keys.is_empty()
+    }
+
+    /// Whether nothing new may be handed out: what failed keeps as much in memory as may be fetched. By
+    /// partition it is what was handed out of each, and those that do not fail must go on.
+    pub(super) fn is_full(&self) -> bool {
+        self.order != Order::ByPartition && self.pinned.bytes() >= self.most_bytes
+    }
+
+    /// A message failed: what must wait for it does from now on.
+    pub(super) fn fail(&mut self, shared: &Arc<Shared>, mut delivery: Delivery, verdict: &Verdict) {
+        let holding = Arc::clone(delivery.holding());
+        let hold = match (self.order, delivery.key()) {
+            _ if delivery.is_parked() => Hold::Nothing,
+            (Order::ByPartition, _) => Hold::Partition,
+            (Order::ByKey, Some(key)) => Hold::Key(holding.owner(), Arc::from(key)),
+            _ => Hold::Nothing,
+        };
+        self.count += 1;
+        self.pinned.pin(delivery.origin());
+        if let Hold::Key(owner, key) = &hold {
+            let held = self.held.entry((*owner, Arc::clone(key))).or_default();
+            *held += 1;
+            if *held == 1 {
+                self.keys.hold(*owner, key);
+            }
+        }
+        let plan = shared.plan(&mut delivery, verdict);
+        shared.rest(delivery, hold.clone(), plan);
+        if !matches!(hold, Hold::Partition) {
+            holding.pass_failed();
+        }
+    }
+
+    /// The time of one has come, or it is put aside.
+    pub(super) fn absorb(&mut self, resting: Resting) {
+        if resting.delivery.is_none() {
+            self.release(&resting);
+        } else {
+            self.due.push_back(resting);
+        }
+    }
+
+    /// The next that is due, or that waited for its key.
+    pub(super) fn next(&mut self) -> Option<Delivery> {
+        let mut waiting = VecDeque::new();
+        let mut next = None;
+        while next.is_none()
+            && let Some(mut resting) = self.due.pop_front()
+        {
+            match resting.origin.holding.hand_out_again() {
+                Hand::Wait => waiting.push_back(resting),
+                hand => {
+                    next = resting.delivery.take().filter(|_| hand == Hand::Out);
+                    next.iter_mut().for_each(Delivery::take_up);
+                    self.release(&resting);
+                }
+            }
+        }
+        waiting.append(&mut self.due);
+        self.due = waiting;
+        next.or_else(|| self.next_of_key())
+    }
+
+    fn next_of_key(&mut self) -> Option<Delivery> {
+        while let Some(Freed { owner, key, mut deliveries }) = self.keys.next(1) {
+            let Some(delivery) = deliveries.pop() else { continue };
+            // The stream hands out ahead: the next of its key need not wait for it.
+            self.keys.end(owner, &key);
+            return Some(delivery);
+        }
+        None
+    }
+
+    /// Keeps the next message of a batch aside, if its key waits for one that failed. `None`: it need not
+    /// wait; false: too much is kept already.
+    pub(super) fn keep(&mut self, batch: &mut Unread) -> Option<bool> {
+        if self.order != Order::ByKey {
+            return None;
+        }
+        let id = batch.peek()?;
+        let key = batch.key(id)?;
+        if !self.keys.is_busy(batch.owner(), &key) {
+            return None;
+        }
+        let kept = self.keys.keep(batch, id, &key);
+        if kept {
+            batch.skip();
+        } else {
+            self.blocked.insert(batch.owner());
+        }
+        Some(kept)
+    }
+
+    /// Lanes that could not go on since too much was kept, and may try again.
+    pub(super) fn unblocked(&mut self) -> Vec<Uuid> {
+        self.blocked.drain().collect()
+    }
+
+    /// Whether messages of an acquisition may be handed out has changed.
+    pub(super) fn turn(&mut self, owner: Uuid) {
+        self.keys.turn(owner);
+    }
+
+    pub(super) fn clear(&mut self) {
+        *self = Self::new(self.order, self.most_bytes);
+    }
+
+    fn release(&mut self, resting: &Resting) {
+        self.count = self.count.saturating_sub(1);
+        self.pinned.unpin(&resting.origin);
+        match &resting.hold {
+            Hold::Nothing => {}
+            Hold::Partition => resting.origin.holding.pass_failed(),
+            Hold::Key(owner, key) => {
+                let place = (*owner, Arc::clone(key));
+                let Some(held) = self.held.get_mut(&place) else { return };
+                *held -= 1;
+                if *held == 0 {
+                    self.held.remove(&place);
+                    self.keys.end(*owner, key);
+                }
+            }
+        }
+    }
+}
+
+impl Shared {
+    /// Tells the stream when a message that failed is to come again, or needs no holding back.
+    fn rest(self: &Arc<Self>, mut delivery: Delivery, hold: Hold, plan: Plan) {
+        let origin = Arc::clone(delivery.origin());
+        let (revoked, stopping) = (delivery.revoked(), self.stopping.clone());
+        let shared = Arc::clone(self);
+        match plan {
+            Plan::InPlace(delay) => {
+                delivery.lay_down();
+                self.cluster.inner.tasks.spawn(async move {
+                    tokio::select! {
+                        () = sleep(delay) => {}
+                        () = revoked.cancelled() => {}
+                        () = stopping.cancelled() => return,
+                    }
+                    shared.send(Event::Due(Resting { delivery: Some(delivery), hold, origin }));
+                });
+            }
+            Plan::Aside(after) => {
+                let aside = self.put_aside(delivery, after);
+                self.cluster.inner.tasks.spawn(async move {
+                    // Either way nobody waits for it here any more.
+                    let _ = aside.await;
+                    shared.send(Event::Due(Resting { delivery: None, hold, origin }));
+                });
+            }
+        }
+    }
+}

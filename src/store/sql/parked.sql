@@ -1,0 +1,25 @@
+-- Parked messages of a group that are due in these partitions and not in hand, oldest first: at most so
+-- many, and over the first so many bytes; with how long until the next one is due. Index
+-- retry_due; one row without a message where none is due.
+-- $1 group  $2 partitions  $3 those in hand  $4 how many  $5 bytes
+with due as (
+    select r.*, sum(octet_length(r.payload)) over (order by r.due_at, r.id) as sum_bytes
+      from (select r.*
+              from unnest($2::int[]) as p (partition)
+             cross join lateral (
+                   select * from shardmq.retry r
+                    where r.group_name = $1 and r.partition = p.partition
+                      and r.due_at <= shardmq.clock() and r.id <> all ($3::uuid[])
+                    order by r.due_at limit $4::int) r
+             order by r.due_at, r.id limit $4::int) r)
+select n.next_secs, pg_postmaster_start_time(), d.id, d.partition, d.message_id, d.producer, d.sequence,
+       d.message_index, d.appended_at, d.first_seen, d.attempts, d.failures::text, array[d.key],
+       array[d.headers], array[d.payload], octet_length(d.payload)
+  from (select extract(epoch from min(r.due_at) - shardmq.clock())::float8 as next_secs
+          from unnest($2::int[]) as p (partition)
+         cross join lateral (
+               select r.due_at from shardmq.retry r
+                where r.group_name = $1 and r.partition = p.partition and r.due_at > shardmq.clock()
+                order by r.due_at limit 1) r) n
+  left join due d on d.sum_bytes - octet_length(d.payload) < $5::bigint
+ order by d.due_at, d.id
