@@ -18,11 +18,13 @@ use crate::store::node::{Connection, Unfinished, query};
 use crate::store::{control, sql, upkeep};
 use crate::topology::{even_slots, interleave, spread};
 
+mod dead;
 mod groups;
 mod nodes;
 mod partitions;
 mod seek;
 
+pub use dead::{DeadLetter, DeadLetterFilter, DeadLetterId, DeadLetters, DeadLettersMoved};
 pub use groups::{CursorState, GroupInfo, GroupPartition, GroupSummary, MemberInfo};
 pub use nodes::NodeInfo;
 pub use seek::Sought;
@@ -48,12 +50,14 @@ pub struct Retention {
     /// Whether a day is dropped that some group has not finished. If not, it is kept, however old, and
     /// an alert opens.
     pub drop_unread: bool,
+    /// How many days a dead letter is kept, 1 to 3,650.
+    pub dead_letter_days: u16,
 }
 
 impl Default for Retention {
-    /// Seven days, and longer while a group needs them.
+    /// Seven days, and longer while a group needs them; dead letters for thirty.
     fn default() -> Self {
-        Self { days: 7, drop_unread: false }
+        Self { days: 7, drop_unread: false, dead_letter_days: 30 }
     }
 }
 
@@ -226,12 +230,13 @@ impl Cluster {
         check_retention(retention)?;
         let name = TopicName::new(topic)?;
         let nodes = self.topology(&name).await?.by_node();
-        let (days, drop_unread) = (i32::from(retention.days), retention.drop_unread);
+        let Retention { days, drop_unread, dead_letter_days } = retention;
+        let kept = (i32::from(days), drop_unread, i32::from(dead_letter_days));
         let told = nodes.into_keys().map(|id| {
             let name = &name;
             async move {
                 let connection = self.inner.nodes.node(id).await?.get().await?;
-                upkeep::set_retention(connection, name, days, drop_unread)
+                upkeep::set_retention(connection, name, kept)
                     .await
                     .map_err(|error| refused(error, &format!("set the retention on node {id}")))
             }
@@ -379,11 +384,10 @@ impl Cluster {
 }
 
 fn check_retention(retention: Retention) -> Result<()> {
-    if (1..=3650).contains(&retention.days) {
-        return Ok(());
-    }
-    let days = retention.days;
-    Err(Error::invalid(format!("a retention of {days} days is not between 1 and 3650")))
+    let all = [retention.days, retention.dead_letter_days];
+    all.iter().find(|days| !(1..=3650).contains(*days)).map_or(Ok(()), |days| {
+        Err(Error::invalid(format!("a retention of {days} days is not between 1 and 3650")))
+    })
 }
 
 fn choose_nodes(known: &[NodeId], wanted: Option<&[NodeId]>) -> Result<Vec<NodeId>> {

@@ -40,16 +40,16 @@ mod transaction;
 mod trouble;
 mod wanted;
 
+use again::Resting;
 use budget::Room;
 pub use builder::ConsumerBuilder;
-use delivery::Verdict;
 pub use delivery::Delivery;
+use delivery::Verdict;
 pub use filter::Filter;
 pub use handle::ConsumerHandle;
 use holding::Holding;
 pub use messages::Messages;
 use parked::Again;
-use again::Resting;
 pub use retry::RetryPolicy;
 use shared::Shared;
 pub use transaction::Acknowledged;
@@ -101,7 +101,11 @@ fn check_known(topology: &Topology, partitions: &[PartitionId]) -> Result<()> {
 pub(crate) enum Event {
     Batch(Read),
     /// A parked message that is due.
-    Parked { holding: Arc<Holding>, row: Arc<Batch>, again: Again },
+    Parked {
+        holding: Arc<Holding>,
+        row: Arc<Batch>,
+        again: Again,
+    },
     /// A message that the stream has handed out was not handled.
     Failed(Delivery, Verdict),
     /// The time of a message that failed has come, or it needs no holding back any more.

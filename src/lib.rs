@@ -26,14 +26,15 @@ mod upkeep;
 pub mod verify;
 
 pub use admin::{
-    CursorState, GroupInfo, GroupPartition, GroupSummary, MAX_PARTITIONS, MemberInfo, NodeInfo,
-    PartitionInfo, PartitionLag, Retention, Sought, StoredMessage, TopicInfo, TopicOptions,
-    TopicSummary,
+    CursorState, DeadLetter, DeadLetterFilter, DeadLetterId, DeadLetters, DeadLettersMoved,
+    GroupInfo, GroupPartition, GroupSummary, MAX_PARTITIONS, MemberInfo, NodeInfo, PartitionInfo,
+    PartitionLag, Retention, Sought, StoredMessage, TopicInfo, TopicOptions, TopicSummary,
 };
 pub use cluster::{Cluster, ClusterBuilder};
 pub use codec::{Codec, Json};
 pub use consumer::{
-    Acknowledged, ConsumerBuilder, ConsumerHandle, Delivery, Filter, Messages, Order, RetryPolicy, Start,
+    Acknowledged, ConsumerBuilder, ConsumerHandle, Delivery, Filter, Messages, Order, RetryPolicy,
+    Start,
 };
 pub use error::{Error, ErrorKind, Result};
 pub use failure::FailedAttempt;

@@ -5,6 +5,7 @@ pub(crate) mod append;
 pub(crate) mod bare;
 pub(crate) mod connect;
 pub(crate) mod control;
+pub(crate) mod dead;
 pub(crate) mod dedup;
 mod dsn;
 pub(crate) mod failures;

@@ -28,6 +28,8 @@ const DAYS_AHEAD: i32 = 3;
 /// Between attempts to take or keep the lease, and to drop what was contended.
 const BEAT: Duration = Duration::from_secs(8);
 const LEASE_SECS: f64 = 20.0;
+/// How many old dead letters one statement drops.
+const DEAD_AT_ONCE: i32 = 1_000;
 /// Between rounds over all partitions.
 const ROUND: Duration = Duration::from_mins(5);
 
@@ -127,7 +129,28 @@ async fn keep(nodes: &Nodes, partition: PartitionId, in_use: bool) -> Result<boo
         let connection = nodes.node(partition.node()).await?.get().await?;
         make_days_ahead(connection, partition, DAYS_AHEAD).await?;
     }
+    expire_dead_letters(nodes, partition).await?;
     expire(nodes, partition).await
+}
+
+/// Drops the dead letters of a partition whose time is over.
+async fn expire_dead_letters(nodes: &Nodes, partition: PartitionId) -> Result<()> {
+    let pool = nodes.node(partition.node()).await?;
+    let mut all = 0;
+    loop {
+        let expired = upkeep::expire_dead_letters(pool.get().await?, partition, DEAD_AT_ONCE).await;
+        let what = || format!("drop old dead letters of partition {partition}");
+        let count = expired.map_err(|error| refused(error, &what()))?;
+        all += count;
+        if count < i64::from(DEAD_AT_ONCE) {
+            break;
+        }
+    }
+    if all > 0 {
+        ::metrics::counter!(names::DEAD_EXPIRED).increment(all.unsigned_abs());
+        tracing::warn!(%partition, count = all, alert = "dead_letter", "old dead letters are dropped");
+    }
+    Ok(())
 }
 
 /// Drops the days of a partition whose time is over, oldest first.

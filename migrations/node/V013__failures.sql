@@ -61,11 +61,10 @@ end $$;
 
 -- Gives dead letters to their group again, and to no other: up to so many of these ids, or of those that
 -- the filter leaves (null: all), oldest first, with their history, and their attempts counted anew. Those
--- whose group is not known in their partition any more stay. Returns which partitions have something to
--- do now and how many letters went there.
+-- whose group is not known in their partition any more stay. Returns how many of which groups.
 create function shardmq.dead_letter_retry(p_ids bigint[], p_topic text, p_group text, p_partition int,
                                           p_error text, p_before timestamptz, p_most int)
-    returns table (partition int, moved bigint, last_id bigint)
+    returns table (topic text, group_name text, moved bigint)
     language sql volatile security definer
     set search_path = pg_catalog, pg_temp
     as $$
@@ -92,13 +91,13 @@ create function shardmq.dead_letter_retry(p_ids bigint[], p_topic text, p_group 
                    g.message_index, g.key, g.headers, g.payload, g.appended_at, g.first_seen,
                    0, g.failures, shardmq.clock() + row_number() over (order by g.id) * interval '1 us'
               from gone g)
-        select g.partition, count(*), max(g.id) from gone g group by g.partition
+        select g.topic, g.group_name, count(*) from gone g group by g.topic, g.group_name
     $$;
 
 -- The same, to be rid of them.
 create function shardmq.dead_letter_drop(p_ids bigint[], p_topic text, p_group text, p_partition int,
                                          p_error text, p_before timestamptz, p_most int)
-    returns table (partition int, moved bigint, last_id bigint)
+    returns table (topic text, group_name text, moved bigint)
     language sql volatile security definer
     set search_path = pg_catalog, pg_temp
     as $$
@@ -115,8 +114,8 @@ create function shardmq.dead_letter_drop(p_ids bigint[], p_topic text, p_group t
                for update skip locked),
         gone as (
             delete from shardmq.dead_letter d using chosen where d.id = chosen.id
-            returning d.partition, d.id)
-        select g.partition, count(*), max(g.id) from gone g group by g.partition
+            returning d.topic, d.group_name)
+        select g.topic, g.group_name, count(*) from gone g group by g.topic, g.group_name
     $$;
 
 -- Drops dead letters of a partition whose time is over, up to so many. Returns how many.

@@ -19,7 +19,9 @@ use crate::consumer::filter::Filter;
 use crate::consumer::holding::Bounds;
 use crate::consumer::journal::Journal;
 use crate::consumer::wanted::{Reach, Wanted};
-use crate::consumer::{ConsumerHandle, Messages, Order, RetryPolicy, Shared, Start, check_known, start};
+use crate::consumer::{
+    ConsumerHandle, Messages, Order, RetryPolicy, Shared, Start, check_known, start,
+};
 #[cfg(doc)]
 use crate::error::ErrorKind;
 use crate::error::{Error, Result};

@@ -161,8 +161,10 @@ impl Member {
         if done.is_empty() {
             return Ok(Vec::new());
         }
-        let settle = |(holding, id): &(Arc<Holding>, Uuid)| {
-            Settle { under: holding.under(), id: *id, ending: &Ending::Done }
+        let settle = |(holding, id): &(Arc<Holding>, Uuid)| Settle {
+            under: holding.under(),
+            id: *id,
+            ending: &Ending::Done,
         };
         let parked: Vec<Settle<'_>> = done.iter().map(settle).collect();
         let connection = self.shared.connection(self.node).await?;

@@ -9,11 +9,11 @@ use serde::de::DeserializeOwned;
 use tokio_util::sync::CancellationToken;
 
 use crate::codec::{Codec, Json};
-#[cfg(doc)]
-use crate::consumer::{ConsumerHandle, Messages};
 use crate::consumer::Event;
 use crate::consumer::holding::Holding;
 use crate::consumer::parked::Again;
+#[cfg(doc)]
+use crate::consumer::{ConsumerHandle, Messages};
 use crate::error::Result;
 use crate::failure::{FailedAttempt, Past};
 use crate::id::{MessageId, PartitionId, Uid};
@@ -99,7 +99,12 @@ impl Delivery {
         let answer = Arc::new(OnceLock::new());
         self.standing = Standing::Kept(Some(Arc::clone(&answer)));
         let standing = Standing::Twin(answer);
-        Self { origin: Arc::clone(&self.origin), index: self.index, past: self.past.clone(), standing }
+        Self {
+            origin: Arc::clone(&self.origin),
+            index: self.index,
+            past: self.past.clone(),
+            standing,
+        }
     }
 
     /// What its twin has said of it.

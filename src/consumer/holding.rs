@@ -3,17 +3,17 @@
 use std::sync::atomic::{
     AtomicBool, AtomicI64, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering,
 };
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::SystemTime;
 
 use tokio::sync::{Notify, mpsc};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-use crate::consumer::{Event, Order};
 use crate::consumer::acks::Tracker;
 use crate::consumer::journal::{Acks, HoldingJournal};
 use crate::consumer::parked::InHand;
+use crate::consumer::{Event, Order, lock};
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::{Day, PartitionId};
 use crate::name::GroupName;
@@ -27,7 +27,7 @@ pub(crate) struct Holding {
     pub(crate) group: GroupName,
     pub(crate) fence: Fence,
     tracker: Mutex<Tracker>,
-    parked: Mutex<InHand>,
+    pub(super) in_hand: Mutex<InHand>,
     bounds: Bounds,
     /// How many flushes of the consumer have begun, now and at the last acknowledgement.
     flushes: Arc<AtomicU64>,
@@ -134,7 +134,7 @@ impl Holding {
             incarnation: Mutex::new(acquired.incarnation),
             position: AtomicI64::new(acquired.acked_id),
             tracker: Mutex::new(Tracker::new(acquired.acked_id, acquired.acked_ahead)),
-            parked: Mutex::default(),
+            in_hand: Mutex::default(),
             bounds,
             flushes,
             acked_since: AtomicU64::new(0),
@@ -170,11 +170,6 @@ impl Holding {
 
     pub(crate) fn tracker(&self) -> MutexGuard<'_, Tracker> {
         lock(&self.tracker)
-    }
-
-    /// What is parked and in hand.
-    pub(super) fn parked(&self) -> MutexGuard<'_, InHand> {
-        lock(&self.parked)
     }
 
     /// Whether messages of it may still be handed out.
@@ -499,8 +494,4 @@ impl Holding {
         }
         rewind.take()
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -5,9 +5,9 @@ use std::sync::Arc;
 
 use uuid::Uuid;
 
+use crate::consumer::delivery::{Delivery, Origin};
 use crate::consumer::holding::Hand;
 use crate::consumer::lanes::Unread;
-use crate::consumer::delivery::{Delivery, Origin};
 use crate::consumer::pinned::Pinned;
 
 /// A key within an acquisition.

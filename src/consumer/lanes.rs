@@ -20,9 +20,9 @@ use uuid::Uuid;
 
 use crate::consumer::Read;
 use crate::consumer::budget::Room;
+use crate::consumer::delivery::{Delivery, Origin};
 use crate::consumer::filter::Filter;
 use crate::consumer::holding::{Hand, Holding, Place};
-use crate::consumer::delivery::{Delivery, Origin};
 use crate::consumer::parked::Again;
 use crate::name::TopicName;
 use crate::store::fetch::Batch;

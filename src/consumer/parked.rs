@@ -8,15 +8,15 @@
 //! ```
 
 use std::collections::HashSet;
-use std::sync::Arc;
+use std::sync::{Arc, MutexGuard};
 use std::time::Duration;
 
 use tokio::time::Instant;
 use uuid::Uuid;
 
-use crate::consumer::Event;
 use crate::consumer::holding::Holding;
 use crate::consumer::member::Member;
+use crate::consumer::{Event, lock};
 use crate::error::Result;
 use crate::failure::Past;
 use crate::store::connect::refused;
@@ -64,6 +64,10 @@ pub(crate) struct Again {
 }
 
 impl Holding {
+    fn parked(&self) -> MutexGuard<'_, InHand> {
+        lock(&self.in_hand)
+    }
+
     /// Takes a parked message, unless it is in hand, or done.
     fn claim(self: &Arc<Self>, id: Uuid) -> Option<Claim> {
         let mut parked = self.parked();

@@ -20,11 +20,11 @@ use futures_util::future::join_all;
 use tokio::task::{Id, JoinError, JoinSet};
 use uuid::Uuid;
 
+use crate::consumer::aside::Plan;
+use crate::consumer::delivery::{Delivery, Origin};
 use crate::consumer::holding::Hand;
 use crate::consumer::keys::{Freed, Keys};
 use crate::consumer::lanes::Unread;
-use crate::consumer::aside::Plan;
-use crate::consumer::delivery::{Delivery, Origin};
 use crate::consumer::messages::Messages;
 use crate::consumer::pinned::Pinned;
 use crate::consumer::{Event, Order, Verdict};
@@ -203,7 +203,8 @@ where
             Event::Failed(delivery, verdict) => {
                 delivery.holding().pass_failed();
                 let owner = delivery.holding().owner();
-                let unit = Unit { owner, deliveries: vec![], keys: vec![], alone: false, pinned: vec![] };
+                let unit =
+                    Unit { owner, deliveries: vec![], keys: vec![], alone: false, pinned: vec![] };
                 self.rest(unit, vec![(delivery, verdict)]);
             }
             event => self.messages.absorb(event),
@@ -244,7 +245,13 @@ where
         }
         while let Some(Freed { owner, key, deliveries }) = self.keys.next(self.most) {
             if !deliveries.is_empty() {
-                return Some(Unit { owner, deliveries, keys: vec![key], alone: false, pinned: vec![] });
+                return Some(Unit {
+                    owner,
+                    deliveries,
+                    keys: vec![key],
+                    alone: false,
+                    pinned: vec![],
+                });
             }
         }
         while !self.is_full_of_failed()
@@ -252,7 +259,8 @@ where
         {
             let owner = batch.owner();
             let alone = self.order == Order::ByPartition;
-            let mut unit = Unit { owner, deliveries: Vec::new(), keys: vec![], alone, pinned: vec![] };
+            let mut unit =
+                Unit { owner, deliveries: Vec::new(), keys: vec![], alone, pinned: vec![] };
             let end = self.fill(&mut unit, &mut batch);
             self.put_away(batch, end, unit.deliveries.is_empty());
             if !unit.deliveries.is_empty() {

@@ -75,8 +75,24 @@ pub(crate) async fn put_aside(
     }
     let Fences { partitions, owners, epochs, resets, servers } = fences;
     let params: [&dyn Param; 19] = [
-        &group, &topic, &partitions, &owners, &epochs, &resets, &servers, &ids, &producers,
-        &sequences, &indexes, &appended, &seen, &attempts, &failures, &due, &keys, &headers,
+        &group,
+        &topic,
+        &partitions,
+        &owners,
+        &epochs,
+        &resets,
+        &servers,
+        &ids,
+        &producers,
+        &sequences,
+        &indexes,
+        &appended,
+        &seen,
+        &attempts,
+        &failures,
+        &due,
+        &keys,
+        &headers,
         &payloads,
     ];
     let rows = write(connection, Durability::Durable, sql::PUT_ASIDE, &params).await?;
@@ -123,8 +139,17 @@ pub(crate) async fn settle_parked(
     }
     let Fences { partitions, owners, epochs, resets, servers } = fences;
     let params: [&dyn Param; 11] = [
-        &group, &partitions, &owners, &epochs, &resets, &servers, &ids, &actions, &attempts,
-        &failures, &due,
+        &group,
+        &partitions,
+        &owners,
+        &epochs,
+        &resets,
+        &servers,
+        &ids,
+        &actions,
+        &attempts,
+        &failures,
+        &due,
     ];
     let rows = write(connection, Durability::Durable, sql::SETTLE_PARKED, &params).await?;
     Ok(in_order(&rows, parked.len()))

@@ -52,12 +52,16 @@ statements! {
     CONTROL_TOPICS = "control_topics";
     CONTROL_TOPICS_ON = "control_topics_on";
     DAY_FROZEN = "day_frozen";
+    DEAD_LETTERS = "dead_letters";
+    DEAD_LETTER_DROP = "dead_letter_drop";
+    DEAD_LETTER_RETRY = "dead_letter_retry";
     DEDUP_PRUNE = "dedup_prune";
     DEDUP_RECORD = "dedup_record";
     DELETE_GROUP = "delete_group";
     DELETE_PARTITION = "delete_partition";
     DROP_DAY = "drop_day";
     EXPIRE_DAY = "expire_day";
+    EXPIRE_DEAD_LETTERS = "expire_dead_letters";
     FENCE = "fence";
     FETCH = "fetch";
     FLUSH = "flush";
@@ -75,6 +79,7 @@ statements! {
     MAKE_DAYS_AHEAD = "make_days_ahead";
     MESSAGE = "message";
     MISSED = "missed";
+    NODE_CLOCK = "node_clock";
     NOTIFY = "notify";
     NOTIFY_BEAT = "notify_beat";
     OVERLAP = "overlap";

@@ -125,14 +125,24 @@ pub(crate) async fn missed(
     Ok(rows.first().map_or(0, |row| u64::try_from(row.get::<_, i64>(0)).unwrap_or(0)))
 }
 
-/// Says how long a node keeps a topic's days.
+/// Drops dead letters of a partition whose time is over; how many, up to so many.
+pub(crate) async fn expire_dead_letters(
+    connection: Connection,
+    partition: PartitionId,
+    most: i32,
+) -> Result<i64, Error> {
+    let params: [&dyn Param; 2] = [&partition.as_i32(), &most];
+    let rows = write(connection, Durability::Durable, sql::EXPIRE_DEAD_LETTERS, &params).await?;
+    Ok(rows.first().map_or(0, |row| row.get(0)))
+}
+
+/// Says how long a node keeps a topic's days and dead letters.
 pub(crate) async fn set_retention(
     connection: Connection,
     topic: &TopicName,
-    days: i32,
-    drop_unread: bool,
+    (days, drop_unread, dead_letter_days): (i32, bool, i32),
 ) -> Result<(), Error> {
     let topic = topic.as_str();
-    let params: [&dyn Param; 3] = [&topic, &days, &drop_unread];
+    let params: [&dyn Param; 4] = [&topic, &days, &drop_unread, &dead_letter_days];
     write(connection, Durability::Durable, sql::SET_RETENTION, &params).await.map(drop)
 }

@@ -29,7 +29,8 @@ impl Paused {
     async fn new(server: &Server, group: &str) -> Self {
         let test = TestCluster::on(server, 1).await;
         let options = TopicOptions::partitions(2);
-        let options = options.retention(Retention { days: 1, drop_unread: false });
+        let options =
+            options.retention(Retention { days: 1, drop_unread: false, ..Retention::default() });
         let topology = test.cluster.create_topic("orders", options).await.unwrap();
         let partitions: Vec<_> = topology.partitions.iter().map(|p| p.partition).collect();
         let (sql, clocks) = (test.sql(0).await, Clocks::of(&test).await);

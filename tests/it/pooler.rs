@@ -301,7 +301,7 @@ async fn all_that_looks_after_a_cluster_goes_through_it() {
     let test = cluster_through(shared_server().await, pooler.port()).await;
     let cluster = &test.cluster;
     topic(&test, "orders", 2).await;
-    let retention = Retention { days: 3, drop_unread: true };
+    let retention = Retention { days: 3, drop_unread: true, ..Retention::default() };
     cluster.create_topic("other", TopicOptions::partitions(1)).await.unwrap();
     cluster.set_retention("orders", retention).await.unwrap();
     let producer = cluster.producer("orders").build().await.unwrap();

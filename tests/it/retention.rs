@@ -62,7 +62,8 @@ async fn consume(test: &TestCluster, group: &str, expected: usize) -> Vec<ErrorK
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn days_go_when_their_time_is_over_and_every_group_has_finished_them() {
-    let (test, sql) = topic(Retention { days: 2, drop_unread: false }).await;
+    let (test, sql) =
+        topic(Retention { days: 2, drop_unread: false, ..Retention::default() }).await;
     append(&sql, "a", 10).await;
     assert!(consume(&test, "quick", 10).await.is_empty());
     let mut slow = test.cluster.consumer("orders", "slow").stream().await.unwrap();
@@ -98,7 +99,7 @@ fn sql_has(tables: &[String], name: &str) -> bool {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_reader_behind_the_watermark_goes_on_from_it_and_says_how_many_it_missed() {
-    let (test, sql) = topic(Retention { days: 1, drop_unread: true }).await;
+    let (test, sql) = topic(Retention { days: 1, drop_unread: true, ..Retention::default() }).await;
     append(&sql, "a", 10).await;
     let mut messages = test.cluster.consumer("orders", "g").stream().await.unwrap();
     for _ in 0..4 {
@@ -126,7 +127,7 @@ async fn a_reader_behind_the_watermark_goes_on_from_it_and_says_how_many_it_miss
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_table_that_is_held_is_dropped_later_and_told_apart_from_nothing_to_do() {
-    let (test, sql) = topic(Retention { days: 1, drop_unread: true }).await;
+    let (test, sql) = topic(Retention { days: 1, drop_unread: true, ..Retention::default() }).await;
     append(&sql, "a", 10).await;
     let first = tables(&sql).await.remove(0);
     days_on(&sql, 3).await;
@@ -153,7 +154,7 @@ async fn a_table_that_is_held_is_dropped_later_and_told_apart_from_nothing_to_do
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_reader_on_the_very_table_and_a_writer_of_the_next_go_on() {
-    let (test, sql) = topic(Retention { days: 1, drop_unread: true }).await;
+    let (test, sql) = topic(Retention { days: 1, drop_unread: true, ..Retention::default() }).await;
     append(&sql, "a", 2_000).await;
     let consumer = test.cluster.consumer("orders", "g").prefetch_messages(1).prefetch_bytes(65_536);
     let mut messages = consumer.poll_interval(SECOND / 20).stream().await.unwrap();

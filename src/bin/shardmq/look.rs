@@ -92,7 +92,7 @@ async fn print(context: &Context, messages: &[StoredMessage]) -> Result<(), Fail
     out.flush().await
 }
 
-fn print_readable(out: &mut Out, message: &StoredMessage) {
+pub(crate) fn print_readable(out: &mut Out, message: &StoredMessage) {
     let (id, at) = (message.id, time(message.appended_at));
     let key = message.key.as_ref().map_or_else(String::new, |key| format!("  key {key:?}"));
     out.line(&format!("{id}  {at}{key}"));

@@ -7,6 +7,7 @@ mod bench;
 mod caught_up;
 mod consume;
 mod context;
+mod dead;
 mod demo;
 mod dev;
 mod failure;
@@ -75,6 +76,8 @@ enum Command {
     Topic(topic::Command),
     #[command(subcommand)]
     Group(group::Command),
+    #[command(subcommand)]
+    Dead(dead::Command),
     Produce(produce::Args),
     Consume(consume::Args),
     Peek(look::PeekArgs),
@@ -114,6 +117,7 @@ async fn run(command: Command, context: Context) -> Result<(), Failure> {
         Command::Node(command) => node::run(&context, command).await,
         Command::Topic(command) => topic::run(&context, command).await,
         Command::Group(command) => group::run(&context, command).await,
+        Command::Dead(command) => dead::run(&context, command).await,
         Command::Produce(args) => produce::run(&context, args).await,
         Command::Consume(args) => consume::run(&context, args).await,
         Command::Peek(args) => look::peek(&context, args).await,

@@ -60,6 +60,13 @@ pub(crate) fn counter() -> ProgressBar {
     style.map_or(bar.clone(), |style| bar.with_style(style))
 }
 
+/// A count of something else.
+pub(crate) fn progress_of(what: &'static str) -> ProgressBar {
+    let bar = ProgressBar::new_spinner().with_message(what);
+    let style = ProgressStyle::with_template("{spinner} {human_pos} {msg} in {elapsed}");
+    style.map_or(bar.clone(), |style| bar.with_style(style))
+}
+
 /// Progress towards a known count, on stderr, where that is a terminal.
 pub(crate) fn progress(count: u64, doing: &'static str) -> ProgressBar {
     let template = "{msg:12} {wide_bar} {human_pos}/{human_len}";

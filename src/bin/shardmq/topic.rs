@@ -3,7 +3,7 @@
 use clap::Subcommand;
 use serde::Serialize;
 use shardmq::{
-    Cluster, MAX_PARTITIONS, NodeId, PartitionInfo, TopicInfo, TopicName, TopicOptions,
+    Cluster, MAX_PARTITIONS, NodeId, PartitionInfo, Retention, TopicInfo, TopicName, TopicOptions,
     TopicSummary,
 };
 
@@ -26,6 +26,15 @@ pub(crate) enum Command {
         /// Only on these nodes, such as 1,2.
         #[arg(long, value_delimiter = ',')]
         nodes: Option<Vec<NodeId>>,
+        /// How many days a day's messages are kept after its end, 1 to 3650.
+        #[arg(long, default_value_t = Retention::default().days, value_name = "DAYS")]
+        retention_days: u16,
+        /// Drop days also that some group has not finished.
+        #[arg(long)]
+        drop_unread: bool,
+        /// How many days dead letters are kept, 1 to 3650.
+        #[arg(long, default_value_t = Retention::default().dead_letter_days, value_name = "DAYS")]
+        dead_letter_days: u16,
     },
     /// List the topics.
     List,
@@ -44,8 +53,17 @@ pub(crate) async fn run(context: &Context, command: Command) -> Result<(), Failu
     let cluster = context.connect().await?;
     let mut out = Out::new();
     match command {
-        Command::Create { name, partitions, if_missing, nodes } => {
-            let options = options(partitions, if_missing, nodes);
+        Command::Create {
+            name,
+            partitions,
+            if_missing,
+            nodes,
+            retention_days,
+            drop_unread,
+            dead_letter_days,
+        } => {
+            let retention = Retention { days: retention_days, drop_unread, dead_letter_days };
+            let options = options(partitions, if_missing, nodes).retention(retention);
             let topic = cluster.create_topic(&name, options).await?;
             print_topic(context, &mut out, &topic)?;
         }

@@ -1,0 +1,2 @@
+-- The node's time.
+select shardmq.clock()
