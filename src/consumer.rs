@@ -107,7 +107,7 @@ pub(crate) enum Event {
         again: Again,
     },
     /// A message that the stream has handed out was not handled.
-    Failed(Delivery, Verdict),
+    Failed(Resting),
     /// The time of a message that failed has come, or it needs no holding back any more.
     Due(Resting),
     /// Whether an acquisition's messages may be handed out has changed.

@@ -29,8 +29,14 @@ impl FailedAttempt {
         }
         // Postgres can't store NUL in text.
         let error = error[..end].replace('\0', "\u{fffd}");
-        Self { attempt, at: SystemTime::now(), error }
+        Self { attempt, at: now(), error }
     }
+}
+
+/// The time, to the microsecond: as Postgres keeps it.
+pub(crate) fn now() -> SystemTime {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    UNIX_EPOCH + Duration::from_micros(u64::try_from(since.as_micros()).unwrap_or(0))
 }
 
 /// What was tried with a message before, all in all.

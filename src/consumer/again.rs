@@ -10,6 +10,7 @@
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 
+use tokio::sync::mpsc;
 use tokio::time::sleep;
 use uuid::Uuid;
 
@@ -36,6 +37,13 @@ pub(crate) struct Resting {
     delivery: Option<Delivery>,
     hold: Hold,
     origin: Arc<Origin>,
+}
+
+impl Resting {
+    /// To say that it has failed.
+    fn clone_empty(&self) -> Self {
+        Self { delivery: None, hold: self.hold.clone(), origin: Arc::clone(&self.origin) }
+    }
 }
 
 /// Those of a stream.
@@ -81,28 +89,22 @@ impl Failed {
     }
 
     /// A message failed: what must wait for it does from now on.
-    pub(super) fn fail(&mut self, shared: &Arc<Shared>, mut delivery: Delivery, verdict: &Verdict) {
-        let holding = Arc::clone(delivery.holding());
-        let hold = match (self.order, delivery.key()) {
-            _ if delivery.is_parked() => Hold::Nothing,
-            (Order::ByPartition, _) => Hold::Partition,
-            (Order::ByKey, Some(key)) => Hold::Key(holding.owner(), Arc::from(key)),
-            _ => Hold::Nothing,
-        };
+    pub(super) fn hold(&mut self, failed: &Resting) {
         self.count += 1;
-        self.pinned.pin(delivery.origin());
-        if let Hold::Key(owner, key) = &hold {
-            let held = self.held.entry((*owner, Arc::clone(key))).or_default();
-            *held += 1;
-            if *held == 1 {
-                self.keys.hold(*owner, key);
+        self.pinned.pin(&failed.origin);
+        match &failed.hold {
+            // It is held until this one is handed out again.
+            Hold::Partition => return,
+            Hold::Nothing => {}
+            Hold::Key(owner, key) => {
+                let held = self.held.entry((*owner, Arc::clone(key))).or_default();
+                *held += 1;
+                if *held == 1 {
+                    self.keys.hold(*owner, key);
+                }
             }
         }
-        let plan = shared.plan(&mut delivery, verdict);
-        shared.rest(delivery, hold.clone(), plan);
-        if !matches!(hold, Hold::Partition) {
-            holding.pass_failed();
-        }
+        failed.origin.holding.pass_failed();
     }
 
     /// The time of one has come, or it is put aside.
@@ -199,9 +201,28 @@ impl Failed {
 }
 
 impl Shared {
+    /// Sees to what the stream's deliveries were not handled, whether anybody reads the stream or not.
+    pub(super) async fn watch_failures(
+        self: Arc<Self>,
+        mut failures: mpsc::UnboundedReceiver<(Delivery, Verdict)>,
+    ) {
+        while let Some((mut delivery, verdict)) = failures.recv().await {
+            let origin = Arc::clone(delivery.origin());
+            let hold = match (self.options.order, delivery.key()) {
+                _ if delivery.is_parked() => Hold::Nothing,
+                (Order::ByPartition, _) => Hold::Partition,
+                (Order::ByKey, Some(key)) => Hold::Key(origin.holding.owner(), Arc::from(key)),
+                _ => Hold::Nothing,
+            };
+            let resting = Resting { delivery: None, hold, origin };
+            self.send(Event::Failed(resting.clone_empty()));
+            let plan = self.plan(&mut delivery, &verdict);
+            self.rest(delivery, resting, plan);
+        }
+    }
+
     /// Tells the stream when a message that failed is to come again, or needs no holding back.
-    fn rest(self: &Arc<Self>, mut delivery: Delivery, hold: Hold, plan: Plan) {
-        let origin = Arc::clone(delivery.origin());
+    fn rest(self: &Arc<Self>, mut delivery: Delivery, mut resting: Resting, plan: Plan) {
         let (revoked, stopping) = (delivery.revoked(), self.stopping.clone());
         let shared = Arc::clone(self);
         match plan {
@@ -213,7 +234,8 @@ impl Shared {
                         () = revoked.cancelled() => {}
                         () = stopping.cancelled() => return,
                     }
-                    shared.send(Event::Due(Resting { delivery: Some(delivery), hold, origin }));
+                    resting.delivery = Some(delivery);
+                    shared.send(Event::Due(resting));
                 });
             }
             Plan::Aside(after) => {
@@ -221,7 +243,7 @@ impl Shared {
                 self.cluster.inner.tasks.spawn(async move {
                     // Either way nobody waits for it here any more.
                     let _ = aside.await;
-                    shared.send(Event::Due(Resting { delivery: None, hold, origin }));
+                    shared.send(Event::Due(resting));
                 });
             }
         }

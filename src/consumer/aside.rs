@@ -10,7 +10,7 @@
 //! nothing is kept twice. What waits is bounded by whoever hands it over.
 
 use std::collections::HashMap;
-use std::mem::take;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -64,6 +64,12 @@ pub(super) enum Plan {
 impl Shared {
     /// What becomes of a message that failed; it is told of that attempt.
     pub(super) fn plan(&self, delivery: &mut Delivery, verdict: &Verdict) -> Plan {
+        if verdict.dropped && !self.drop_said.swap(true, Ordering::Relaxed) {
+            tracing::warn!(
+                group = %self.group, message = %delivery.id(), dropped = true,
+                "a delivery was dropped without an answer: it counts as failed, as all that follow"
+            );
+        }
         let past = Arc::new(delivery.past().failed(&verdict.error));
         let decision = match self.options.retry_policy.after(past.attempts) {
             _ if verdict.dead => Decision::Dead,
@@ -123,10 +129,8 @@ impl Shared {
             }
             let mut part = left;
             left = part.split_off(fitting(&part));
-            let outcome = timeout(STATEMENT, self.attempt_aside(node, &mut part)).await;
-            let outcome = outcome.unwrap_or_else(|_| {
-                Err(Error::new(ErrorKind::Unavailable, format!("node {node}: no answer in time")))
-            });
+            let count = part.len();
+            let (outcome, again) = self.attempt_aside(node, part).await;
             match outcome {
                 Ok(()) => _ = trouble.end(),
                 Err(error) if trouble.meet(Instant::now()) => tracing::warn!(
@@ -135,41 +139,38 @@ impl Shared {
                 ),
                 Err(_) => {}
             }
-            if part.is_empty() {
+            if again.len() < count {
                 backoff = BACKOFF.0;
-            } else {
-                // Locked by a transaction, or without an answer: the others are not kept waiting by these.
-                left.append(&mut part);
+            }
+            if !again.is_empty() {
+                // Locked by a transaction, or without an answer: the others come first.
+                left.extend(again);
                 sleep(backoff).await;
                 backoff = (backoff * 2).min(BACKOFF.1);
             }
         }
     }
 
-    /// Leaves what is to be tried again.
-    async fn attempt_aside(&self, node: NodeId, part: &mut Vec<Request>) -> Result<()> {
+    /// Returns what is to be tried again.
+    async fn attempt_aside(&self, node: NodeId, part: Vec<Request>) -> (Result<()>, Vec<Request>) {
         let (parked, fresh): (Vec<Request>, Vec<Request>) =
-            take(part).into_iter().partition(|request| request.delivery.is_parked());
-        let outcome = match self.put(node, &fresh).await {
-            Ok(outcomes) => {
-                part.extend(self.take_note(fresh, outcomes));
-                Ok(())
-            }
-            Err(error) => {
-                part.extend(fresh);
-                Err(error)
-            }
-        };
-        match self.settle(node, &parked).await {
-            Ok(outcomes) => {
-                part.extend(self.take_note(parked, outcomes));
-                outcome
-            }
-            Err(error) => {
-                part.extend(parked);
-                Err(error)
-            }
-        }
+            part.into_iter().partition(|request| request.delivery.is_parked());
+        let mut again = Vec::new();
+        // What is dropped by the time limit is the statement, and none of the requests.
+        let put = self.in_time(node, self.put(node, &fresh)).await;
+        let put = self.take_note(fresh, put, &mut again);
+        let settled = self.in_time(node, self.settle(node, &parked)).await;
+        let settled = self.take_note(parked, settled, &mut again);
+        (put.and(settled), again)
+    }
+
+    async fn in_time(
+        &self,
+        node: NodeId,
+        asking: impl Future<Output = Result<Vec<Moved>>>,
+    ) -> Result<Vec<Moved>> {
+        let late = || Error::new(ErrorKind::Unavailable, format!("node {node}: no answer in time"));
+        timeout(STATEMENT, asking).await.unwrap_or_else(|_| Err(late()))
     }
 
     async fn put(&self, node: NodeId, requests: &[Request]) -> Result<Vec<Moved>> {
@@ -187,9 +188,10 @@ impl Shared {
             .collect();
         let connection = self.connection(node).await?;
         let what = format!("put messages aside on node {node}");
-        failures::put_aside(connection, (&self.topology.topic, &self.group), &messages)
-            .await
-            .map_err(|error| refused(error, &what))
+        let names = (&self.topology.topic, &self.group);
+        let outcomes = failures::put_aside(connection, names, &messages).await;
+        self.failpoint("put aside").await;
+        outcomes.map_err(|error| refused(error, &what))
     }
 
     async fn settle(&self, node: NodeId, requests: &[Request]) -> Result<Vec<Moved>> {
@@ -210,9 +212,20 @@ impl Shared {
             .map_err(|error| refused(error, &what))
     }
 
-    /// What was put aside is done; returns what is to be tried again.
-    fn take_note(&self, requests: Vec<Request>, outcomes: Vec<Moved>) -> Vec<Request> {
-        let mut again = Vec::new();
+    /// What was put aside is done; the rest is to be tried again.
+    fn take_note(
+        &self,
+        requests: Vec<Request>,
+        outcomes: Result<Vec<Moved>>,
+        again: &mut Vec<Request>,
+    ) -> Result<()> {
+        let outcomes = match outcomes {
+            Ok(outcomes) => outcomes,
+            Err(error) => {
+                again.extend(requests);
+                return Err(error);
+            }
+        };
         for (request, outcome) in requests.into_iter().zip(outcomes) {
             match outcome {
                 Moved::Yes => self.is_aside(request),
@@ -225,7 +238,7 @@ impl Shared {
                 Moved::LeaseLost | Moved::Reset => drop(request),
             }
         }
-        again
+        Ok(())
     }
 
     fn is_aside(&self, request: Request) {

@@ -228,9 +228,12 @@ impl ConsumerBuilder {
         let member = Uuid::now_v7();
         let journal = open_journal(&self.cluster, &topic, &group, member, &self.options).await?;
         let (events, receiver) = mpsc::unbounded_channel();
+        let (failures, failed) = mpsc::unbounded_channel();
         let shared = Arc::new(Shared {
             budget: Budget::new(self.options.prefetch_bytes),
+            failures: Mutex::new(Some(failures)),
             aside: Aside::default(),
+            drop_said: AtomicBool::new(false),
             member,
             journal,
             wanted: Mutex::new(Wanted::These(BTreeSet::new())),
@@ -259,6 +262,7 @@ impl ConsumerBuilder {
         // In a task: to drop this ends the consumer, in the middle of it too.
         let launched = Arc::clone(&shared);
         let tasks = &shared.cluster.inner.tasks;
+        tasks.spawn(Arc::clone(&shared).watch_failures(failed));
         let _ = tasks.spawn(async move { launched.launch().await }).await;
         Ok(messages)
     }

@@ -9,7 +9,6 @@ use serde::de::DeserializeOwned;
 use tokio_util::sync::CancellationToken;
 
 use crate::codec::{Codec, Json};
-use crate::consumer::Event;
 use crate::consumer::holding::Holding;
 use crate::consumer::parked::Again;
 #[cfg(doc)]
@@ -71,11 +70,13 @@ pub(crate) struct Verdict {
     pub(super) dead: bool,
     /// When it is to be tried again, instead of what the policy says.
     pub(super) after: Option<Duration>,
+    /// Nobody has said so: it was dropped.
+    pub(super) dropped: bool,
 }
 
 impl Verdict {
     pub(super) fn failed(error: impl Into<String>) -> Self {
-        Self { error: error.into(), dead: false, after: None }
+        Self { error: error.into(), dead: false, after: None, dropped: false }
     }
 }
 
@@ -334,9 +335,7 @@ impl Delivery {
                 let standing = Standing::Kept(None);
                 let (origin, past) = (Arc::clone(&self.origin), self.past.clone());
                 let failed = Self { origin, index: self.index, past, standing };
-                // First: nothing that must wait for it is handed out before the stream hears of it.
-                self.origin.holding.note_failed();
-                self.origin.holding.tell(Event::Failed(failed, verdict));
+                self.origin.holding.fail(failed, verdict);
             }
             Standing::Twin(answer) => _ = answer.set(verdict),
             kept => self.standing = kept,
@@ -385,7 +384,8 @@ impl Drop for Delivery {
             Standing::Kept(_) => self.leave(),
             Standing::Handed => {
                 ::metrics::counter!(names::UNANSWERED).increment(1);
-                self.fail(Verdict::failed("dropped without an answer"));
+                let verdict = Verdict::failed("dropped without an answer");
+                self.fail(Verdict { dropped: true, ..verdict });
             }
         }
     }

@@ -13,7 +13,7 @@ use uuid::Uuid;
 use crate::consumer::acks::Tracker;
 use crate::consumer::journal::{Acks, HoldingJournal};
 use crate::consumer::parked::InHand;
-use crate::consumer::{Event, Order, lock};
+use crate::consumer::{Delivery, Event, Order, Verdict, lock};
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::{Day, PartitionId};
 use crate::name::GroupName;
@@ -35,8 +35,8 @@ pub(crate) struct Holding {
     state: AtomicU8,
     void: AtomicBool,
     order: Order,
-    /// Why nothing is handed out for now: 0, or some of the bits below, and how many messages have failed that
-    /// come before all others.
+    failures: Option<mpsc::WeakUnboundedSender<(Delivery, Verdict)>>,
+    /// Why nothing is handed out for now: 0, or some of the bits below.
     gate: AtomicU32,
     /// Told when the gate has opened, or the partition is no longer held.
     stream: mpsc::WeakUnboundedSender<Event>,
@@ -107,7 +107,7 @@ const PATCHY: u32 = 2;
 const AHEAD: u32 = 4;
 /// The lease has run out by the own clock: it may be another's by now.
 const LAPSED: u32 = 8;
-/// One message that has failed; the bits from here on count them.
+/// A message has failed that comes before all others; the bits from here on count such.
 const FAILED: u32 = 1 << 8;
 /// Any of these keeps messages from being handed out; `AHEAD` only keeps them from being read.
 const CLOSED: u32 = PAUSED | PATCHY | LAPSED | !(FAILED - 1);
@@ -141,6 +141,7 @@ impl Holding {
             state: AtomicU8::new(HELD),
             void: AtomicBool::new(false),
             order: Order::Unordered,
+            failures: None,
             gate: AtomicU32::new(0),
             stream,
             outstanding: AtomicUsize::new(0),
@@ -157,9 +158,13 @@ impl Holding {
         }
     }
 
-    /// Messages that fail come again in this order.
-    pub(super) fn in_order(mut self, order: Order) -> Self {
-        self.order = order;
+    /// Messages that fail come again in this order, and are told here.
+    pub(super) fn in_order(
+        mut self,
+        order: Order,
+        failures: Option<mpsc::WeakUnboundedSender<(Delivery, Verdict)>>,
+    ) -> Self {
+        (self.order, self.failures) = (order, failures);
         self
     }
 
@@ -330,14 +335,8 @@ impl Holding {
     }
 
     fn tell_stream(&self) {
-        self.tell(Event::Turn(self.owner()));
-    }
-
-    /// Tells the stream, if there is one.
-    pub(super) fn tell(&self, event: Event) {
-        if let Some(stream) = self.stream.upgrade() {
-            let _ = stream.send(event);
-        }
+        let turn = || Event::Turn(self.owner());
+        self.stream.upgrade().map(|stream| stream.send(turn()));
     }
 
     /// Whether so much was read above the cursor that the reader must wait; it is woken then.
@@ -364,16 +363,20 @@ impl Holding {
         self.hand_out_unless(CLOSED & !PATCHY)
     }
 
-    /// The same for one that has failed: it is what others wait for.
+    /// The same for one that has failed.
     pub(super) fn hand_out_again(&self) -> Hand {
         self.hand_out_unless(CLOSED & (FAILED - 1) & !PATCHY)
     }
 
-    /// A message that was handed out has failed: nothing is handed out, in an order, until the stream knows
+    /// A message that was handed out has failed: in an order, nothing is handed out until the stream knows
     /// what must wait for it.
-    pub(super) fn note_failed(&self) {
+    pub(super) fn fail(&self, delivery: Delivery, verdict: Verdict) {
         if self.order != Order::Unordered {
             self.gate.fetch_add(FAILED, Ordering::SeqCst);
+        }
+        if let Some(failures) = self.failures.as_ref().and_then(mpsc::WeakUnboundedSender::upgrade)
+        {
+            let _ = failures.send((delivery, verdict));
         }
     }
 

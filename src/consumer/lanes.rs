@@ -13,7 +13,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use tokio::time::Instant;
 use uuid::Uuid;
@@ -24,6 +24,7 @@ use crate::consumer::delivery::{Delivery, Origin};
 use crate::consumer::filter::Filter;
 use crate::consumer::holding::{Hand, Holding, Place};
 use crate::consumer::parked::Again;
+use crate::failure::now;
 use crate::name::TopicName;
 use crate::store::fetch::Batch;
 
@@ -45,7 +46,7 @@ pub(super) struct Unread {
 impl Unread {
     pub(super) fn new(read: Read, topic: &TopicName, filter: Option<Arc<Filter>>) -> Self {
         let Read { holding, row, from, patchy, round, room } = read;
-        let (topic, read_at) = (topic.clone(), SystemTime::now());
+        let (topic, read_at) = (topic.clone(), now());
         let origin = Arc::new(Origin { holding, row, topic, read_at, parked: None });
         Self { origin, next: from, patchy, filter, round, _room: Some(room) }
     }
@@ -58,7 +59,7 @@ impl Unread {
         topic: &TopicName,
     ) -> Self {
         let (next, round) = (row.base_id, holding.round());
-        let (topic, read_at) = (topic.clone(), SystemTime::now());
+        let (topic, read_at) = (topic.clone(), now());
         let origin = Arc::new(Origin { holding, row, topic, read_at, parked: Some(parked) });
         Self { origin, next, patchy: false, filter: None, round, _room: None }
     }

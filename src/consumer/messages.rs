@@ -195,9 +195,7 @@ impl Messages {
             Event::Parked { holding, row, again } => {
                 self.lanes.push(Unread::parked(holding, row, again, &self.topic));
             }
-            Event::Failed(delivery, verdict) => {
-                self.failed.fail(&self.handle.shared, delivery, &verdict);
-            }
+            Event::Failed(failed) => self.failed.hold(&failed),
             Event::Due(resting) => self.failed.absorb(resting),
             Event::Turn(owner) => {
                 self.failed.turn(owner);

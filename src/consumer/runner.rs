@@ -199,14 +199,6 @@ where
                 self.keys.turn(owner);
                 self.messages.absorb(Event::Turn(owner));
             }
-            // Handed out before by the stream, in whatever hands: it comes again beside the others.
-            Event::Failed(delivery, verdict) => {
-                delivery.holding().pass_failed();
-                let owner = delivery.holding().owner();
-                let unit =
-                    Unit { owner, deliveries: vec![], keys: vec![], alone: false, pinned: vec![] };
-                self.rest(unit, vec![(delivery, verdict)]);
-            }
             event => self.messages.absorb(event),
         }
     }

@@ -21,7 +21,7 @@ use crate::consumer::member::{self, Command};
 use crate::consumer::roster::{self, Roster};
 use crate::consumer::start::GroupStart;
 use crate::consumer::wanted::{Reach, Wanted};
-use crate::consumer::{Event, lock};
+use crate::consumer::{Delivery, Event, Verdict, lock};
 use crate::error::{Error, Result};
 use crate::id::{NodeId, PartitionId};
 use crate::name::GroupName;
@@ -42,7 +42,11 @@ pub(crate) struct Shared {
     /// Taken when the consumer has left: the stream ends then.
     pub(super) events: Mutex<Option<mpsc::UnboundedSender<Event>>>,
     pub(super) budget: Arc<Budget>,
+    /// Takes what the stream's deliveries were not handled, until the consumer has left.
+    pub(super) failures: Mutex<Option<mpsc::UnboundedSender<(Delivery, Verdict)>>>,
     pub(super) aside: Aside,
+    /// It was said that a delivery was dropped.
+    pub(super) drop_said: AtomicBool,
     /// What this member should have.
     pub(super) wanted: Mutex<Wanted>,
     /// Members that have died, as somebody saw.
@@ -203,7 +207,8 @@ impl Shared {
         let flushes = Arc::clone(&self.flushes);
         let (group, bounds) = (self.group.clone(), self.options.bounds);
         let holding = Holding::new(acquired, group, bounds, ended, stream, flushes, written);
-        holding.in_order(self.options.order)
+        let failures = lock(&self.failures).as_ref().map(mpsc::UnboundedSender::downgrade);
+        holding.in_order(self.options.order, failures)
     }
 
     /// From now on it is among what this consumer owns, and paused with that.
@@ -271,6 +276,7 @@ impl Shared {
         if self.options.broadcast && !self.left.is_cancelled() {
             Box::pin(self.remove_group()).await;
         }
+        drop(lock(&self.failures).take());
         drop(lock(&self.events).take());
         self.left.cancel();
     }

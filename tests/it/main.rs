@@ -28,14 +28,19 @@ mod crash;
 mod days;
 /// Payloads that can't be read are no dead end; headers are text.
 mod decode;
-/// Private Postgres servers: found, started, ended with their parent.
+/// What a group has applied in another database is not applied again.
 mod dedup;
+/// Private Postgres servers: found, started, ended with their parent.
 mod embedded;
-/// Nodes that fail under a producer.
+/// Acknowledged in the user's own transaction, or not at all.
 mod exactly_once;
+/// Nodes that fail under a producer.
 mod failover;
+/// Messages that are not handled: again in their place, parked, given up.
+mod failures;
 /// The statements of leases and cursors: who may move what.
 mod fence;
+/// Groups that want only some messages.
 mod filters;
 /// The 99,999,999th message of a partition's day.
 mod full;

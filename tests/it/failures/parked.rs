@@ -1,0 +1,221 @@
+//! Beside the log: messages that are tried again later.
+
+use shardmq::Retention;
+use shardmq::TopicOptions;
+
+use super::*;
+use crate::support::clocks::Clocks;
+use crate::support::reading::seek;
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_parked_delays_nothing_and_comes_when_it_is_due() {
+    let (test, partition, sql) = ready().await;
+    append_keyed(&sql, partition, &["a1", "a2", "a3"]).await;
+    let mut messages = consumer(&test, Order::Unordered).stream().await.unwrap();
+    let first = next(&mut messages).await;
+    let (id, uid, seen, at) = (first.id(), first.uid(), first.first_seen(), first.appended_at());
+    let begun = Instant::now();
+    first.retry_after(SECOND, "not now");
+    assert_eq!(texts_until(&mut messages, "a3").await, ["a2"]);
+    messages.flush().await.unwrap();
+    assert!(is_done(&sql, partition, 3).await, "it counts as acknowledged once it is parked");
+    assert_eq!(count(&sql, "retry").await, 1);
+    let again = next(&mut messages).await;
+    let waited = begun.elapsed();
+    assert!(waited >= SECOND && waited < 2 * SECOND, "{waited:?}");
+    assert_eq!((again.id(), again.uid(), again.attempt()), (id, uid, 2));
+    assert_eq!((again.key(), text(&again).as_str()), (Some("a"), "a1"));
+    assert_eq!((again.first_seen(), again.appended_at()), (seen, at));
+    assert_eq!(again.failures()[0].error, "not now");
+    again.ack().unwrap();
+    messages.flush().await.unwrap();
+    assert_eq!(count(&sql, "retry").await, 0);
+    messages.shutdown(SECOND).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn it_outlives_its_consumer_and_counts_on() {
+    let (test, partition, sql) = ready().await;
+    append_texts(&sql, partition, 1..=2).await;
+    let mut first = consumer(&test, Order::Unordered).stream().await.unwrap();
+    next(&mut first).await.retry_after(300 * MS, "one");
+    next(&mut first).await.ack().unwrap();
+    eventually("it is parked", SOON, async || count(&sql, "retry").await == 1).await;
+    first.shutdown(SECOND).await.unwrap();
+    let mut second = consumer(&test, Order::Unordered).stream().await.unwrap();
+    let again = next(&mut second).await;
+    assert_eq!((text(&again).as_str(), again.attempt()), ("1", 2));
+    again.retry("two");
+    let again = next(&mut second).await;
+    assert_eq!(again.attempt(), 3);
+    // The last that the policy grants.
+    again.retry("three");
+    eventually("it is dead", SOON, async || count(&sql, "dead_letter").await == 1).await;
+    let letter = letters(&test).await.remove(0);
+    let errors: Vec<_> = letter.failures.iter().map(|failure| failure.error.as_str()).collect();
+    assert_eq!((letter.attempts, errors), (3, vec!["one", "two", "three"]));
+    assert_eq!(count(&sql, "retry").await, 0);
+    second.shutdown(SECOND).await.unwrap();
+}
+
+/// The copy is all that is left of it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn its_day_may_be_dropped_meanwhile() {
+    let test = TestCluster::new(1).await;
+    let retention = Retention { days: 1, ..Retention::default() };
+    let options = TopicOptions::partitions(1).retention(retention);
+    let partition =
+        test.cluster.create_topic("orders", options).await.unwrap().partitions[0].partition;
+    let (sql, clocks) = (test.sql(0).await, Clocks::of(&test).await);
+    append_texts(&sql, partition, 1..=3).await;
+    let mut messages = consumer(&test, Order::Unordered).stream().await.unwrap();
+    let first = next(&mut messages).await;
+    let id = first.id();
+    first.retry_after(4 * 24 * 3600 * SECOND, "in four days");
+    texts_until(&mut messages, "3").await;
+    messages.flush().await.unwrap();
+    clocks.move_server("3 days").await;
+    append_texts(&sql, partition, 4..=4).await;
+    assert_eq!(texts_until(&mut messages, "4").await, Vec::<String>::new());
+    messages.flush().await.unwrap();
+    test.cluster.look_after_nodes().await.unwrap();
+    assert_eq!(test.cluster.message(id).await.unwrap(), None, "its day is dropped");
+    clocks.move_server("2 days").await;
+    let again = next(&mut messages).await;
+    assert_eq!((again.id(), text(&again).as_str(), again.attempt()), (id, "1", 2));
+    again.ack().unwrap();
+    messages.shutdown(SECOND).await.unwrap();
+    assert_eq!(count(&sql, "retry").await, 0);
+}
+
+/// All of many fail once: none is lost, none twice, and what is kept in memory is bounded by the node.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn when_everything_fails_everything_is_parked_and_comes_again() {
+    let (test, partition, sql) = ready().await;
+    for from in (0..5_000).step_by(500) {
+        append_texts(&sql, partition, from..from + 500).await;
+    }
+    let done: Arc<Mutex<Vec<u32>>> = Arc::default();
+    let builder = consumer(&test, Order::Unordered).prefetch_bytes(64 << 10);
+    let messages = builder.stream().await.unwrap();
+    let (handle, log) = (messages.handle(), Arc::clone(&done));
+    let running = tokio::spawn(messages.run(32, move |delivery: Delivery| {
+        let log = Arc::clone(&log);
+        async move {
+            if delivery.attempt() == 1 {
+                return Err("down");
+            }
+            log.lock().unwrap().push(text(&delivery).parse().unwrap());
+            Ok(())
+        }
+    }));
+    eventually("all are done", 3 * SOON, async || done.lock().unwrap().len() >= 5_000).await;
+    handle.shutdown(5 * SECOND).await.unwrap();
+    within(SOON, "the run ends", running).await.unwrap();
+    let mut done = done.lock().unwrap().clone();
+    done.sort_unstable();
+    assert_eq!(done, (0..5_000).collect::<Vec<_>>());
+    assert!(is_done(&sql, partition, 5_000).await);
+    assert_eq!((count(&sql, "retry").await, count(&sql, "dead_letter").await), (0, 0));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_parked_and_in_hand_is_refused_after_its_partition_was_lost() {
+    let (test, partition, sql) = ready().await;
+    append_texts(&sql, partition, 1..=1).await;
+    let mut messages = consumer(&test, Order::Unordered).stream().await.unwrap();
+    next(&mut messages).await.retry("once");
+    let again = next(&mut messages).await;
+    assert_eq!(again.attempt(), 2);
+    messages.flush().await.unwrap();
+    seek(&sql, "g", partition, cursor(&sql, "g", partition).await.acked_id).await;
+    within(SOON, "it hears of it", again.revoked().cancelled()).await;
+    assert_eq!(again.ack().unwrap_err().kind(), ErrorKind::Reset);
+    // Nobody has acknowledged it.
+    let third = loop {
+        if let Ok(delivery) = within(SOON, "it comes", messages.next()).await.unwrap() {
+            break delivery;
+        }
+    };
+    assert_eq!((text(&third).as_str(), third.attempt()), ("1", 2));
+    third.ack().unwrap();
+    messages.flush().await.unwrap();
+    assert_eq!(count(&sql, "retry").await, 0);
+    messages.shutdown(SECOND).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_parked_may_be_done_in_the_users_transaction() {
+    let (test, partition, sql) = ready().await;
+    append_texts(&sql, partition, 1..=1).await;
+    let mut messages = consumer(&test, Order::Unordered).stream().await.unwrap();
+    next(&mut messages).await.retry("once");
+    let mut again = next(&mut messages).await;
+    let mut other = test.sql(0).await;
+    let transaction = other.transaction().await.unwrap();
+    drop(again.commit_in(&transaction).await.unwrap());
+    transaction.rollback().await.unwrap();
+    assert_eq!(count(&sql, "retry").await, 1);
+    let transaction = other.transaction().await.unwrap();
+    // The commit's answer is lost.
+    drop(again.commit_in(&transaction).await.unwrap());
+    transaction.commit().await.unwrap();
+    assert_eq!(count(&sql, "retry").await, 0);
+    let transaction = other.transaction().await.unwrap();
+    let known = again.commit_in(&transaction).await.unwrap_err();
+    assert_eq!(known.kind(), ErrorKind::Conflict);
+    transaction.rollback().await.unwrap();
+    messages.shutdown(SECOND).await.unwrap();
+}
+
+/// The statement is committed, and its answer never comes: it is repeated, and nothing is there twice.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_copy_whose_answer_was_lost_is_not_kept_twice() {
+    let (test, partition, sql) = ready().await;
+    append_texts(&sql, partition, 1..=2).await;
+    let asked = Arc::<AtomicUsize>::default();
+    let counted = Arc::clone(&asked);
+    let builder = consumer(&test, Order::Unordered).failpoint(move |name| {
+        let is_first = name == "put aside" && counted.fetch_add(1, Ordering::SeqCst) == 0;
+        if is_first { Box::pin(std::future::pending()) } else { Box::pin(async {}) }
+    });
+    let mut messages = builder.stream().await.unwrap();
+    let mut hand = take(&mut messages, 2).await.into_iter();
+    hand.next().unwrap().reject("bad");
+    hand.next().unwrap().retry_after(3600 * SECOND, "later");
+    eventually("both are done", SOON, async || {
+        messages.flush().await.unwrap();
+        is_done(&sql, partition, 2).await
+    })
+    .await;
+    let tried = async || asked.load(Ordering::SeqCst) > 1;
+    eventually("it was repeated", SOON, tried).await;
+    assert_eq!((count(&sql, "dead_letter").await, count(&sql, "retry").await), (1, 1));
+    messages.shutdown(SECOND).await.unwrap();
+}
+
+/// A user's transaction has the group's row: what failed waits for it, and others do not.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_transaction_that_holds_the_cursor_delays_the_copy_and_nothing_else() {
+    let (test, partition, sql) = ready().await;
+    append_texts(&sql, partition, 1..=3).await;
+    let mut messages = consumer(&test, Order::Unordered).stream().await.unwrap();
+    let mut hand = take(&mut messages, 3).await;
+    let mut other = test.sql(0).await;
+    let transaction = other.transaction().await.unwrap();
+    drop(hand[2].commit_in(&transaction).await.unwrap());
+    hand.remove(0).reject("bad");
+    hand.remove(0).ack().unwrap();
+    let renewed = "select leased_until from shardmq.member";
+    let before: std::time::SystemTime = sql.query_one(renewed, &[]).await.unwrap().get(0);
+    let later = async || {
+        sql.query_one(renewed, &[]).await.unwrap().get::<_, std::time::SystemTime>(0) > before
+    };
+    eventually("the lease is renewed", SOON, later).await;
+    assert_eq!(count(&sql, "dead_letter").await, 0);
+    transaction.commit().await.unwrap();
+    eventually("it is kept", SOON, async || count(&sql, "dead_letter").await == 1).await;
+    drop(hand);
+    eventually("all are done", SOON, async || is_done(&sql, partition, 3).await).await;
+    messages.shutdown(SECOND).await.unwrap();
+}
