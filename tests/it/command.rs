@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used)]
 
+/// Dead letters are listed, shown, sent again and dropped.
+mod dead;
 /// The demo keeps what it says.
 mod demo;
 /// Private servers that live until a signal.
