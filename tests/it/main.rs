@@ -20,6 +20,8 @@ mod bounded_reads;
 mod broadcast;
 /// Without the control database.
 mod control_away;
+/// Consuming by the functions alone, as psql and other languages do.
+mod consume_by_sql;
 /// Several partitions in one commit, without waiting for each other.
 mod convoy;
 /// A server that crashes under load, again and again.
