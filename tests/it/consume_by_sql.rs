@@ -208,8 +208,10 @@ async fn a_consumer_that_died_is_followed_after_its_lease_and_what_it_says_later
     let after = take_over(sql, next, 1).await;
     assert_eq!(after.len(), 1);
     assert_ne!(after[0].token, before[0].token);
-    for call in [try_ack(sql, &before[0].token, messages[3].0).await.map(|_| ()),
-                 try_pull(sql, &before[0].token, 1).await.map(|_| ())] {
+    for call in [
+        try_ack(sql, &before[0].token, messages[3].0).await.map(|_| ()),
+        try_pull(sql, &before[0].token, 1).await.map(|_| ()),
+    ] {
         let (state, words) = refusal(call);
         assert_eq!(state, "SMQ01");
         assert!(words.contains("10101") && words.contains("another"), "{words}");
@@ -310,7 +312,7 @@ async fn few_of_many_are_pulled_by_reading_little() {
         let plan: Vec<&str> = plan.iter().map(|row| row.get(0)).collect();
         let hits = plan.iter().find_map(|line| line.split_once("shared hit=")).expect("buffers");
         let hits: i64 = hits.1.split(' ').next().unwrap().parse().unwrap();
-        assert!(size > 100 && hits < size / 2 + 40, "{hits} of {size}: {plan:?}");
+        assert!(size > 80 && hits < 40, "{hits} of {size}: {plan:?}");
     }
     assert_eq!(cursor(sql, "g", partition).await.acked_id, all[5799].0);
 }
@@ -390,7 +392,8 @@ async fn what_can_not_be_is_refused_and_says_why() {
     // None of it has done anything.
     assert_eq!(pull(sql, &token, 10).await.len(), 2);
     assert_eq!(take(sql, Uuid::now_v7(), 99).await, []);
-    let rows = "select (select count(*) from shardmq.group_start), (select count(*) from shardmq.cursor)";
+    let rows =
+        "select (select count(*) from shardmq.group_start), (select count(*) from shardmq.cursor)";
     let rows = sql.query_one(rows, &[]).await.unwrap();
     assert_eq!((rows.get::<_, i64>(0), rows.get::<_, i64>(1)), (1, 1));
 }

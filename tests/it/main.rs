@@ -18,10 +18,10 @@ mod balancer;
 mod bounded_reads;
 /// Consumers that get everything, each in a group of its own.
 mod broadcast;
-/// Without the control database.
-mod control_away;
 /// Consuming by the functions alone, as psql and other languages do.
 mod consume_by_sql;
+/// Without the control database.
+mod control_away;
 /// Several partitions in one commit, without waiting for each other.
 mod convoy;
 /// A server that crashes under load, again and again.

@@ -29,7 +29,9 @@ async fn days_without_messages_are_stepped_over_and_the_open_one_is_not_left() {
             append_texts(sql, partition, sent..sent + 1).await;
             // Of the open day all is done; and then there is more.
             assert_eq!(drain(sql, &token, 9).await, texts(sent..sent + 1));
-            append_texts(sql, partition, sent + 1..sent + messages).await;
+            for n in sent + 1..sent + messages {
+                append_texts(sql, partition, [n]).await;
+            }
             assert_eq!(drain(sql, &token, 9).await, texts(sent + 1..sent + messages));
             sent += messages;
         }
@@ -80,7 +82,10 @@ async fn what_a_consumer_of_the_library_acknowledged_ahead_does_not_come_again()
     for most in [1, 2, 3, 9] {
         let got = pull(sql, &token, most).await;
         let expected = ["0", "2", "3", "10"].into_iter().take(usize::try_from(most).unwrap());
-        assert_eq!(got.iter().map(|m| m.1.as_str()).collect::<Vec<_>>(), expected.collect::<Vec<_>>());
+        assert_eq!(
+            got.iter().map(|m| m.1.as_str()).collect::<Vec<_>>(),
+            expected.collect::<Vec<_>>()
+        );
     }
     let got = pull(sql, &token, 9).await;
     assert!(ack(sql, &token, got[0].0).await);
@@ -113,8 +118,7 @@ async fn taking_a_partition_moves_its_position_over_what_is_acknowledged() {
 #[tokio::test]
 async fn a_consumer_behind_the_watermark_goes_on_from_it_and_is_told_what_it_missed() {
     let test = TestCluster::new(1).await;
-    let options =
-        TopicOptions::partitions(1).retention(Retention { days: 1, drop_unread: true });
+    let options = TopicOptions::partitions(1).retention(Retention { days: 1, drop_unread: true });
     let partitions = test.cluster.create_topic("orders", options).await.unwrap().partitions;
     let partitions = partitions.iter().map(|p| p.partition).collect();
     let clocks = Clocks::of(&test).await;
@@ -143,9 +147,14 @@ async fn a_consumer_behind_the_watermark_goes_on_from_it_and_is_told_what_it_mis
         let got = pull(sql, &token, 1).await.remove(0);
         assert_eq!(got.1, next.to_string());
     }
-    let warned = super::shown::psql(&ready.test, &format!("select count(*) from shardmq.pull('{token}')"));
+    let warned =
+        super::shown::psql(&ready.test, &format!("select count(*) from shardmq.pull('{token}')"));
     assert_eq!(warned.0.trim(), "3");
-    assert!(warned.1.contains("WARNING") && warned.1.contains("dropped 13 messages"), "{}", warned.1);
+    assert!(
+        warned.1.contains("WARNING") && warned.1.contains("dropped 13 messages"),
+        "{}",
+        warned.1
+    );
     // What was in hand is done, though its day is gone.
     assert!(ack(sql, &token, in_hand[1].0).await);
     assert_eq!(take(sql, me, 1).await[0].missed, 11);
@@ -165,7 +174,8 @@ async fn a_table_that_retention_drops_meanwhile_is_passed_and_one_that_is_lost_i
     sql.batch_execute(&format!("drop table {}", table(partition, today))).await.unwrap();
     assert_eq!(super::state(try_pull(sql, &token, 9).await), "42P01");
     // As a reader sees it whose list of days is from before.
-    let dropped = "update shardmq.partition set low_watermark = shardmq.first_id(10101, $1) + 99999999";
+    let dropped =
+        "update shardmq.partition set low_watermark = shardmq.first_id(10101, $1) + 99999999";
     sql.execute(dropped, &[&today]).await.unwrap();
     assert_eq!(drain(sql, &token, 9).await, texts(3..5));
     let gone = cursor(sql, "g", partition).await.acked_id + 1;

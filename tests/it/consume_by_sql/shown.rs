@@ -56,7 +56,8 @@ async fn the_readme_is_right() {
         expected.push(partitions.to_string());
         assert_eq!(lines, expected, "{err}");
         let sql = test.sql(0).await;
-        let billed: i32 = sql.query_one("select sum(cents)::int from bill", &[]).await.unwrap().get(0);
+        let billed: i32 =
+            sql.query_one("select sum(cents)::int from bill", &[]).await.unwrap().get(0);
         assert_eq!(billed, 250);
         assert_eq!(cursors(&sql, "billing").await[0].1.acked_id, id + 2);
     }

@@ -36,7 +36,8 @@ async fn an_acknowledgement_that_is_rolled_back_with_its_effect_comes_again() {
     let watch = ready.test.sql(0).await;
     let taken = take(sql, me, 2).await;
     let token = &taken[0].token;
-    sql.batch_execute("create table effect (id bigint, message text); begin").await.unwrap();
+    sql.batch_execute("create table effect (id bigint, message text)").await.unwrap();
+    sql.batch_execute("begin").await.unwrap();
     assert!(step(sql, token).await);
     // Others see where the group was, and wait for nothing: leases, takeovers and the other partition go on.
     assert_eq!(pull(&watch, token, 1).await[0].1, "0");
@@ -65,7 +66,8 @@ async fn a_repetition_waits_for_the_transaction_whose_answer_was_lost() {
     let (sql, partition) = (&ready.sql, ready.partitions[0]);
     append_texts(sql, partition, 0..3).await;
     let token = take(sql, Uuid::now_v7(), 1).await.remove(0).token;
-    sql.batch_execute("create table effect (id bigint, message text); begin").await.unwrap();
+    sql.batch_execute("create table effect (id bigint, message text)").await.unwrap();
+    sql.batch_execute("begin").await.unwrap();
     assert!(step(sql, &token).await);
     let again = Arc::new(ready.test.sql(0).await);
     let (running, of) = (Arc::clone(&again), token.clone());
