@@ -232,19 +232,18 @@ begin
             using errcode = 'invalid_parameter_value';
     end if;
     c := shardmq.held(token, coalesce(hold, false));
+    last := c.acked_id;
     if not exists (select from shardmq.member m where m.member = c.member and m.leased_until > shardmq.clock()) then
         raise exception 'shardmq: the lease of partition % of group % is over', c.partition, c.group_name
             using errcode = 'SMQ01', hint = 'Take again.';
     end if;
-    low := (select p.low_watermark from shardmq.partition p where p.partition = c.partition);
-    last := greatest(c.acked_id, low - 1);
     missed := shardmq.missed(c.partition, c.acked_id);
     if missed > 0 then
         raise warning 'shardmq: retention dropped % messages of partition % before group % had them',
             missed, c.partition, c.group_name;
     end if;
-    -- All days but the last are closed when this list is made, and read after that: none is left with a
-    -- message in it. The last one is not left.
+    -- Days that retention has dropped are not in the list. All but its last one are closed when it is made,
+    -- and read after that: none is left with a message in it. The last one is not left.
     for d in select shardmq.days(c.partition, (last / 100000000 % 1000000)::int) loop
         begin
             loop

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 
+use futures_util::future::join_all;
 use uuid::Uuid;
 
 use super::{Ready, SECOND, drain, give_back, pull, state, take, take_over, try_ack};
@@ -52,6 +53,34 @@ async fn each_partition_has_one_owner_and_goes_from_one_kind_to_the_other_and_ba
     }
     assert_eq!(got.len(), sent.len());
     assert_eq!(got.into_iter().collect::<BTreeSet<_>>(), sent);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn of_many_that_take_at_once_each_partition_has_one() {
+    let ready = Ready::new(20).await;
+    for round in 1..=5 {
+        let mut takers = Vec::new();
+        for _ in 0..6 {
+            let sql = ready.test.sql(0).await;
+            takers.push(tokio::spawn(async move {
+                let me = Uuid::now_v7();
+                for most in [1, 3, 99] {
+                    take(&sql, me, most).await;
+                }
+                (me, take(&sql, me, 99).await)
+            }));
+        }
+        let mut all = BTreeSet::new();
+        for (me, taken) in join_all(takers).await.into_iter().map(Result::unwrap) {
+            for taken in taken {
+                let epoch = taken.token.split(':').nth(3).unwrap();
+                assert_eq!(epoch, round.to_string(), "taken twice: {taken:?}");
+                assert!(all.insert(taken.partition), "{taken:?}");
+            }
+            give_back(&ready.sql, me).await;
+        }
+        assert_eq!(all.len(), 20);
+    }
 }
 
 /// Neither kind says goodbye.

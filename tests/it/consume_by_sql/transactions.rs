@@ -3,24 +3,29 @@
 use std::sync::Arc;
 
 use shardmq::embedded::StopMode;
-use tokio_postgres::Client;
+use tokio_postgres::{Client, Error};
 use uuid::Uuid;
 
 use super::{Ready, SECOND, ack, drain, pull, state, take, texts, try_ack, try_pull};
 use crate::support::put_back::{put_back, snapshot};
 use crate::support::reading::{append_texts, cursor};
-use crate::support::stored::topic;
-use crate::support::{TestCluster, client, eventually, own_server};
+use crate::support::stored::{number, topic};
+use crate::support::{TestCluster, client, eventually, own_server, within};
 
 const STEP: &str = "with pulled as (select id, payload from shardmq.pull($1, 2, hold => true))
-    insert into effect select id, convert_from(payload, 'UTF8') from pulled returning id";
+    insert into effect (id, message) select id, convert_from(payload, 'UTF8') from pulled
+    returning id";
 
 /// Pulls two messages, does what they say, and acknowledges them; not yet committed. Whether there were any.
 async fn step(sql: &Client, token: &str) -> bool {
-    let rows = sql.query(STEP, &[&token]).await.unwrap();
-    let Some(last) = rows.iter().map(|row| row.get(0)).max() else { return false };
-    assert!(ack(sql, token, last).await);
-    true
+    try_step(sql, token).await.unwrap()
+}
+
+async fn try_step(sql: &Client, token: &str) -> Result<bool, Error> {
+    let rows = sql.query(STEP, &[&token]).await?;
+    let Some(last) = rows.iter().map(|row| row.get(0)).max() else { return Ok(false) };
+    assert!(try_ack(sql, token, last).await?);
+    Ok(true)
 }
 
 async fn effects(sql: &Client) -> Vec<String> {
@@ -80,6 +85,55 @@ async fn a_repetition_waits_for_the_transaction_whose_answer_was_lost() {
     sql.batch_execute("commit").await.unwrap();
     assert!(repetition.await.unwrap());
     assert_eq!(effects(&again).await, texts(0..3));
+}
+
+/// Consumers that share a group, lose their leases in the middle, and give back when they like.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn whatever_consumers_do_each_message_has_one_effect_in_order() {
+    let ready = Ready::new(4).await;
+    let table = "create table effect (id bigint, message text, nth bigserial)";
+    ready.sql.batch_execute(table).await.unwrap();
+    let total = 4 * 60;
+    let mut workers = Vec::new();
+    for nth in 0..4_u128 {
+        let sql = ready.test.sql(0).await;
+        workers.push(tokio::spawn(async move {
+            let me = Uuid::from_u128(nth + 1);
+            for round in nth.. {
+                for taken in take(&sql, me, 2).await {
+                    sql.batch_execute("begin").await.unwrap();
+                    let done = try_step(&sql, &taken.token).await;
+                    if let Err(error) = done {
+                        assert_eq!(error.code().unwrap().code(), "SMQ01", "{error:?}");
+                    }
+                    let end = if round % 5 == 0 { "rollback" } else { "commit" };
+                    sql.batch_execute(end).await.unwrap();
+                }
+                if round % 7 == 0 {
+                    super::give_back(&sql, me).await;
+                }
+                if effects(&sql).await.len() == total {
+                    return;
+                }
+            }
+        }));
+    }
+    for n in 0..20 {
+        for partition in &ready.partitions {
+            append_texts(&ready.sql, *partition, 3 * n..3 * n + 3).await;
+        }
+        // All leases are over.
+        ready.clocks.move_server("31 s").await;
+    }
+    for worker in workers {
+        within(20 * SECOND, "all is done", worker).await.unwrap();
+    }
+    for partition in &ready.partitions {
+        let of = "select message from effect where id / 100000000000000 = $1 order by nth";
+        let rows = ready.sql.query(of, &[&i64::from(number(*partition))]).await.unwrap();
+        let got: Vec<String> = rows.iter().map(|row| row.get(0)).collect();
+        assert_eq!(got, texts(0..60));
+    }
 }
 
 /// Whoever works with one snapshot: never a wrong answer, perhaps an error.
