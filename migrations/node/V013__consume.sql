@@ -46,7 +46,7 @@ begin
          where x.group_name = part[1] and x.partition = part[2]::int;
     end if;
     if part[6]::bigint <> shardmq.incarnation() then
-        raise exception 'shardmq: the server has another start than when partition % was taken', part[2]
+        raise exception 'shardmq: the server was started anew, or is another, since partition % was taken', part[2]
             using errcode = 'SMQ03', hint = 'What was pulled is void: take again.';
     elsif (c.owner::text, c.epoch) is distinct from (part[3], part[4]::bigint) then
         raise exception 'shardmq: partition % of group % is another consumer''s, or nobody''s', part[2], part[1]

@@ -37,7 +37,7 @@ pub struct GroupSummary {
     /// When its first message may have been appended, at the earliest: 1970 where it began with the
     /// first that was there.
     pub start_at: SystemTime,
-    /// Its live consumers.
+    /// Its live consumers, without those that know SQL alone.
     pub members: usize,
     /// The partitions of its topic.
     pub partitions: usize,
@@ -63,7 +63,7 @@ pub struct GroupInfo {
     /// first that was there.
     pub start_at: SystemTime,
     /// Its consumers in the order in which they joined: those that live, and those that fell silent and
-    /// still have partitions.
+    /// still have partitions. Consumers that know SQL alone are not among them, but own partitions.
     pub members: Vec<MemberInfo>,
     /// The topic's partitions, in rising order.
     pub partitions: Vec<GroupPartition>,
@@ -148,8 +148,8 @@ impl fmt::Display for CursorState {
 type Lags = HashMap<(String, String), Vec<PartitionLag>>;
 
 impl Cluster {
-    /// The groups of a topic, or of all topics (none), by topic and name. Their lag is computed: no
-    /// message is counted. A node that does not answer within 5 s is no error:
+    /// The groups of a topic, or of all topics (none), by topic and name, also those that only nodes know, since
+    /// nothing but SQL has consumed in them. Their lag is computed: no message is counted. A node that does not answer within 5 s is no error:
     /// [`unknown`](GroupSummary::unknown) says how much is missing.
     ///
     /// # Errors

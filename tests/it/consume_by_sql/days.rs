@@ -26,9 +26,9 @@ async fn days_without_messages_are_stepped_over_and_the_open_one_is_not_left() {
         sql.execute("select shardmq.roll($1, null)", &[&number(partition)]).await.unwrap();
         assert!(pull(sql, &token, 9).await.is_empty(), "day {days}");
         if messages > 0 {
-            append_texts(sql, partition, sent..sent + 1).await;
+            append_texts(sql, partition, [sent]).await;
             // Of the open day all is done; and then there is more.
-            assert_eq!(drain(sql, &token, 9).await, texts(sent..sent + 1));
+            assert_eq!(drain(sql, &token, 9).await, texts([sent]));
             for n in sent + 1..sent + messages {
                 append_texts(sql, partition, [n]).await;
             }
@@ -180,4 +180,22 @@ async fn a_table_that_retention_drops_meanwhile_is_passed_and_one_that_is_lost_i
     assert_eq!(drain(sql, &token, 9).await, texts(3..5));
     let gone = cursor(sql, "g", partition).await.acked_id + 1;
     assert_eq!(super::state(try_ack(sql, &token, gone).await), "22023");
+}
+
+#[tokio::test]
+async fn a_day_is_kept_until_a_group_of_sql_consumers_has_finished_it() {
+    let ready = Ready::new(1).await;
+    let (sql, partition, me) = (&ready.sql, ready.partitions[0], Uuid::now_v7());
+    append_texts(sql, partition, 0..3).await;
+    let token = take(sql, me, 1).await.remove(0).token;
+    let first = pull(sql, &token, 2).await;
+    assert!(ack(sql, &token, first[1].0).await);
+    let token = at(&ready, "10 days", me).await;
+    append_texts(sql, partition, 3..4).await;
+    let expire = "select concat_ws(' ', outcome, group_name) from shardmq.expire_day(10101)";
+    let outcome: String = sql.query_one(expire, &[]).await.unwrap().get(0);
+    assert_eq!(outcome, "kept g");
+    assert_eq!(drain(sql, &token, 1).await, texts(2..4));
+    let outcome: String = sql.query_one(expire, &[]).await.unwrap().get(0);
+    assert_eq!(outcome, "expired");
 }
