@@ -1,6 +1,6 @@
 //! Looking at groups, and deleting them.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt;
 use std::time::{Duration, SystemTime};
 
@@ -15,7 +15,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::id::{MessageId, NodeId, PartitionId};
 use crate::name::{GroupName, TopicName, nearest};
 use crate::store::connect::refused;
-use crate::store::group_admin::{self, Deleted, GroupRow, MemberRow};
+use crate::store::group_admin::{self, Deleted, GroupRow, MemberRow, NodeGroupRow};
 use crate::store::node::query;
 use crate::store::param::Param;
 use crate::store::sql;
@@ -37,7 +37,7 @@ pub struct GroupSummary {
     /// When its first message may have been appended, at the earliest: 1970 where it began with the
     /// first that was there.
     pub start_at: SystemTime,
-    /// Its live consumers.
+    /// Its live consumers, without those that know SQL alone.
     pub members: usize,
     /// The partitions of its topic.
     pub partitions: usize,
@@ -63,7 +63,7 @@ pub struct GroupInfo {
     /// first that was there.
     pub start_at: SystemTime,
     /// Its consumers in the order in which they joined: those that live, and those that fell silent and
-    /// still have partitions.
+    /// still have partitions. Consumers that know SQL alone are not among them, but own partitions.
     pub members: Vec<MemberInfo>,
     /// The topic's partitions, in rising order.
     pub partitions: Vec<GroupPartition>,
@@ -148,8 +148,8 @@ impl fmt::Display for CursorState {
 type Lags = HashMap<(String, String), Vec<PartitionLag>>;
 
 impl Cluster {
-    /// The groups of a topic, or of all topics (none), by topic and name. Their lag is computed: no
-    /// message is counted. A node that does not answer within 5 s is no error:
+    /// The groups of a topic, or of all topics (none), by topic and name, also those that only nodes know, since
+    /// nothing but SQL has consumed in them. Their lag is computed: no message is counted. A node that does not answer within 5 s is no error:
     /// [`unknown`](GroupSummary::unknown) says how much is missing.
     ///
     /// # Errors
@@ -157,42 +157,103 @@ impl Cluster {
     /// control database.
     pub async fn groups(&self, topic: Option<&str>) -> Result<Vec<GroupSummary>> {
         let topic = topic.map(TopicName::new).transpose()?;
-        if let Some(topic) = &topic {
-            self.topology(topic).await?;
-        }
-        let known = self.known_groups(topic.as_ref(), None).await?;
-        let mut topics: BTreeMap<NodeId, Vec<&str>> = BTreeMap::new();
-        for group in &known {
-            for node in &group.nodes {
-                let on_node = topics.entry(*node).or_default();
-                // In order of topics, so that a topic's groups come after each other.
-                if on_node.last() != Some(&group.topic.as_str()) {
-                    on_node.push(&group.topic);
-                }
+        let nodes: Vec<NodeId> = match &topic {
+            Some(topic) => self.topology(topic).await?.by_node().into_keys().collect(),
+            None => self.inner.nodes.refresh().await?.into_iter().map(|(node, _)| node).collect(),
+        };
+        let mut known = self.known_groups(topic.as_ref(), None).await?;
+        let asked = nodes.into_iter().map(|node| {
+            let on_node = known.iter().filter(|group| group.nodes.contains(&node));
+            let topics = on_node.map(|group| group.topic.clone()).collect();
+            self.groups_on(node, topic.as_ref(), topics)
+        });
+        let (mut lags, mut found) = (Lags::new(), Vec::new());
+        for (groups, on_node) in join_all(asked).await {
+            found.extend(groups);
+            for (topic, lag) in on_node {
+                lags.entry((topic, lag.group.clone())).or_default().push(lag);
             }
         }
-        let mut lags = Lags::new();
-        let asked = topics.into_iter().map(|(node, topics)| self.lags_on(node, topics));
-        for (topic, lag) in join_all(asked).await.into_iter().flatten() {
-            lags.entry((topic, lag.group.clone())).or_default().push(lag);
-        }
+        self.add_found(&mut known, found).await?;
         known.into_iter().map(|group| summary(group, &lags)).collect()
     }
 
-    /// Topic by topic; a node that does not answer for one is not asked for the others.
-    async fn lags_on(&self, node: NodeId, topics: Vec<&str>) -> Vec<(String, PartitionLag)> {
+    /// The groups that a node knows, and the lag in these topics and in theirs. Topic by topic; a node that
+    /// does not answer is not asked for the others.
+    async fn groups_on(
+        &self,
+        node: NodeId,
+        topic: Option<&TopicName>,
+        mut topics: BTreeSet<String>,
+    ) -> (Vec<NodeGroupRow>, Vec<(String, PartitionLag)>) {
         let mut all = Vec::new();
+        let groups = match self.found_on(node, topic, None).await {
+            Ok(groups) => groups,
+            Err(error) => {
+                tracing::warn!(error = %error.chain(), "lag is not known");
+                return (Vec::new(), all);
+            }
+        };
+        topics.extend(groups.iter().map(|group| group.topic.clone()));
         for topic in topics {
             let what = format!("read the lag on node {node}");
-            match in_time(ANSWER, &what, self.lag_on(node, topic)).await {
-                Ok(lags) => all.extend(lags.into_iter().map(|lag| (topic.to_owned(), lag))),
+            match in_time(ANSWER, &what, self.lag_on(node, &topic)).await {
+                Ok(lags) => all.extend(lags.into_iter().map(|lag| (topic.clone(), lag))),
                 Err(error) => {
                     tracing::warn!(error = %error.chain(), "lag is not known");
                     break;
                 }
             }
         }
-        all
+        (groups, all)
+    }
+
+    async fn found_on(
+        &self,
+        node: NodeId,
+        topic: Option<&TopicName>,
+        group: Option<&GroupName>,
+    ) -> Result<Vec<NodeGroupRow>> {
+        let what = format!("list the groups on node {node}");
+        in_time(ANSWER, &what, async {
+            let connection = self.inner.nodes.node(node).await?.get().await?;
+            let found = group_admin::groups_on(&connection, topic, group).await;
+            found.map_err(|error| refused(error, &what))
+        })
+        .await
+    }
+
+    /// Adds groups that only nodes know: consumers that know SQL alone tell their node, and nobody else.
+    async fn add_found(&self, known: &mut Vec<GroupRow>, found: Vec<NodeGroupRow>) -> Result<()> {
+        let mut starts: BTreeMap<(String, String), SystemTime> = BTreeMap::new();
+        for NodeGroupRow { topic, group, start_at } in found {
+            let first = starts.entry((topic, group)).or_insert(start_at);
+            *first = start_at.min(*first);
+        }
+        for group in known.iter() {
+            starts.remove(&(group.topic.clone(), group.group.clone()));
+        }
+        for ((topic, group), start_at) in starts {
+            let topology = match self.topology(&TopicName::new(&topic)?).await {
+                Ok(topology) => topology,
+                Err(error) if error.kind() == ErrorKind::NotFound => continue,
+                Err(error) => return Err(error),
+            };
+            let partitions = i64::try_from(topology.partitions.len()).unwrap_or(0);
+            let nodes = topology.by_node().into_keys().collect();
+            let broadcast = false;
+            known.push(GroupRow {
+                topic,
+                group,
+                broadcast,
+                start_at,
+                members: 0,
+                partitions,
+                nodes,
+            });
+        }
+        known.sort_by(|a, b| (&a.topic, &a.group).cmp(&(&b.topic, &b.group)));
+        Ok(())
     }
 
     /// A group with its consumers, and how far it is. A node that does not answer within 5 s is no
@@ -204,7 +265,14 @@ impl Cluster {
     pub async fn group(&self, topic: &str, group: &str) -> Result<GroupInfo> {
         let (topic, group) = (TopicName::new(topic)?, GroupName::new(group)?);
         let topology = self.topology(&topic).await?;
-        let Some(known) = self.known_groups(Some(&topic), Some(&group)).await?.pop() else {
+        let mut known = self.known_groups(Some(&topic), Some(&group)).await?;
+        if known.is_empty() {
+            let nodes = topology.by_node().into_keys();
+            let asked = nodes.map(|node| self.found_on(node, Some(&topic), Some(&group)));
+            let found = join_all(asked).await.into_iter().filter_map(Result::ok).flatten();
+            self.add_found(&mut known, found.collect()).await?;
+        }
+        let Some(known) = known.pop() else {
             return Err(self.unknown_group(&topic, &group).await);
         };
         let members = self.members_of(&topic, &group).await?;

@@ -63,7 +63,12 @@ impl Cluster {
         let (topic, group) = (TopicName::new(topic)?, GroupName::new(group)?);
         let topology = self.topology(&topic).await?;
         let chosen = chosen(&topology, target, partitions)?;
-        let Some(known) = start::recorded(self, &topology, &group).await? else {
+        let known = match start::recorded(self, &topology, &group).await? {
+            Some(known) => Some(known),
+            // Consumers that know SQL alone tell their node, and nobody else.
+            None => start::on_nodes(self, &topology, &group).await,
+        };
+        let Some(known) = known else {
             return Err(self.unknown_group(&topic, &group).await);
         };
         let what = format!("seek group {group} of topic {topic}");

@@ -78,14 +78,27 @@ pub(crate) async fn recorded(
     Ok(known.map(|(start, by_clock)| GroupStart(later(start, by_clock))))
 }
 
-/// Where the group starts by the account of the nodes, while the control database is away: each goes on
-/// from where it says, and one that does not know starts no later than any other, by any clock.
+/// Where the group starts by the account of the nodes, while the control database is away.
 async fn known_by_nodes(
     cluster: &Cluster,
     topology: &Topology,
     name: &GroupName,
     error: Error,
 ) -> Result<GroupStart> {
+    on_nodes(cluster, topology, name).await.ok_or_else(|| {
+        let what =
+            format!("no node that answers knows group {name}, and the control database is away");
+        Error::with_source(ErrorKind::Unavailable, what, error)
+    })
+}
+
+/// Where the group starts by the account of the nodes, if one that answers knows it: each goes on from
+/// where it says, and one that does not know starts no later than any other, by any clock.
+pub(crate) async fn on_nodes(
+    cluster: &Cluster,
+    topology: &Topology,
+    name: &GroupName,
+) -> Option<GroupStart> {
     let asked = topology.by_node().into_keys().map(|id| async move {
         let what = format!("look up where group {name} starts on node {id}");
         in_time(ANSWER, &what, async {
@@ -97,11 +110,7 @@ async fn known_by_nodes(
     });
     let answers = join_all(asked).await.into_iter().filter_map(Result::ok);
     let first = answers.flatten().min_by_key(|start| start.at);
-    first.map(|start| GroupStart(later(start, true))).ok_or_else(|| {
-        let what =
-            format!("no node that answers knows group {name}, and the control database is away");
-        Error::with_source(ErrorKind::Unavailable, what, error)
-    })
+    first.map(|start| GroupStart(later(start, true)))
 }
 
 /// What a node is told later.

@@ -45,6 +45,27 @@ pub(crate) async fn groups(
     Ok(rows.iter().map(read).collect())
 }
 
+/// A group as a node has it.
+#[derive(Debug, Clone)]
+pub(crate) struct NodeGroupRow {
+    pub(crate) topic: String,
+    pub(crate) group: String,
+    pub(crate) start_at: SystemTime,
+}
+
+/// The groups that a node knows, but for those of one consumer alone: all, or those of a topic, or one.
+pub(crate) async fn groups_on(
+    connection: &Connection,
+    topic: Option<&TopicName>,
+    group: Option<&GroupName>,
+) -> Result<Vec<NodeGroupRow>, Error> {
+    let (topic, group) = (topic.map(TopicName::as_str), group.map(GroupName::as_str));
+    let rows = query(connection, sql::GROUPS_ON, &[&topic, &group]).await?;
+    let read =
+        |row: &Row| NodeGroupRow { topic: row.get(0), group: row.get(1), start_at: row.get(2) };
+    Ok(rows.iter().map(read).collect())
+}
+
 fn nodes(numbers: &[i32]) -> Vec<NodeId> {
     let node = |number: &i32| NodeId::new(u8::try_from(*number).ok()?).ok();
     numbers.iter().filter_map(node).collect()

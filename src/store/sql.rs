@@ -67,6 +67,7 @@ statements! {
     FLUSH = "flush";
     FREEZE_DAY = "freeze_day";
     GROUP_LAG = "group_lag";
+    GROUPS_ON = "groups_on";
     GROUP_START_READ = "group_start_read";
     GROUP_START_WRITE = "group_start_write";
     IDENTITY = "identity";

@@ -18,6 +18,8 @@ mod balancer;
 mod bounded_reads;
 /// Consumers that get everything, each in a group of its own.
 mod broadcast;
+/// Consuming by the functions alone, as psql and other languages do.
+mod consume_by_sql;
 /// Without the control database.
 mod control_away;
 /// Several partitions in one commit, without waiting for each other.
