@@ -217,15 +217,15 @@ impl Shared {
             let resting = Resting { delivery: None, hold, origin };
             self.send(Event::Failed(resting.clone_empty()));
             let plan = self.plan(&mut delivery, &verdict);
-            self.rest(delivery, resting, plan);
+            self.rest(delivery, resting, &plan);
         }
     }
 
     /// Tells the stream when a message that failed is to come again, or needs no holding back.
-    fn rest(self: &Arc<Self>, mut delivery: Delivery, mut resting: Resting, plan: Plan) {
+    fn rest(self: &Arc<Self>, mut delivery: Delivery, mut resting: Resting, plan: &Plan) {
         let (revoked, stopping) = (delivery.revoked(), self.stopping.clone());
         let shared = Arc::clone(self);
-        match plan {
+        match *plan {
             Plan::InPlace(delay) => {
                 delivery.lay_down();
                 self.cluster.inner.tasks.spawn(async move {

@@ -99,8 +99,7 @@ impl Member {
         for (partition, moved) in outcomes {
             let outcome = self.moved(partition, moved, &versions).await;
             result = match (result, outcome) {
-                (Err(error), Ok(_)) => Err(error),
-                (_, Err(error)) => Err(error),
+                (Err(error), Ok(_)) | (_, Err(error)) => Err(error),
                 (Ok(all), Ok(this)) => Ok(all && this),
             };
         }

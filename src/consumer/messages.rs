@@ -114,8 +114,9 @@ impl Messages {
                     Some(true) => continue,
                     Some(false) => {
                         self.count();
-                        let blocked = self.current.take();
-                        blocked.into_iter().for_each(|batch| self.lanes.keep_busy(batch));
+                        if let Some(blocked) = self.current.take() {
+                            self.lanes.keep_busy(blocked);
+                        }
                         continue;
                     }
                     None => match batch.hand_out() {

@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use shardmq::embedded::StopMode;
 use shardmq::{
@@ -12,6 +12,7 @@ use shardmq::{
     Order, PartitionId, RetryPolicy,
 };
 use tokio::task::JoinHandle;
+use tokio::time::Instant;
 use tokio_postgres::Client;
 use tracing::Level;
 
@@ -225,7 +226,7 @@ async fn poison_goes_to_the_dead_letters_in_every_mode_and_all_else_goes_on() {
         match order {
             Order::ByPartition => assert_eq!(done, ["a1", "b1", "b2", "a3"]),
             Order::ByKey => {
-                assert_eq!((of("a"), of("b")), (strings(&["a1", "a3"]), strings(&["b1", "b2"])))
+                assert_eq!((of("a"), of("b")), (strings(&["a1", "a3"]), strings(&["b1", "b2"])));
             }
             _ => {}
         }

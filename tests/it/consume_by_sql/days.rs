@@ -118,7 +118,11 @@ async fn taking_a_partition_moves_its_position_over_what_is_acknowledged() {
 #[tokio::test]
 async fn a_consumer_behind_the_watermark_goes_on_from_it_and_is_told_what_it_missed() {
     let test = TestCluster::new(1).await;
-    let options = TopicOptions::partitions(1).retention(Retention { days: 1, drop_unread: true });
+    let options = TopicOptions::partitions(1).retention(Retention {
+        days: 1,
+        drop_unread: true,
+        ..Retention::default()
+    });
     let partitions = test.cluster.create_topic("orders", options).await.unwrap().partitions;
     let partitions = partitions.iter().map(|p| p.partition).collect();
     let clocks = Clocks::of(&test).await;
