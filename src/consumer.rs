@@ -105,6 +105,7 @@ pub(crate) enum Event {
         holding: Arc<Holding>,
         row: Arc<Batch>,
         again: Again,
+        room: Room,
     },
     /// A message that the stream has handed out was not handled.
     Failed(Resting),

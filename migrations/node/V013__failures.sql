@@ -1,10 +1,7 @@
 -- Messages that a group failed at: those that it tries again later, beside the log, and those that it has
--- given up. Both are copies: the day of the original may be dropped. New objects; shardmq.partition gets a
--- column with a constant default, under a short exclusive lock and without being rewritten.
-
-alter table shardmq.partition
-    add column dead_letter_days int not null default 30 check (dead_letter_days between 1 and 3650);
-comment on column shardmq.partition.dead_letter_days is 'How many days a dead letter is kept';
+-- given up. Both are copies: the day of the original may be dropped. New objects, functions in the place of
+-- others, and a column of shardmq.partition with a constant default: an exclusive lock for a moment, no table is
+-- rewritten.
 
 -- The same columns in the same order, so that one can be made of the other.
 create table shardmq.retry (
@@ -71,16 +68,16 @@ create function shardmq.dead_letter_retry(p_ids bigint[], p_topic text, p_group 
         with chosen as (
             select d.id
               from shardmq.dead_letter d
+              join shardmq.cursor c on (c.group_name, c.partition) = (d.group_name, d.partition)
              where (p_ids is null or d.id = any (p_ids))
                and (p_topic is null or d.topic = p_topic)
                and (p_group is null or d.group_name = p_group)
                and (p_partition is null or d.partition = p_partition)
                and (p_error is null or strpos(d.failures -> -1 ->> 'error', p_error) > 0)
                and (p_before is null or d.died_at <= p_before)
-               and exists (select from shardmq.cursor c
-                            where (c.group_name, c.partition) = (d.group_name, d.partition))
              order by d.id limit p_most
-               for update skip locked),
+               for update of d skip locked
+               for key share of c),
         gone as (
             delete from shardmq.dead_letter d using chosen where d.id = chosen.id returning d.*),
         again as (
@@ -118,6 +115,10 @@ create function shardmq.dead_letter_drop(p_ids bigint[], p_topic text, p_group t
         select g.topic, g.group_name, count(*) from gone g group by g.topic, g.group_name
     $$;
 
+alter table shardmq.partition
+    add column dead_letter_days int not null default 30 check (dead_letter_days between 1 and 3650);
+comment on column shardmq.partition.dead_letter_days is 'How many days a dead letter is kept';
+
 -- Drops dead letters of a partition whose time is over, up to so many. Returns how many.
 create function shardmq.expire_dead_letters(p_partition int, p_most int) returns bigint
     language sql volatile security definer
@@ -127,31 +128,94 @@ create function shardmq.expire_dead_letters(p_partition int, p_most int) returns
             select d.id
               from shardmq.dead_letter d join shardmq.partition p using (partition)
              where d.partition = p_partition
-               and d.died_at < shardmq.clock() - p.dead_letter_days * interval '1 day'
+               and d.died_at < (select shardmq.clock()) - p.dead_letter_days * interval '1 day'
              order by d.died_at limit p_most
                for update of d skip locked),
         gone as (delete from shardmq.dead_letter d using chosen where d.id = chosen.id returning 1)
         select count(*) from gone
     $$;
 
--- Messages to be tried again go with their group; dead letters are kept until their time is over.
-create function shardmq.retry_ends() returns trigger
-    language plpgsql security definer
+-- As before; what is parked goes too.
+-- Forgets a group of a topic on this node: deleted, unknown, or live, where a consumer has a lease that
+-- owns one of its cursors. A member's row has no topic, so one that owns nothing counts too if its group
+-- bears the name.
+create or replace function shardmq.delete_group(p_topic text, p_group text) returns text
+    language plpgsql volatile security definer
     set search_path = pg_catalog, pg_temp
-    as $$ begin
-        delete from shardmq.retry r where (r.group_name, r.partition) = (old.group_name, old.partition);
-        return null;
-    end $$;
-create trigger retry_ends after delete on shardmq.cursor
-    for each row execute function shardmq.retry_ends();
+    as $$
+declare
+    known boolean;
+begin
+    -- Nobody takes one of them between the look at the leases and the end.
+    perform from shardmq.cursor c join shardmq.partition p on p.partition = c.partition
+      where c.group_name = p_group and p.topic = p_topic
+      order by c.partition
+        for update of c;
+    if exists (
+        select from shardmq.member m
+          left join shardmq.cursor c on c.member = m.member
+          left join shardmq.partition p on p.partition = c.partition
+         where m.group_name = p_group and m.leased_until > shardmq.clock()
+           and (p.partition is null or p.topic = p_topic)) then
+        return 'live';
+    end if;
+    delete from shardmq.cursor c using shardmq.partition p
+     where p.partition = c.partition and c.group_name = p_group and p.topic = p_topic;
+    known := found;
+    delete from shardmq.retry r where r.group_name = p_group and r.topic = p_topic;
+    delete from shardmq.group_start g where (g.topic, g.group_name) = (p_topic, p_group);
+    return case when known or found then 'deleted' else 'unknown' end;
+end $$;
 
--- A partition's number is used again: nothing of the topic before may be left under it.
-create function shardmq.dead_letter_ends() returns trigger
-    language plpgsql security definer
+-- As before; what is parked goes too.
+-- Removes broadcast groups whose consumer has not renewed its lease here for so long: it has died, or
+-- it is away for good. Returns how many.
+create or replace function shardmq.sweep_broadcasts(p_idle interval) returns bigint
+    language sql volatile security definer
     set search_path = pg_catalog, pg_temp
-    as $$ begin
-        delete from shardmq.dead_letter d where d.partition = new.partition;
-        return null;
-    end $$;
-create trigger dead_letter_ends after update of state on shardmq.partition
-    for each row when (new.state = 'deleted') execute function shardmq.dead_letter_ends();
+    as $$
+        with idle as (
+            delete from shardmq.group_start g
+             where g.broadcast and g.seen_at < shardmq.clock() - p_idle
+               and not exists (select from shardmq.member m
+                                where m.group_name = g.group_name
+                                  and m.leased_until > shardmq.clock() - p_idle)
+            returning g.group_name),
+        cursors as (
+            delete from shardmq.cursor c using idle where c.group_name = idle.group_name),
+        parked as (
+            delete from shardmq.retry r using idle where r.group_name = idle.group_name)
+        select count(*) from idle
+    $$;
+
+-- As before; what is parked goes too, and dead letters: the number is used again.
+-- Ends a partition: drops its tables and cursors. Its number stays taken for a day.
+create or replace function shardmq.delete_partition(p_partition int, p_topic text) returns boolean
+    language plpgsql volatile security definer
+    set search_path = pg_catalog, pg_temp
+    as $$
+declare
+    t record;
+begin
+    perform shardmq.lock_partition(p_partition);
+    update shardmq.partition p set state = 'deleted', deleted_at = shardmq.clock()
+     where p.partition = p_partition and p.topic = p_topic and p.state <> 'deleted';
+    if not found then
+        return false;
+    end if;
+    for t in select c.relname from pg_class c join pg_namespace n on n.oid = c.relnamespace
+              where n.nspname = 'shardmq' and c.relkind = 'r' and c.relname like 'batch\_' || p_partition || '\_%' loop
+        execute format('drop table shardmq.%I', t.relname);
+    end loop;
+    delete from shardmq.day d where d.partition = p_partition;
+    delete from shardmq.refused r where r.partition = p_partition;
+    delete from shardmq.cursor c where c.partition = p_partition;
+    -- Behind the cursors: whoever puts something aside has locked one.
+    delete from shardmq.retry r where r.partition = p_partition;
+    delete from shardmq.dead_letter l where l.partition = p_partition;
+    -- A topic of that name that is made later is another one: its groups begin anew.
+    delete from shardmq.group_start g
+     where g.topic = p_topic
+       and not exists (select from shardmq.partition p where p.topic = p_topic and p.state <> 'deleted');
+    return true;
+end $$;

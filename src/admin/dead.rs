@@ -73,11 +73,11 @@ pub struct DeadLetter {
     pub failures: Vec<FailedAttempt>,
 }
 
-/// Which dead letters: those that meet every condition that is set.
+/// Which dead letters: those that meet every condition that is set; all where none is.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct DeadLetterFilter {
-    /// These.
-    pub ids: Vec<DeadLetterId>,
+    /// These, and none where the list is empty.
+    pub ids: Option<Vec<DeadLetterId>>,
     /// Of this topic.
     pub topic: Option<TopicName>,
     /// Of this group.
@@ -144,7 +144,7 @@ impl Cluster {
 
     /// One dead letter; none where there is none of that number.
     pub async fn dead_letter(&self, id: DeadLetterId) -> Result<Option<DeadLetter>> {
-        let filter = DeadLetterFilter { ids: vec![id], ..DeadLetterFilter::default() };
+        let filter = DeadLetterFilter { ids: Some(vec![id]), ..DeadLetterFilter::default() };
         let (letters, _) = self.dead_letters_on(id.node, &filter, 0, 1).await?;
         Ok(letters.into_iter().next())
     }
@@ -270,8 +270,8 @@ impl Cluster {
         if let Some(partition) = filter.partition {
             nodes.retain(|node| *node == partition.node());
         }
-        if !filter.ids.is_empty() {
-            nodes.retain(|node| filter.ids.iter().any(|id| id.node == *node));
+        if let Some(ids) = &filter.ids {
+            nodes.retain(|node| ids.iter().any(|id| id.node == *node));
         }
         nodes.sort_unstable();
         nodes
@@ -290,9 +290,11 @@ impl Cluster {
 }
 
 fn chosen(filter: &DeadLetterFilter, node: NodeId) -> Chosen {
-    let ids = filter.ids.iter().filter(|id| id.node == node).map(|id| id.number).collect();
+    let here = |ids: &Vec<DeadLetterId>| {
+        ids.iter().filter(|id| id.node == node).map(|id| id.number).collect()
+    };
     Chosen {
-        ids: Some(ids).filter(|_| !filter.ids.is_empty()),
+        ids: filter.ids.as_ref().map(here),
         topic: filter.topic.as_ref().map(ToString::to_string),
         group: filter.group.as_ref().map(ToString::to_string),
         partition: filter.partition.map(PartitionId::as_i32),

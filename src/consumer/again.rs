@@ -9,18 +9,20 @@
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
 use tokio::time::sleep;
 use uuid::Uuid;
 
 use crate::consumer::aside::Plan;
 use crate::consumer::delivery::{Delivery, Origin};
-use crate::consumer::holding::Hand;
+use crate::consumer::holding::{FAILED, Hand, Holding};
 use crate::consumer::keys::{Freed, Keys};
 use crate::consumer::lanes::Unread;
 use crate::consumer::pinned::Pinned;
 use crate::consumer::{Event, Order, Shared, Verdict};
+use crate::id::{NodeId, PartitionId};
 
 /// What waits for a message that failed.
 #[derive(Debug, Clone)]
@@ -40,6 +42,17 @@ pub(crate) struct Resting {
 }
 
 impl Resting {
+    /// The acquisition of which others wait for it.
+    pub(super) fn holds(&self) -> Option<(PartitionId, Uuid)> {
+        let Origin { holding, .. } = &*self.origin;
+        (!matches!(self.hold, Hold::Nothing)).then(|| (holding.partition, holding.owner()))
+    }
+
+    /// Nobody waits for it any more.
+    pub(super) fn let_go(&self) {
+        self.origin.holding.pass_failed();
+    }
+
     /// To say that it has failed.
     fn clone_empty(&self) -> Self {
         Self { delivery: None, hold: self.hold.clone(), origin: Arc::clone(&self.origin) }
@@ -55,6 +68,8 @@ pub(super) struct Failed {
     /// How many are of each key.
     held: HashMap<(Uuid, Arc<str>), usize>,
     keys: Keys,
+    /// Acquisitions of which something was held back.
+    held_back: HashSet<(PartitionId, Uuid)>,
     /// Acquisitions that can't go on since too much is kept.
     blocked: HashSet<Uuid>,
     /// What these keep in memory.
@@ -70,6 +85,7 @@ impl Failed {
             due: VecDeque::new(),
             held: HashMap::new(),
             keys: Keys::new(most_bytes),
+            held_back: HashSet::new(),
             blocked: HashSet::new(),
             pinned: Pinned::default(),
             most_bytes,
@@ -82,15 +98,24 @@ impl Failed {
         self.count == 0 && self.keys.is_empty()
     }
 
-    /// Whether nothing new may be handed out: what failed keeps as much in memory as may be fetched. By
-    /// partition it is what was handed out of each, and those that do not fail must go on.
-    pub(super) fn is_full(&self) -> bool {
-        self.order != Order::ByPartition && self.pinned.bytes() >= self.most_bytes
+    /// Whether nothing new of a node may be handed out: what failed of it keeps as much in memory as may be
+    /// fetched. By partition it is what was handed out of each, and those that do not fail must go on.
+    pub(super) fn is_full(&self, node: NodeId) -> bool {
+        self.order != Order::ByPartition && self.pinned.bytes_of(node) >= self.most_bytes
+    }
+
+    /// This acquisition can't go on for now.
+    pub(super) fn block(&mut self, owner: Uuid) {
+        self.blocked.insert(owner);
     }
 
     /// A message failed: what must wait for it does from now on.
     pub(super) fn hold(&mut self, failed: &Resting) {
         self.count += 1;
+        if !matches!(failed.hold, Hold::Nothing) {
+            let Origin { holding, .. } = &*failed.origin;
+            self.held_back.insert((holding.partition, holding.owner()));
+        }
         self.pinned.pin(&failed.origin);
         match &failed.hold {
             // It is held until this one is handed out again.
@@ -148,8 +173,11 @@ impl Failed {
     }
 
     /// Keeps the next message of a batch aside, if its key waits for one that failed. `None`: it need not
-    /// wait; false: too much is kept already.
+    /// wait; false: too much is kept already of its node.
     pub(super) fn keep(&mut self, batch: &mut Unread) -> Option<bool> {
+        if self.is_full(batch.origin.holding.partition.node()) {
+            return Some(false);
+        }
         if self.order != Order::ByKey {
             return None;
         }
@@ -161,8 +189,6 @@ impl Failed {
         let kept = self.keys.keep(batch, id, &key);
         if kept {
             batch.skip();
-        } else {
-            self.blocked.insert(batch.owner());
         }
         Some(kept)
     }
@@ -175,6 +201,11 @@ impl Failed {
     /// Whether messages of an acquisition may be handed out has changed.
     pub(super) fn turn(&mut self, owner: Uuid) {
         self.keys.turn(owner);
+    }
+
+    /// Of which acquisitions something was held back.
+    pub(super) fn held_back(&self) -> impl Iterator<Item = (PartitionId, Uuid)> {
+        self.held_back.iter().copied()
     }
 
     pub(super) fn clear(&mut self) {
@@ -196,6 +227,39 @@ impl Failed {
                     self.keys.end(*owner, key);
                 }
             }
+        }
+    }
+}
+
+impl Holding {
+    /// Messages that fail come again in this order, and are told here.
+    pub(super) fn in_order(
+        mut self,
+        order: Order,
+        failures: Option<mpsc::WeakUnboundedSender<(Delivery, Verdict)>>,
+        wake_parked: Arc<Notify>,
+    ) -> Self {
+        (self.order, self.failures, self.wake_parked) = (order, failures, wake_parked);
+        self
+    }
+
+    /// A message that was handed out has failed: in an order, nothing is handed out until the stream knows
+    /// what must wait for it.
+    pub(super) fn fail(&self, delivery: Delivery, verdict: Verdict) {
+        if self.order != Order::Unordered {
+            self.gate.fetch_add(FAILED, Ordering::SeqCst);
+        }
+        if let Some(failures) = self.failures.as_ref().and_then(mpsc::WeakUnboundedSender::upgrade)
+        {
+            let _ = failures.send((delivery, verdict));
+        }
+    }
+
+    /// It is known, or handed out again: others may go on.
+    pub(super) fn pass_failed(&self) {
+        if self.order != Order::Unordered {
+            self.gate.fetch_sub(FAILED, Ordering::SeqCst);
+            self.tell_stream();
         }
     }
 }

@@ -14,8 +14,8 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use tokio::sync::oneshot;
-use tokio::time::{Instant, sleep, timeout};
+use tokio::sync::{Notify, oneshot};
+use tokio::time::{Instant, sleep_until, timeout};
 
 use crate::consumer::delivery::Delivery;
 use crate::consumer::member::{Command, STATEMENT};
@@ -32,8 +32,10 @@ use crate::store::group::Moved;
 
 /// The most of one statement: messages, and bytes over the first.
 const MOST: (usize, usize) = (256, 4 << 20);
-/// Between attempts.
+/// Between attempts at one.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(2));
+/// After how often a row was found locked it is waited for.
+const PATIENCE: u32 = 5;
 const REMIND: Duration = Duration::from_mins(1);
 
 /// What waits to be put aside, by node.
@@ -44,6 +46,8 @@ pub(super) struct Aside(Mutex<HashMap<NodeId, Queue>>);
 struct Queue {
     waiting: Vec<Request>,
     working: bool,
+    /// Told when something more waits.
+    more: Arc<Notify>,
 }
 
 struct Request {
@@ -51,6 +55,18 @@ struct Request {
     tried: Tried,
     /// Dropped unanswered where it is another's by now.
     done: oneshot::Sender<()>,
+    /// When it is tried next, how long after that, and how often a transaction had locked its row.
+    next: Instant,
+    backoff: Duration,
+    locked: u32,
+}
+
+impl Request {
+    fn again_later(mut self) -> Self {
+        self.next = Instant::now() + self.backoff;
+        self.backoff = (self.backoff * 2).min(BACKOFF.1);
+        self
+    }
 }
 
 /// What follows when a message failed.
@@ -101,9 +117,11 @@ impl Shared {
         let tried = Tried { attempts, first_seen, failures, due_secs };
         let node = delivery.partition().node();
         let (done, receiver) = oneshot::channel();
+        let (next, backoff) = (Instant::now(), BACKOFF.0);
         let mut queues = lock(&self.aside.0);
         let queue = queues.entry(node).or_default();
-        queue.waiting.push(Request { delivery, tried, done });
+        queue.waiting.push(Request { delivery, tried, done, next, backoff, locked: 0 });
+        queue.more.notify_one();
         if !std::mem::replace(&mut queue.working, true) {
             let shared = Arc::clone(self);
             self.cluster.inner.tasks.spawn(async move { shared.work_off(node).await });
@@ -111,27 +129,37 @@ impl Shared {
         receiver
     }
 
-    /// Until nothing waits.
+    /// Until nothing waits. Each has its own time: one that can't be put aside yet keeps no other waiting.
     async fn work_off(self: Arc<Self>, node: NodeId) {
-        let (mut left, mut backoff) = (Vec::new(), BACKOFF.0);
+        let mut left: Vec<Request> = Vec::new();
         let mut trouble = Trouble::new(REMIND);
         loop {
-            {
+            let more = {
                 let mut queues = lock(&self.aside.0);
                 let queue = queues.entry(node).or_default();
                 left.append(&mut queue.waiting);
                 // What is another's by now is delivered there.
-                left.retain(|request: &Request| request.delivery.holding().accepts().is_ok());
+                left.retain(|request| request.delivery.holding().accepts().is_ok());
                 if left.is_empty() {
                     queue.working = false;
                     return;
                 }
+                Arc::clone(&queue.more)
+            };
+            let now = Instant::now();
+            let (mut due, later): (Vec<_>, Vec<_>) =
+                left.into_iter().partition(|request| request.next <= now);
+            left = later;
+            if due.is_empty() {
+                let next = left.iter().map(|request| request.next).min().unwrap_or(now);
+                tokio::select! {
+                    () = sleep_until(next) => {}
+                    () = more.notified() => {}
+                }
+                continue;
             }
-            let mut part = left;
-            left = part.split_off(fitting(&part));
-            let count = part.len();
-            let (outcome, again) = self.attempt_aside(node, part).await;
-            match outcome {
+            left.extend(due.split_off(fitting(&due)));
+            match self.attempt_aside(node, due, &mut left).await {
                 Ok(()) => _ = trouble.end(),
                 Err(error) if trouble.meet(Instant::now()) => tracing::warn!(
                     %node, group = %self.group, error = %error.chain(),
@@ -139,41 +167,49 @@ impl Shared {
                 ),
                 Err(_) => {}
             }
-            if again.len() < count {
-                backoff = BACKOFF.0;
-            }
-            if !again.is_empty() {
-                // Locked by a transaction, or without an answer: the others come first.
-                left.extend(again);
-                sleep(backoff).await;
-                backoff = (backoff * 2).min(BACKOFF.1);
-            }
         }
     }
 
-    /// Returns what is to be tried again.
-    async fn attempt_aside(&self, node: NodeId, part: Vec<Request>) -> (Result<()>, Vec<Request>) {
+    /// What is to be tried again is left.
+    async fn attempt_aside(
+        &self,
+        node: NodeId,
+        due: Vec<Request>,
+        left: &mut Vec<Request>,
+    ) -> Result<()> {
         let (parked, fresh): (Vec<Request>, Vec<Request>) =
-            part.into_iter().partition(|request| request.delivery.is_parked());
-        let mut again = Vec::new();
+            due.into_iter().partition(|request| request.delivery.is_parked());
+        // Some transaction always has the row: it is waited for, a while.
+        let (stuck, fresh): (Vec<Request>, Vec<Request>) =
+            fresh.into_iter().partition(|request| request.locked >= PATIENCE);
         // What is dropped by the time limit is the statement, and none of the requests.
-        let put = self.in_time(node, self.put(node, &fresh)).await;
-        let put = self.take_note(fresh, put, &mut again);
-        let settled = self.in_time(node, self.settle(node, &parked)).await;
-        let settled = self.take_note(parked, settled, &mut again);
-        (put.and(settled), again)
+        let put = self.in_time(node, &fresh, self.put(node, &fresh, false)).await;
+        let mut outcome = self.take_note(fresh, put, left);
+        for one in stuck {
+            let one = [one];
+            let put = self.in_time(node, &one, self.put(node, &one, true)).await;
+            let noted = self.take_note(one.into(), put, left);
+            outcome = outcome.and(noted);
+        }
+        let settled = self.in_time(node, &parked, self.settle(node, &parked)).await;
+        let settled = self.take_note(parked, settled, left);
+        outcome.and(settled)
     }
 
+    /// Within a time that is enough for so many bytes on a slow line.
     async fn in_time(
         &self,
         node: NodeId,
+        requests: &[Request],
         asking: impl Future<Output = Result<Vec<Moved>>>,
     ) -> Result<Vec<Moved>> {
+        let bytes: usize = requests.iter().map(|request| request.delivery.payload().len()).sum();
+        let limit = STATEMENT + Duration::from_secs(bytes as u64 >> 20);
         let late = || Error::new(ErrorKind::Unavailable, format!("node {node}: no answer in time"));
-        timeout(STATEMENT, asking).await.unwrap_or_else(|_| Err(late()))
+        timeout(limit, asking).await.unwrap_or_else(|_| Err(late()))
     }
 
-    async fn put(&self, node: NodeId, requests: &[Request]) -> Result<Vec<Moved>> {
+    async fn put(&self, node: NodeId, requests: &[Request], waits: bool) -> Result<Vec<Moved>> {
         if requests.is_empty() {
             return Ok(Vec::new());
         }
@@ -189,7 +225,7 @@ impl Shared {
         let connection = self.connection(node).await?;
         let what = format!("put messages aside on node {node}");
         let names = (&self.topology.topic, &self.group);
-        let outcomes = failures::put_aside(connection, names, &messages).await;
+        let outcomes = failures::put_aside(connection, names, &messages, waits).await;
         self.failpoint("put aside").await;
         outcomes.map_err(|error| refused(error, &what))
     }
@@ -217,37 +253,44 @@ impl Shared {
         &self,
         requests: Vec<Request>,
         outcomes: Result<Vec<Moved>>,
-        again: &mut Vec<Request>,
+        left: &mut Vec<Request>,
     ) -> Result<()> {
         let outcomes = match outcomes {
             Ok(outcomes) => outcomes,
             Err(error) => {
-                again.extend(requests);
+                left.extend(requests.into_iter().map(Request::again_later));
                 return Err(error);
             }
         };
-        for (request, outcome) in requests.into_iter().zip(outcomes) {
+        for (mut request, outcome) in requests.into_iter().zip(outcomes) {
             match outcome {
-                Moved::Yes => self.is_aside(request),
-                Moved::Locked => again.push(request),
+                Moved::Yes => self.is_aside(request, true),
+                Moved::Already => self.is_aside(request, false),
+                Moved::Locked => {
+                    request.locked += 1;
+                    left.push(request.again_later());
+                }
                 Moved::OtherServer => {
                     request.delivery.holding().compare();
-                    again.push(request);
+                    left.push(request.again_later());
                 }
-                // The next renewal finds that too; whoever has it delivers it.
-                Moved::LeaseLost | Moved::Reset => drop(request),
+                // Whoever has it delivers it.
+                Moved::LeaseLost | Moved::Reset => {
+                    self.tell(request.delivery.partition().node(), Command::Renew);
+                }
             }
         }
         Ok(())
     }
 
-    fn is_aside(&self, request: Request) {
-        let Request { mut delivery, tried, done } = request;
-        delivery.put_aside();
+    /// It is there: now, or since an earlier attempt.
+    fn is_aside(&self, request: Request, is_new: bool) {
+        let Request { mut delivery, tried, done, .. } = request;
+        delivery.put_aside(tried.due_secs.is_some());
         if let Some(secs) = tried.due_secs {
-            ::metrics::counter!(names::PARKED).increment(1);
+            ::metrics::counter!(names::PARKED).increment(is_new.into());
             self.tell(delivery.partition().node(), Command::Parked { secs });
-        } else {
+        } else if is_new {
             ::metrics::counter!(names::DEAD_LETTERS).increment(1);
             let error = tried.failures.last().map_or("", |failure| failure.error.as_str());
             tracing::error!(

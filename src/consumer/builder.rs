@@ -233,6 +233,7 @@ impl ConsumerBuilder {
             budget: Budget::new(self.options.prefetch_bytes),
             failures: Mutex::new(Some(failures)),
             aside: Aside::default(),
+            parked_wakers: Mutex::default(),
             drop_said: AtomicBool::new(false),
             member,
             journal,

@@ -93,9 +93,13 @@ impl Member {
                 .await
                 .map_err(|error| refused(error, &what))?;
         }
-        outcomes.extend(self.delete_parked(done).await?);
+        let (mut result, left) = match self.delete_parked(done).await {
+            Ok(left) => (Ok(true), left),
+            // What was committed is, all the same.
+            Err(error) => (Err(error), Vec::new()),
+        };
+        outcomes.extend(left);
         self.pace.took(begun.elapsed());
-        let mut result = Ok(true);
         for (partition, moved) in outcomes {
             let outcome = self.moved(partition, moved, &versions).await;
             result = match (result, outcome) {
@@ -114,13 +118,14 @@ impl Member {
         &mut self,
         partition: PartitionId,
         moved: Moved,
-        versions: &HashMap<PartitionId, u64>,
+        versions: &HashMap<PartitionId, (u64, i64)>,
     ) -> Result<bool> {
         let Some(holding) = self.holdings.get(&partition).cloned() else { return Ok(true) };
         let refusal = match moved {
-            Moved::Yes => {
-                let version = versions.get(&partition).copied().unwrap_or(0);
+            Moved::Yes | Moved::Already => {
+                let (version, acked_id) = versions.get(&partition).copied().unwrap_or((0, 0));
                 holding.tracker().flushed(version);
+                holding.committed(acked_id);
                 ::metrics::counter!(names::FLUSHED).increment(1);
                 return Ok(true);
             }
@@ -174,7 +179,7 @@ impl Member {
         let mut left = Vec::new();
         for ((holding, id), moved) in done.into_iter().zip(outcomes) {
             match moved {
-                Moved::Yes => holding.parked_deleted(id),
+                Moved::Yes | Moved::Already => holding.parked_deleted(id),
                 other => left.push((holding.partition, other)),
             }
         }
@@ -190,7 +195,7 @@ impl Member {
         }
     }
 
-    fn moves(&self, only: Option<&[PartitionId]>) -> (Vec<Move>, HashMap<PartitionId, u64>) {
+    fn moves(&self, only: Option<&[PartitionId]>) -> (Vec<Move>, HashMap<PartitionId, (u64, i64)>) {
         let mut moves = Vec::new();
         let mut versions = HashMap::new();
         let chosen = |partition| only.is_none_or(|only| only.contains(partition));
@@ -205,7 +210,7 @@ impl Member {
                 acked_id: pending.acked_id,
                 acked_ahead: pending.acked_ahead,
             });
-            versions.insert(holding.partition, pending.version);
+            versions.insert(holding.partition, (pending.version, pending.acked_id));
         }
         (moves, versions)
     }

@@ -345,19 +345,41 @@ impl Delivery {
     /// The message is done.
     pub(super) fn settle(&mut self) -> Result<()> {
         let result = match &self.origin.parked {
-            Some(parked) => self.origin.holding.end_parked(parked.claim.id),
+            Some(parked) => self.origin.holding.end_parked(&parked.claim),
             None => self.origin.holding.ack(self.number(), &self.origin.row),
         };
         self.leave();
         result
     }
 
-    /// A copy was put aside: the group has done with this one.
-    pub(super) fn put_aside(&mut self) {
-        if !self.is_parked() {
-            self.origin.holding.skip(self.number());
+    /// A copy was put aside: the group has done with this one; for good, or it will be due again.
+    pub(super) fn put_aside(&mut self, is_again: bool) {
+        self.entrust();
+        match &self.origin.parked {
+            Some(_) if is_again => {}
+            Some(parked) => parked.claim.is_settled(),
+            None => self.origin.holding.skip(self.number()),
         }
         self.leave();
+    }
+
+    /// A transaction of the user's has acknowledged it, and is committed.
+    pub(super) fn committed(&mut self) -> Result<()> {
+        if let Some(parked) = &self.origin.parked {
+            // Its row has gone with that.
+            parked.claim.is_settled();
+            self.leave();
+            return Ok(());
+        }
+        self.entrust();
+        self.settle()
+    }
+
+    /// The node has it in a row of its own: to be looked for if it loses the end of its log.
+    fn entrust(&self) {
+        if !self.is_parked() {
+            self.origin.holding.entrust(self.number());
+        }
     }
 
     fn leave(&mut self) {

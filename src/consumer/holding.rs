@@ -34,10 +34,12 @@ pub(crate) struct Holding {
     acked_since: AtomicU64,
     state: AtomicU8,
     void: AtomicBool,
-    order: Order,
-    failures: Option<mpsc::WeakUnboundedSender<(Delivery, Verdict)>>,
+    pub(super) order: Order,
+    pub(super) failures: Option<mpsc::WeakUnboundedSender<(Delivery, Verdict)>>,
+    /// Told where something parked may be due again.
+    pub(super) wake_parked: Arc<Notify>,
     /// Why nothing is handed out for now: 0, or some of the bits below.
-    gate: AtomicU32,
+    pub(super) gate: AtomicU32,
     /// Told when the gate has opened, or the partition is no longer held.
     stream: mpsc::WeakUnboundedSender<Event>,
     /// Deliveries handed out and not answered.
@@ -108,7 +110,7 @@ const AHEAD: u32 = 4;
 /// The lease has run out by the own clock: it may be another's by now.
 const LAPSED: u32 = 8;
 /// A message has failed that comes before all others; the bits from here on count such.
-const FAILED: u32 = 1 << 8;
+pub(super) const FAILED: u32 = 1 << 8;
 /// Any of these keeps messages from being handed out; `AHEAD` only keeps them from being read.
 const CLOSED: u32 = PAUSED | PATCHY | LAPSED | !(FAILED - 1);
 
@@ -142,6 +144,7 @@ impl Holding {
             void: AtomicBool::new(false),
             order: Order::Unordered,
             failures: None,
+            wake_parked: Arc::default(),
             gate: AtomicU32::new(0),
             stream,
             outstanding: AtomicUsize::new(0),
@@ -156,16 +159,6 @@ impl Holding {
             compare: AtomicBool::new(false),
             journal,
         }
-    }
-
-    /// Messages that fail come again in this order, and are told here.
-    pub(super) fn in_order(
-        mut self,
-        order: Order,
-        failures: Option<mpsc::WeakUnboundedSender<(Delivery, Verdict)>>,
-    ) -> Self {
-        (self.order, self.failures) = (order, failures);
-        self
     }
 
     /// Stands for this acquisition, in the stream.
@@ -307,6 +300,7 @@ impl Holding {
     pub(crate) fn resume(&self) {
         self.open(PAUSED);
         self.wake.notify_one();
+        self.wake_parked.notify_one();
     }
 
     pub(crate) fn is_paused(&self) -> bool {
@@ -334,7 +328,7 @@ impl Holding {
         self.tell_stream();
     }
 
-    fn tell_stream(&self) {
+    pub(super) fn tell_stream(&self) {
         let turn = || Event::Turn(self.owner());
         self.stream.upgrade().map(|stream| stream.send(turn()));
     }
@@ -366,26 +360,6 @@ impl Holding {
     /// The same for one that has failed.
     pub(super) fn hand_out_again(&self) -> Hand {
         self.hand_out_unless(CLOSED & (FAILED - 1) & !PATCHY)
-    }
-
-    /// A message that was handed out has failed: in an order, nothing is handed out until the stream knows
-    /// what must wait for it.
-    pub(super) fn fail(&self, delivery: Delivery, verdict: Verdict) {
-        if self.order != Order::Unordered {
-            self.gate.fetch_add(FAILED, Ordering::SeqCst);
-        }
-        if let Some(failures) = self.failures.as_ref().and_then(mpsc::WeakUnboundedSender::upgrade)
-        {
-            let _ = failures.send((delivery, verdict));
-        }
-    }
-
-    /// It is known, or handed out again: others may go on.
-    pub(super) fn pass_failed(&self) {
-        if self.order != Order::Unordered {
-            self.gate.fetch_sub(FAILED, Ordering::SeqCst);
-            self.tell_stream();
-        }
     }
 
     #[inline]

@@ -40,7 +40,7 @@ pub(super) struct Unread {
     /// What is wanted of it.
     filter: Option<Arc<Filter>>,
     round: u32,
-    _room: Option<Room>,
+    _room: Room,
 }
 
 impl Unread {
@@ -48,20 +48,20 @@ impl Unread {
         let Read { holding, row, from, patchy, round, room } = read;
         let (topic, read_at) = (topic.clone(), now());
         let origin = Arc::new(Origin { holding, row, topic, read_at, parked: None });
-        Self { origin, next: from, patchy, filter, round, _room: Some(room) }
+        Self { origin, next: from, patchy, filter, round, _room: room }
     }
 
     /// A message that was parked, in a row of its own.
     pub(super) fn parked(
-        holding: Arc<Holding>,
-        row: Arc<Batch>,
+        (holding, row): (Arc<Holding>, Arc<Batch>),
         parked: Again,
         topic: &TopicName,
+        room: Room,
     ) -> Self {
         let (next, round) = (row.base_id, holding.round());
         let (topic, read_at) = (topic.clone(), now());
         let origin = Arc::new(Origin { holding, row, topic, read_at, parked: Some(parked) });
-        Self { origin, next, patchy: false, filter: None, round, _room: None }
+        Self { origin, next, patchy: false, filter: None, round, _room: room }
     }
 
     fn is_parked(&self) -> bool {

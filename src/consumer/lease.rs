@@ -33,12 +33,17 @@ impl Member {
         let lease = shared.options.lease;
         let secs = lease.as_secs_f64();
         let session = shared.cluster.inner.nodes.presence().session(Place::Node(self.node));
-        let renewed =
-            group::renew(connection, shared.member, &shared.group, secs, self.incarnation, session)
-                .await
-                .map_err(|error| {
-                    refused(error, &format!("renew the lease on node {}", self.node))
-                })?;
+        let renewed = group::renew(
+            connection,
+            shared.member,
+            &shared.group,
+            secs,
+            self.incarnation,
+            session,
+            self.parked.since,
+        )
+        .await
+        .map_err(|error| refused(error, &format!("renew the lease on node {}", self.node)))?;
         self.other_server = !renewed.same_server;
         if self.other_server {
             self.meet(renewed.incarnation);
@@ -112,7 +117,7 @@ impl Member {
         let acquired = self.acquire(&lacking).await?;
         if !acquired.is_empty() {
             // Something may be parked there.
-            self.expect_parked(Some(0.0));
+            self.look_for_parked();
         }
         for acquired in acquired {
             self.begin(acquired).await;
@@ -205,10 +210,24 @@ impl Member {
         self.end_holding(&holding, ErrorKind::LeaseLost, news);
         // The lease that was renewed last may be among what was lost.
         self.renewed = None;
+        self.let_go(partition, owner).await;
+    }
+
+    /// A partition is taken anew, from the committed cursor.
+    pub(super) async fn begin_anew(&mut self, partition: PartitionId, owner: Uuid) {
+        let held = self.holdings.get(&partition).filter(|holding| holding.fence.owner == owner);
+        let Some(holding) = held.cloned() else { return };
+        let what =
+            format!("partition {partition} is read anew: something of it failed before the run");
+        self.end_holding(&holding, ErrorKind::LeaseLost, Error::new(ErrorKind::LeaseLost, what));
+        self.let_go(partition, owner).await;
+    }
+
+    async fn let_go(&mut self, partition: PartitionId, owner: Uuid) {
         let released = timeout(STATEMENT, self.release_owned(&[(partition, owner)])).await;
         if let Ok(Err(error)) = released {
             // The next renewal finds it.
-            tracing::debug!(error = %error.chain(), "release after a lost tail");
+            tracing::debug!(error = %error.chain(), "release of what is taken anew");
         }
     }
 

@@ -26,6 +26,7 @@ use crate::consumer::Shared;
 use crate::consumer::commit::Pace;
 use crate::consumer::expiry::Expiry;
 use crate::consumer::holding::Holding;
+use crate::consumer::parked::{Expected, Fetched};
 use crate::consumer::trouble::Trouble;
 use crate::deadline::jitter;
 use crate::error::{Error, ErrorKind, Result};
@@ -46,6 +47,8 @@ pub(crate) enum Command {
     Probe,
     /// A reader found that the server lacks what it has read.
     TailLost { partition: PartitionId, owner: Uuid },
+    /// Read this acquisition's partition anew, from the committed cursor.
+    Anew { partition: PartitionId, owner: Uuid },
     /// Something was parked that is due in so many seconds.
     Parked { secs: f64 },
     /// Give everything back: when all is answered, or at the deadline.
@@ -88,8 +91,8 @@ pub(super) struct Member {
     /// The node knows where the group starts.
     pub(super) started: bool,
     pub(super) pace: Pace,
-    /// When something parked is due.
-    pub(super) parked_at: Option<Instant>,
+    pub(super) parked: Expected,
+    pub(super) fetching: JoinSet<Result<Fetched>>,
     /// Something that is wanted may be lacking: to be found out.
     pub(super) lacks: bool,
     /// Since when something is wanted that is not held.
@@ -119,7 +122,8 @@ pub(crate) async fn run(
         other_server: false,
         started: false,
         pace,
-        parked_at: None,
+        parked: Expected::default(),
+        fetching: JoinSet::new(),
         lacks: false,
         lacking_since: None,
         trouble: Trouble::new(REMIND),
@@ -192,6 +196,7 @@ impl Member {
         let cluster_ends = self.shared.cluster.inner.shutdown.clone();
         let mut places = self.shared.cluster.inner.nodes.presence().changes();
         let mut listening = self.is_listening();
+        let waker = self.shared.parked_waker(self.node);
         while !self.is_done() {
             if self.other_server || self.renewed.is_none() {
                 renew_at = renew_at.min(Instant::now() + UNSETTLED);
@@ -206,9 +211,13 @@ impl Member {
                 () = sleep_until(self.pace.due()) => {
                     self.attempt(Work::Flush).await;
                 }
-                () = sleep_until(self.parked_at.unwrap_or(renew_at)), if self.parked_at.is_some() => {
-                    self.attempt(Work::Parked).await;
+                () = sleep_until(self.parked.at.unwrap_or(renew_at)),
+                    if self.parked.at.is_some() && self.fetching.is_empty() =>
+                {
+                    self.begin_to_fetch();
                 }
+                Some(Ok(fetched)) = self.fetching.join_next() => self.fetched(fetched),
+                () = waker.notified() => self.look_for_parked(),
                 () = sleep_until(look_at) => {
                     self.attempt(Work::Look).await;
                     look_at = Instant::now() + jitter(poll);
@@ -223,11 +232,7 @@ impl Member {
                     // Whether it was given back or appended to is not said.
                     acquire_at = acquire_at.min(balanced_at + AFTER_HINT);
                 },
-                Some(Ok(holding)) = self.draining.join_next() => {
-                    let others = std::iter::from_fn(|| self.draining.try_join_next());
-                    let answered = others.filter_map(Result::ok).chain([holding]).collect();
-                    self.give_back(answered).await;
-                }
+                Some(Ok(holding)) = self.draining.join_next() => self.give_all_back(holding).await,
                 command = commands.recv() => match command {
                     Some(Command::Renew) => renew_at = Instant::now(),
                     Some(Command::Rebalance) => {
@@ -242,6 +247,13 @@ impl Member {
                 acquire_at = acquire_at.min(Instant::now() + self.acquire_again());
             }
         }
+    }
+
+    /// Gives a partition back that is answered, and what else is.
+    async fn give_all_back(&mut self, first: Arc<Holding>) {
+        let others = std::iter::from_fn(|| self.draining.try_join_next());
+        let answered = others.filter_map(Result::ok).chain([first]).collect();
+        self.give_back(answered).await;
     }
 
     fn is_listening(&self) -> bool {
@@ -283,7 +295,6 @@ impl Member {
             Work::Flush => {
                 timeout(STATEMENT, self.flush(None)).await.map(|flushed| flushed.map(drop))
             }
-            Work::Parked => timeout(STATEMENT, self.fetch_parked()).await,
             Work::Look => {
                 let looked = timeout(STATEMENT, self.look()).await;
                 if !matches!(looked, Ok(Ok(()))) {
@@ -386,8 +397,14 @@ impl Member {
                     || Err(Error::new(ErrorKind::Timeout, "commit cursors: no answer in time"));
                 let _ = reply.send(done.unwrap_or_else(|_| late()));
             }
-            Command::TailLost { partition, owner } => {
-                self.lose_tail(partition, owner).await;
+            Command::TailLost { .. } | Command::Anew { .. } => {
+                match command {
+                    Command::Anew { partition, owner } => self.begin_anew(partition, owner).await,
+                    Command::TailLost { partition, owner } => {
+                        self.lose_tail(partition, owner).await;
+                    }
+                    _ => {}
+                }
                 if self.stop.is_none() {
                     self.attempt(Work::Balance).await;
                 }
@@ -442,5 +459,4 @@ enum Work {
     Balance,
     Flush,
     Look,
-    Parked,
 }

@@ -90,14 +90,11 @@ impl Messages {
 
     /// The next message: one that failed and is due, else of what was fetched.
     fn hand_out(&mut self) -> Option<Delivery> {
-        if !self.failed.is_empty() && !self.handle.is_shutting_down() {
-            if let Some(again) = self.hand_out_again() {
-                return Some(again);
-            }
-            if self.failed.is_full() {
-                self.put_back();
-                return None;
-            }
+        if !self.failed.is_empty()
+            && !self.handle.is_shutting_down()
+            && let Some(again) = self.hand_out_again()
+        {
+            return Some(again);
         }
         loop {
             // In place: this is what happens for each message.
@@ -115,6 +112,7 @@ impl Messages {
                     Some(false) => {
                         self.count();
                         if let Some(blocked) = self.current.take() {
+                            self.failed.block(blocked.owner());
                             self.lanes.keep_busy(blocked);
                         }
                         continue;
@@ -151,11 +149,16 @@ impl Messages {
     /// One that failed and is due, or that waited for the key of one.
     fn hand_out_again(&mut self) -> Option<Delivery> {
         let delivery = self.failed.next();
+        self.unblock();
+        ::metrics::counter!(names::DELIVERED).increment(delivery.is_some().into());
+        delivery.map(Delivery::handed)
+    }
+
+    /// Less is kept than before: what was blocked by that may try again.
+    fn unblock(&mut self) {
         for owner in self.failed.unblocked() {
             self.lanes.free(owner);
         }
-        ::metrics::counter!(names::DELIVERED).increment(delivery.is_some().into());
-        delivery.map(Delivery::handed)
     }
 
     /// What is left of the batch that was being handed out waits for its turn again.
@@ -193,11 +196,14 @@ impl Messages {
                 let filter = self.handle.shared.options.filter.clone();
                 self.lanes.push(Unread::new(read, &self.topic, filter));
             }
-            Event::Parked { holding, row, again } => {
-                self.lanes.push(Unread::parked(holding, row, again, &self.topic));
+            Event::Parked { holding, row, again, room } => {
+                self.lanes.push(Unread::parked((holding, row), again, &self.topic, room));
             }
             Event::Failed(failed) => self.failed.hold(&failed),
-            Event::Due(resting) => self.failed.absorb(resting),
+            Event::Due(resting) => {
+                self.failed.absorb(resting);
+                self.unblock();
+            }
             Event::Turn(owner) => {
                 self.failed.turn(owner);
                 self.lanes.turn(owner);

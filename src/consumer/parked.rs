@@ -6,35 +6,55 @@
 //!                  │  └──── dropped ───┘         done: deleted with the next commit of cursors
 //!                  └─────────────── failed again: due later, or a dead letter
 //! ```
+//!
+//! They count for what may be fetched ahead, like all that is read.
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, MutexGuard};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
-use tokio::time::Instant;
+use tokio::sync::Notify;
+use tokio::time::{Instant, timeout};
 use uuid::Uuid;
 
 use crate::consumer::holding::Holding;
 use crate::consumer::member::Member;
-use crate::consumer::{Event, lock};
-use crate::error::Result;
+use crate::consumer::{Event, Shared, lock};
+use crate::error::{Error, ErrorKind, Result};
 use crate::failure::Past;
+use crate::id::NodeId;
 use crate::store::connect::refused;
-use crate::store::failures::{self, Under};
+use crate::store::failures::{self, Due, Under};
 
-/// How many parked messages a consumer may have in hand on a node.
+/// How many parked messages of a partition may be in hand.
 const MOST: usize = 1_000;
-/// The most of one fetch: messages, and bytes over the first.
-const FETCH: (i32, i64) = (256, 1 << 20);
-/// How soon more is fetched where there was more than one fetch brings, or may be in hand.
-const MORE: Duration = Duration::from_millis(20);
+/// The most messages of one fetch.
+const FETCH: i32 = 256;
+/// How long one fetch may take: the largest message over a slow line.
+const FETCH_TIME: Duration = Duration::from_mins(1);
+/// How soon more is fetched where there was more than one fetch brings.
+const MORE: f64 = 0.005;
+/// How often everything is looked at that is due, and not only what was not due the last time.
+const FULL_LOOK: Duration = Duration::from_mins(1);
 
-/// Parked messages of one holding.
+/// Parked messages of one holding, and what its node keeps instead of it.
 #[derive(Debug, Default)]
 pub(super) struct InHand {
     ids: HashSet<Uuid>,
     /// Done, to be deleted.
     done: HashSet<Uuid>,
+    entrusted: Entrusted,
+}
+
+/// What this holding has acknowledged only since its node has it in a row of its own: a copy that was put
+/// aside, or what a user's transaction did.
+#[derive(Debug, Default)]
+struct Entrusted {
+    any: bool,
+    /// Above the watermark that was committed last.
+    ids: BTreeSet<i64>,
+    committed: i64,
 }
 
 /// A parked message in hand: dropped, it may be fetched again.
@@ -42,17 +62,27 @@ pub(super) struct InHand {
 pub(super) struct Claim {
     holding: Arc<Holding>,
     pub(super) id: Uuid,
+    done: AtomicBool,
 }
 
 impl Drop for Claim {
     fn drop(&mut self) {
         self.holding.parked().ids.remove(&self.id);
+        if !self.is_done() {
+            // It may be due.
+            self.holding.wake_parked.notify_one();
+        }
     }
 }
 
 impl Claim {
     pub(super) fn is_done(&self) -> bool {
-        self.holding.parked().done.contains(&self.id)
+        self.done.load(Ordering::Acquire)
+    }
+
+    /// Its row has gone.
+    pub(super) fn is_settled(&self) {
+        self.done.store(true, Ordering::Release);
     }
 }
 
@@ -73,7 +103,7 @@ impl Holding {
         let mut parked = self.parked();
         let free = !parked.done.contains(&id) && parked.ids.insert(id);
         drop(parked);
-        free.then(|| Claim { holding: Arc::clone(self), id })
+        free.then(|| Claim { holding: Arc::clone(self), id, done: AtomicBool::new(false) })
     }
 
     /// What statements about its messages must name.
@@ -82,12 +112,14 @@ impl Holding {
     }
 
     /// Something parked is done: it is deleted with the next commit.
-    pub(super) fn end_parked(&self, id: Uuid) -> Result<()> {
+    pub(super) fn end_parked(&self, claim: &Claim) -> Result<()> {
         // Under this lock, as any acknowledgement: what is accepted here is seen by the flush that follows an
         // end.
         let tracker = self.tracker();
         self.accepts()?;
-        self.parked().done.insert(id);
+        if !claim.done.swap(true, Ordering::AcqRel) {
+            self.parked().done.insert(claim.id);
+        }
         self.note_acked();
         drop(tracker);
         Ok(())
@@ -108,9 +140,108 @@ impl Holding {
         self.tracker().pending().is_some() || !self.parked().done.is_empty()
     }
 
-    fn parked_ids(&self) -> Vec<Uuid> {
-        let parked = self.parked();
-        parked.ids.union(&parked.done).copied().collect()
+    /// The node has a row instead of this message.
+    pub(super) fn entrust(&self, id: i64) {
+        let mut parked = self.parked();
+        parked.entrusted.any = true;
+        parked.entrusted.ids.insert(id);
+    }
+
+    /// The watermark was committed: what is below was committed before.
+    pub(super) fn committed(&self, acked_id: i64) {
+        let entrusted = &mut self.parked().entrusted;
+        if entrusted.any {
+            entrusted.committed = entrusted.committed.max(acked_id);
+            entrusted.ids = entrusted.ids.split_off(&(acked_id + 1));
+        }
+    }
+
+    /// Whether the node must have rows of this holding.
+    pub(super) fn has_entrusted(&self) -> bool {
+        self.parked().entrusted.any
+    }
+
+    /// Whether a server that says that this is acknowledged has all of them.
+    pub(super) fn is_kept_by(&self, acked_id: i64, ahead: &[(i64, i64)]) -> bool {
+        let entrusted = &self.parked().entrusted;
+        let is_there = |id: &i64| {
+            *id <= acked_id || ahead.iter().any(|(first, last)| first <= id && id <= last)
+        };
+        acked_id >= entrusted.committed && entrusted.ids.iter().all(is_there)
+    }
+}
+
+/// What a member knows of what is parked on its node.
+#[derive(Debug)]
+pub(super) struct Expected {
+    /// When something is due.
+    pub(super) at: Option<Instant>,
+    /// What was due before is known, by the node's clock.
+    pub(super) since: Option<SystemTime>,
+    looked_at_all: Instant,
+}
+
+impl Default for Expected {
+    fn default() -> Self {
+        Self { at: None, since: None, looked_at_all: Instant::now() }
+    }
+}
+
+/// How a fetch went.
+pub(super) struct Fetched {
+    next_secs: Option<f64>,
+    since: Option<SystemTime>,
+    more: bool,
+}
+
+impl Shared {
+    /// Wakes a node's member where something parked may be due again.
+    pub(super) fn parked_waker(&self, node: NodeId) -> Arc<Notify> {
+        Arc::clone(lock(&self.parked_wakers).entry(node).or_default())
+    }
+
+    /// Fetches what is due in these partitions of a node.
+    async fn fetch_parked(
+        self: Arc<Self>,
+        node: NodeId,
+        held: Vec<Arc<Holding>>,
+        since: Option<SystemTime>,
+    ) -> Result<Fetched> {
+        let mut room = self.budget.reserve().await;
+        let (mut partitions, mut in_hand) = (Vec::new(), Vec::new());
+        for holding in held.iter().filter(|holding| holding.may_go()) {
+            let parked = holding.parked();
+            if parked.ids.len() < MOST {
+                partitions.push(holding.partition.as_i32());
+                in_hand.extend(parked.ids.union(&parked.done));
+            }
+        }
+        let all = partitions.len() == held.len();
+        let bounds = (FETCH, i64::try_from(room.size()).unwrap_or(i64::MAX));
+        let asking = async {
+            let connection = self.connection(node).await?;
+            let due =
+                failures::parked(&connection, &self.group, &partitions, &in_hand, bounds, since);
+            let what = || format!("read parked messages on node {node}");
+            due.await.map_err(|error| refused(error, &what()))
+        };
+        let late = || Error::new(ErrorKind::Unavailable, format!("node {node}: no answer in time"));
+        let due: Due = timeout(FETCH_TIME, asking).await.map_err(|_| late())??;
+        let more = !due.parked.is_empty();
+        for parked in due.parked {
+            let holding = held.iter().find(|holding| holding.partition == parked.partition);
+            let Some(claim) = holding.and_then(|holding| holding.claim(parked.id)) else {
+                continue;
+            };
+            let failures::Parked { row, attempts, first_seen, failures, .. } = parked;
+            let room = room.split(self.weight(&row));
+            let past = Arc::new(Past { attempts, first_seen, failures });
+            let holding = Arc::clone(&claim.holding);
+            let (row, again) = (Arc::new(row), Again { claim, past });
+            self.send(Event::Parked { holding, row, again, room });
+        }
+        let since = due.complete_to.filter(|_| all && !more);
+        Ok(Fetched { next_secs: due.next_secs, since, more })
     }
 }
 
@@ -120,45 +251,44 @@ impl Member {
         let Some(secs) = secs else { return };
         let wait = Duration::try_from_secs_f64(secs.clamp(0.0, 1e9)).unwrap_or_default();
         let at = Instant::now() + wait;
-        self.parked_at = Some(self.parked_at.map_or(at, |before| before.min(at)));
+        self.parked.at = Some(self.parked.at.map_or(at, |before| before.min(at)));
     }
 
-    /// Fetches what is due.
-    pub(super) async fn fetch_parked(&mut self) -> Result<()> {
-        self.parked_at = None;
-        let held: Vec<Arc<Holding>> =
-            self.holdings.values().filter(|holding| holding.may_go()).cloned().collect();
-        let in_hand: Vec<Uuid> = held.iter().flat_map(|holding| holding.parked_ids()).collect();
-        let partitions: Vec<i32> = held.iter().map(|holding| holding.partition.as_i32()).collect();
-        if partitions.is_empty() {
-            return Ok(());
+    /// All that is due is to be looked at, whenever it was.
+    pub(super) fn look_for_parked(&mut self) {
+        self.parked.since = None;
+        self.expect_parked(Some(0.0));
+    }
+
+    /// Begins to fetch what is due, beside all else: a large message over a slow line takes long.
+    pub(super) fn begin_to_fetch(&mut self) {
+        self.parked.at = None;
+        let held: Vec<_> =
+            self.holdings.values().filter(|holding| holding.is_held()).cloned().collect();
+        if held.is_empty() {
+            return;
         }
-        if in_hand.len() >= MOST {
-            self.expect_parked(Some(MORE.as_secs_f64()));
-            return Ok(());
+        if self.parked.looked_at_all.elapsed() > FULL_LOOK {
+            self.parked.since = None;
         }
-        let connection = self.shared.connection(self.node).await?;
-        let group = &self.shared.group;
-        let what = || format!("read parked messages on node {}", self.node);
-        let due = failures::parked(&connection, group, &partitions, &in_hand, FETCH)
-            .await
-            .map_err(|error| refused(error, &what()))?;
-        drop(connection);
-        self.expect_parked(due.next_secs);
-        if !due.parked.is_empty() {
-            self.expect_parked(Some(MORE.as_secs_f64()));
+        if self.parked.since.is_none() {
+            self.parked.looked_at_all = Instant::now();
         }
-        for parked in due.parked {
-            let holding = held.iter().find(|holding| holding.partition == parked.partition);
-            let Some(claim) = holding.and_then(|holding| holding.claim(parked.id)) else {
-                continue;
-            };
-            let failures::Parked { row, attempts, first_seen, failures, .. } = parked;
-            let past = Arc::new(Past { attempts, first_seen, failures });
-            let holding = Arc::clone(&claim.holding);
-            let again = Again { claim, past };
-            self.shared.send(Event::Parked { holding, row: Arc::new(row), again });
+        let shared = Arc::clone(&self.shared);
+        self.fetching.spawn(shared.fetch_parked(self.node, held, self.parked.since));
+    }
+
+    pub(super) fn fetched(&mut self, fetched: Result<Fetched>) {
+        match fetched {
+            Ok(fetched) => {
+                self.parked.since = fetched.since.or(self.parked.since);
+                self.expect_parked(fetched.next_secs);
+                self.expect_parked(fetched.more.then_some(MORE));
+            }
+            Err(error) => {
+                tracing::debug!(node = %self.node, error = %error.chain(), "parked messages later");
+                self.expect_parked(Some(1.0));
+            }
         }
-        Ok(())
     }
 }

@@ -5,17 +5,23 @@ use std::collections::HashMap;
 use uuid::Uuid;
 
 use crate::consumer::delivery::Origin;
+use crate::id::NodeId;
 
 /// Rows that are kept: by how many messages, and their bytes.
 #[derive(Debug, Default)]
 pub(super) struct Pinned {
-    rows: HashMap<(Uuid, i64), (usize, usize)>,
-    bytes: usize,
+    rows: HashMap<(Uuid, i64, bool), (usize, usize)>,
+    bytes: HashMap<NodeId, usize>,
 }
 
 impl Pinned {
     pub(super) fn bytes(&self) -> usize {
-        self.bytes
+        self.bytes.values().sum()
+    }
+
+    /// Of one node.
+    pub(super) fn bytes_of(&self, node: NodeId) -> usize {
+        self.bytes.get(&node).copied().unwrap_or(0)
     }
 
     /// How many bytes more it would be with a message of this row.
@@ -25,7 +31,7 @@ impl Pinned {
 
     /// A message of this row is kept.
     pub(super) fn pin(&mut self, origin: &Origin) {
-        self.bytes += self.more(origin);
+        *self.bytes.entry(origin.holding.partition.node()).or_default() += self.more(origin);
         self.rows.entry(place(origin)).or_insert((0, origin.row.bytes)).0 += 1;
     }
 
@@ -35,13 +41,14 @@ impl Pinned {
         if let Some((count, bytes)) = self.rows.get_mut(&place) {
             *count -= 1;
             if *count == 0 {
-                self.bytes -= *bytes;
+                let all = self.bytes.entry(origin.holding.partition.node()).or_default();
+                *all = all.saturating_sub(*bytes);
                 self.rows.remove(&place);
             }
         }
     }
 }
 
-fn place(origin: &Origin) -> (Uuid, i64) {
-    (origin.holding.owner(), origin.row.base_id)
+fn place(origin: &Origin) -> (Uuid, i64, bool) {
+    (origin.holding.owner(), origin.row.base_id, origin.parked.is_some())
 }

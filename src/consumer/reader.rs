@@ -30,6 +30,7 @@ use crate::id::Day;
 use crate::metrics as names;
 use crate::store::connect::refused;
 use crate::store::fetch::{self, Batch, Identity, Overlap, PartitionState};
+use crate::store::group;
 use crate::store::node::{Connection, Unfinished};
 use crate::store::upkeep;
 
@@ -166,8 +167,7 @@ impl Reader {
         } else {
             self.state(&connection, self.day).await?.map(|state| state.incarnation)
         };
-        self.holding.seen_on(compared.unwrap_or(self.holding.incarnation()));
-        Ok(())
+        self.accept(&connection, compared.unwrap_or(self.holding.incarnation())).await
     }
 
     /// Which server has the row that was read last, or says that retention has dropped it: a paused
@@ -209,7 +209,7 @@ impl Reader {
         };
         if self.last.is_none() {
             // Nothing was read that another server could lack.
-            self.holding.seen_on(state.incarnation);
+            self.accept(&connection, state.incarnation).await?;
         }
         if state.low_watermark > self.position + 1 {
             let missed = upkeep::missed(&connection, partition, self.position)
@@ -310,7 +310,32 @@ impl Reader {
             let what = format!("read partition {partition}: another server answered meanwhile");
             return Err(Error::new(ErrorKind::Unavailable, what).into());
         }
-        self.holding.seen_on(seen_on);
+        self.accept(connection, seen_on).await
+    }
+
+    /// The server has the row that was read last. Another one than before must also have what the node was
+    /// given instead of acknowledgements: copies that were put aside, and users' transactions.
+    async fn accept(&self, connection: &Connection, incarnation: SystemTime) -> Result<(), Stop> {
+        let holding = &self.holding;
+        if incarnation != holding.incarnation() && holding.has_entrusted() {
+            let partition = holding.partition;
+            let what = || format!("look what partition {partition} has acknowledged");
+            let asked =
+                group::entrusted(connection, &holding.group, partition, holding.fence).await;
+            // Another owner's: the next renewal finds that.
+            if let Some((acked_id, ahead, server)) =
+                asked.map_err(|error| refused(error, &what()))?
+            {
+                if server != incarnation {
+                    let what = format!("{}: another server answered meanwhile", what());
+                    return Err(Error::new(ErrorKind::Unavailable, what).into());
+                }
+                if !holding.is_kept_by(acked_id, &ahead) {
+                    return Err(Stop::Lost);
+                }
+            }
+        }
+        holding.seen_on(incarnation);
         Ok(())
     }
 

@@ -25,9 +25,11 @@ use crate::consumer::delivery::{Delivery, Origin};
 use crate::consumer::holding::Hand;
 use crate::consumer::keys::{Freed, Keys};
 use crate::consumer::lanes::Unread;
+use crate::consumer::member::Command;
 use crate::consumer::messages::Messages;
 use crate::consumer::pinned::Pinned;
 use crate::consumer::{Event, Order, Verdict};
+use crate::id::{NodeId, PartitionId};
 use crate::metrics as names;
 
 /// Events that are taken in before units are started.
@@ -158,6 +160,8 @@ where
     F: Future<Output = Result<(), Failed>> + Send + 'static,
 {
     async fn run(mut self) {
+        self.read_anew(self.messages.failed.held_back().collect::<Vec<_>>());
+        self.messages.failed.clear();
         loop {
             self.start_units();
             tokio::select! {
@@ -199,7 +203,21 @@ where
                 self.keys.turn(owner);
                 self.messages.absorb(Event::Turn(owner));
             }
+            // Of what the stream has handed out before, in whatever hands. In an order the partition is read
+            // anew: what must wait for it is begun by this runner then, and waits.
+            Event::Failed(failed) => {
+                self.read_anew(failed.holds());
+                failed.let_go();
+            }
+            Event::Due(_) => {}
             event => self.messages.absorb(event),
+        }
+    }
+
+    fn read_anew(&self, acquisitions: impl IntoIterator<Item = (PartitionId, Uuid)>) {
+        for (partition, owner) in acquisitions {
+            let anew = Command::Anew { partition, owner };
+            self.messages.handle.shared.tell(partition.node(), anew);
         }
     }
 
@@ -208,7 +226,6 @@ where
             self.messages.lanes.clear();
             self.keys.clear();
             self.again.clear();
-            self.messages.failed.clear();
             return;
         }
         while self.working.len() < self.concurrency
@@ -227,14 +244,6 @@ where
         if let Some(unit) = self.next_again() {
             return Some(unit);
         }
-        // Of before: it failed in the hands of whoever read the stream.
-        if !self.messages.failed.is_empty()
-            && let Some(delivery) = self.messages.failed.next()
-        {
-            let owner = delivery.holding().owner();
-            let deliveries = vec![delivery];
-            return Some(Unit { owner, deliveries, keys: vec![], alone: false, pinned: vec![] });
-        }
         while let Some(Freed { owner, key, deliveries }) = self.keys.next(self.most) {
             if !deliveries.is_empty() {
                 return Some(Unit {
@@ -246,10 +255,13 @@ where
                 });
             }
         }
-        while !self.is_full_of_failed()
-            && let Some(mut batch) = self.messages.lanes.next()
-        {
+        while let Some(mut batch) = self.messages.lanes.next() {
             let owner = batch.owner();
+            if self.is_full_of_failed(batch.origin.holding.partition.node()) {
+                self.messages.lanes.keep_busy(batch);
+                self.blocked.insert(owner);
+                continue;
+            }
             let alone = self.order == Order::ByPartition;
             let mut unit =
                 Unit { owner, deliveries: Vec::new(), keys: vec![], alone, pinned: vec![] };
@@ -380,11 +392,11 @@ where
         unit.pinned.drain(..).for_each(|origin| self.failed.unpin(&origin));
     }
 
-    /// Whether nothing new may be begun: what failed keeps as much in memory as may be fetched. By
-    /// partition it is one unit of each, and those that do not fail must go on.
-    fn is_full_of_failed(&self) -> bool {
+    /// Whether nothing new of a node may be begun: what failed of it keeps as much in memory as may be
+    /// fetched. By partition it is one unit of each, and those that do not fail must go on.
+    fn is_full_of_failed(&self, node: NodeId) -> bool {
         let most = self.messages.handle.shared.options.prefetch_bytes;
-        self.order != Order::ByPartition && self.failed.bytes() >= most
+        self.order != Order::ByPartition && self.failed.bytes_of(node) >= most
     }
 
     /// A unit is done, and what waited for it may go on.

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use futures_util::future::join_all;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
@@ -45,6 +45,7 @@ pub(crate) struct Shared {
     /// Takes what the stream's deliveries were not handled, until the consumer has left.
     pub(super) failures: Mutex<Option<mpsc::UnboundedSender<(Delivery, Verdict)>>>,
     pub(super) aside: Aside,
+    pub(super) parked_wakers: Mutex<HashMap<NodeId, Arc<Notify>>>,
     /// It was said that a delivery was dropped.
     pub(super) drop_said: AtomicBool,
     /// What this member should have.
@@ -208,7 +209,8 @@ impl Shared {
         let (group, bounds) = (self.group.clone(), self.options.bounds);
         let holding = Holding::new(acquired, group, bounds, ended, stream, flushes, written);
         let failures = lock(&self.failures).as_ref().map(mpsc::UnboundedSender::downgrade);
-        holding.in_order(self.options.order, failures)
+        let waker = self.parked_waker(holding.partition.node());
+        holding.in_order(self.options.order, failures, waker)
     }
 
     /// From now on it is among what this consumer owns, and paused with that.

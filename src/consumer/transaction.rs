@@ -80,7 +80,7 @@ impl Delivery {
             }
             Outcome::Already => {
                 // As good as answered, where it is still this one's.
-                let _ = self.settle();
+                let _ = self.committed();
                 let why = format!("{what}: it is acknowledged already");
                 return Err(Error::new(ErrorKind::Conflict, why));
             }
@@ -105,7 +105,7 @@ impl Acknowledged<'_> {
     /// The transaction was committed: the message is done.
     pub fn committed(self) {
         // Refused where the partition went meanwhile: its next owner has seen the commit.
-        let _ = self.delivery.settle();
+        let _ = self.delivery.committed();
     }
 }
 

@@ -44,11 +44,13 @@ pub(crate) struct Aside<'a> {
     pub(crate) tried: &'a Tried,
 }
 
-/// Puts messages aside and acknowledges them with that; what became of each, in their order.
+/// Puts messages aside and acknowledges them with that; what became of each, in their order. Rows that others
+/// have locked are passed over, or waited for, for a second: then all fails.
 pub(crate) async fn put_aside(
     connection: Connection,
     (topic, group): (&TopicName, &GroupName),
     messages: &[Aside<'_>],
+    waits: bool,
 ) -> Result<Vec<Moved>, Error> {
     let (topic, group) = (topic.as_str(), group.as_str());
     let fences = Fences::of(messages.iter().map(|message| &message.under));
@@ -95,7 +97,13 @@ pub(crate) async fn put_aside(
         &headers,
         &payloads,
     ];
-    let rows = write(connection, Durability::Durable, sql::PUT_ASIDE, &params).await?;
+    let rows = if waits {
+        let statement =
+            sql::PUT_ASIDE.replace("for no key update skip locked", "for no key update");
+        write(connection, Durability::Patient, &statement, &params).await?
+    } else {
+        write(connection, Durability::Durable, sql::PUT_ASIDE, &params).await?
+    };
     Ok(in_order(&rows, messages.len()))
 }
 
@@ -190,21 +198,28 @@ pub(crate) struct Parked {
 pub(crate) struct Due {
     pub(crate) parked: Vec<Parked>,
     pub(crate) next_secs: Option<f64>,
+    /// By the node's clock: all that was due before is among these, or in hand; unless there were too many.
+    pub(crate) complete_to: Option<SystemTime>,
 }
 
-/// Reads parked messages that are due and not in hand, at most so many bytes and rows.
+/// Reads parked messages that are due since a time and not in hand, at most so many rows, and bytes over the
+/// first.
 pub(crate) async fn parked(
     connection: &Connection,
     group: &GroupName,
     partitions: &[i32],
     in_hand: &[Uuid],
     (rows, bytes): (i32, i64),
+    since: Option<SystemTime>,
 ) -> Result<Due, Error> {
     let group = group.as_str();
-    let params: [&dyn Param; 5] = [&group, &partitions, &in_hand, &rows, &bytes];
+    let params: [&dyn Param; 6] = [&group, &partitions, &in_hand, &rows, &bytes, &since];
     let rows = query(connection, sql::PARKED, &params).await?;
-    let next_secs = rows.first().and_then(|row| row.get(0));
-    Ok(Due { parked: rows.iter().filter_map(read_parked).collect(), next_secs })
+    Ok(Due {
+        parked: rows.iter().filter_map(read_parked).collect(),
+        next_secs: rows.first().and_then(|row| row.get(0)),
+        complete_to: rows.first().map(|row| row.get(16)),
+    })
 }
 
 fn read_parked(row: &Row) -> Option<Parked> {

@@ -103,9 +103,11 @@ pub(crate) async fn renew(
     lease_secs: f64,
     incarnation: Option<SystemTime>,
     session: Option<String>,
+    parked_since: Option<SystemTime>,
 ) -> Result<Renewed, Error> {
     let group = group.as_str();
-    let params: [&dyn Param; 5] = [&member, &group, &lease_secs, &incarnation, &session];
+    let params: [&dyn Param; 6] =
+        [&member, &group, &lease_secs, &incarnation, &session, &parked_since];
     let rows = write(connection, Durability::Relaxed, sql::RENEW, &params).await?;
     let owned = rows.iter().filter_map(|row| {
         let partition = PartitionId::from_i32(row.get::<_, Option<i32>>(2)?).ok()?;
@@ -176,6 +178,8 @@ pub(crate) struct Move {
 pub(crate) enum Moved {
     /// Committed.
     Yes,
+    /// It was done before.
+    Already,
     /// The row was locked by another transaction: next time.
     Locked,
     /// The partition is another owner's.
@@ -190,6 +194,7 @@ impl Moved {
     pub(super) fn named(name: &str) -> Self {
         match name {
             "moved" => Self::Yes,
+            "already" => Self::Already,
             "locked" => Self::Locked,
             "reset" => Self::Reset,
             "other_server" => Self::OtherServer,
@@ -219,6 +224,21 @@ pub(crate) async fn flush(
         Some((PartitionId::from_i32(row.get(0)).ok()?, Moved::named(row.get(1))))
     });
     Ok(outcomes.collect())
+}
+
+/// What is acknowledged under a fence: the watermark, runs above it, and the server; none where another has
+/// the partition.
+pub(crate) async fn entrusted(
+    connection: &Connection,
+    group: &GroupName,
+    partition: PartitionId,
+    fence: Fence,
+) -> Result<Option<(i64, Vec<(i64, i64)>, SystemTime)>, Error> {
+    let (group, partition) = (group.as_str(), partition.as_i32());
+    let Fence { owner, epoch, reset_epoch } = fence;
+    let params: [&dyn Param; 5] = [&group, &partition, &owner, &epoch, &reset_epoch];
+    let rows = query(connection, sql::ENTRUSTED, &params).await?;
+    Ok(rows.first().map(|row| (row.get(0), parse_ranges(row.get(1)), row.get(2))))
 }
 
 /// A message that is acknowledged in a user's transaction.

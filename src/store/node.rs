@@ -180,6 +180,8 @@ async fn check_node(client: &Client, cluster: Uuid, id: NodeId) -> Result<()> {
 pub(crate) enum Durability {
     /// The commit waits for disk and standby, also where the database's default is weaker.
     Durable,
+    /// The same, and it waits for locks for a second at most.
+    Patient,
     /// The commit waits for nothing: for leases, which a crash may take back.
     Relaxed,
 }
@@ -188,6 +190,7 @@ impl Durability {
     fn begin(self) -> &'static str {
         match self {
             Self::Durable => sql::BEGIN_DURABLE,
+            Self::Patient => sql::BEGIN_PATIENT,
             Self::Relaxed => sql::BEGIN_RELAXED,
         }
     }

@@ -21,6 +21,7 @@ statements! {
     APPEND_INSERT = "append_insert";
     APPEND_LOCK = "append_lock";
     BEGIN_DURABLE = "begin_durable";
+    BEGIN_PATIENT = "begin_patient";
     BEGIN_RELAXED = "begin_relaxed";
     CLAIM_PARTITIONS = "claim_partitions";
     COMMIT_IN = "commit_in";
@@ -60,6 +61,7 @@ statements! {
     DELETE_GROUP = "delete_group";
     DELETE_PARTITION = "delete_partition";
     DROP_DAY = "drop_day";
+    ENTRUSTED = "entrusted";
     EXPIRE_DAY = "expire_day";
     EXPIRE_DEAD_LETTERS = "expire_dead_letters";
     FENCE = "fence";

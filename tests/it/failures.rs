@@ -341,3 +341,45 @@ async fn what_is_given_up_while_its_node_is_away_is_kept_when_it_is_back() {
     assert!(is_done(&test.sql(0).await, partition, 3).await);
     messages.shutdown(SECOND).await.unwrap();
 }
+
+/// What the stream has handed out and failed, and what failed in hands that still have it, comes in its order
+/// when a handler goes on.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stream_that_is_given_to_a_handler_leaves_nothing_behind() {
+    for order in [Order::ByPartition, Order::ByKey, Order::Unordered] {
+        let (test, partition, sql) = ready().await;
+        append_keyed(&sql, partition, &["a1", "b1", "a2", "b2", "a3"]).await;
+        let mut messages = consumer(&test, order).stream().await.unwrap();
+        next(&mut messages).await.retry_after(SECOND / 5, "before");
+        let kept = if order == Order::ByPartition { None } else { Some(next(&mut messages).await) };
+        let (handle, done) = (messages.handle(), Arc::<Mutex<Vec<String>>>::default());
+        let log = Arc::clone(&done);
+        let running = tokio::spawn(messages.run(4, move |delivery: Delivery| {
+            log.lock().unwrap().push(text(&delivery));
+            async { Ok::<(), String>(()) }
+        }));
+        drop(kept);
+        eventually("all are done", SOON, async || is_done(&sql, partition, 5).await).await;
+        eventually("nothing is parked", SOON, async || count(&sql, "retry").await == 0).await;
+        // What was in hand when it was read anew is refused, and has come again.
+        let _ = handle.shutdown(SECOND).await;
+        within(SOON, "the run ends", running).await.unwrap();
+        let done = done.lock().unwrap().clone();
+        // The last time of each counts: what was read anew may come twice.
+        let mut last: Vec<String> = Vec::new();
+        for text in &done {
+            last.retain(|before| before != text);
+            last.push(text.clone());
+        }
+        let of =
+            |key: &str| last.iter().filter(|t| t.starts_with(key)).cloned().collect::<Vec<_>>();
+        assert_eq!(last.len(), 5, "{order:?}: {done:?}");
+        if order != Order::Unordered {
+            assert_eq!(
+                (of("a"), of("b")),
+                (strings(&["a1", "a2", "a3"]), strings(&["b1", "b2"])),
+                "{done:?}"
+            );
+        }
+    }
+}

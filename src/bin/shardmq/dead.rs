@@ -66,6 +66,7 @@ pub(crate) struct Chosen {
 impl Filter {
     fn of(self, ids: Vec<DeadLetterId>) -> DeadLetterFilter {
         let Self { topic, group, partition, error } = self;
+        let ids = Some(ids).filter(|ids| !ids.is_empty());
         DeadLetterFilter { ids, topic, group, partition, error }
     }
 }

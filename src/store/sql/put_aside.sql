@@ -2,7 +2,7 @@
 -- acknowledges them with that; where owner, epoch and reset_epoch are what they were handed out under and
 -- the server is the one that they were last seen on. Rows locked by others are passed over. What is
 -- acknowledged already is left as it is, so that the statement may be repeated. Answers for each place:
--- moved, lease_lost, reset, locked or other_server.
+-- moved, already, lease_lost, reset, locked or other_server.
 -- $1 group  $2 topic  $3 partitions  $4 owners  $5 epochs  $6 reset epochs  $7 incarnations
 -- $8 message ids  $9 producers  $10 sequences  $11 indexes  $12 appended at  $13 first seen
 -- $14 attempts  $15 failures  $16 seconds until they are due, or null: dead  $17 keys  $18 headers
@@ -46,7 +46,7 @@ moved as (
               from due where not done group by partition) d
      where c.group_name = $1 and c.partition = d.partition)
 select a.place::int,
-       case when d.place is not null then 'moved'
+       case when d.done then 'already' when d.place is not null then 'moved'
             when l.partition is null and exists (select from shardmq.cursor c
                  where c.group_name = $1 and c.partition = a.partition) then 'locked'
             when not a.same_server then 'other_server'

@@ -1,8 +1,8 @@
 -- Renews the lease of a member, and says what it owns on this node and which server this is. Where
 -- that is another than the member last saw, nothing is renewed until it has looked at its partitions.
--- Says too how long until a parked message is due in each partition. Primary keys and index retry_due; an
+-- Says too how long until a parked message is due in each partition, of those after $6. Primary keys and index retry_due; an
 -- update within the page. The member's row is made where it is missing.
--- $1 member  $2 group  $3 lease in seconds  $4 incarnation, or null  $5 session, or null
+-- $1 member  $2 group  $3 lease in seconds  $4 incarnation, or null  $5 session, or null  $6 a time, or null
 with server as (
     select pg_postmaster_start_time() as incarnation,
            coalesce($4::timestamptz = pg_postmaster_start_time(), true) as same),
@@ -13,5 +13,6 @@ renewed as (
         set leased_until = excluded.leased_until, session = excluded.session)
 select server.incarnation, server.same, c.partition, c.owner, c.epoch, c.reset_epoch,
        (select extract(epoch from min(r.due_at) - shardmq.clock())::float8 from shardmq.retry r
-         where r.group_name = $2 and r.partition = c.partition) as parked_secs
+         where r.group_name = $2 and r.partition = c.partition
+           and r.due_at > coalesce($6::timestamptz, timestamptz '-infinity')) as parked_secs
   from server left join shardmq.cursor c on c.group_name = $2 and c.member = $1

@@ -144,7 +144,8 @@ async fn a_list_is_filtered_and_comes_in_pages() {
     let topic = |name: &str| Some(TopicName::new(name).unwrap());
     assert_eq!(of(DeadLetterFilter { partition: Some(partitions[1]), ..any() }).await, 5);
     assert_eq!(of(DeadLetterFilter { error: Some("3 of".to_owned()), ..any() }).await, 2);
-    assert_eq!(of(DeadLetterFilter { ids: all[3..6].to_vec(), ..any() }).await, 3);
+    assert_eq!(of(DeadLetterFilter { ids: Some(all[3..6].to_vec()), ..any() }).await, 3);
+    assert_eq!(of(DeadLetterFilter { ids: Some(Vec::new()), ..any() }).await, 0);
     assert_eq!(of(DeadLetterFilter { topic: topic("orders"), ..any() }).await, 10);
     assert_eq!(of(DeadLetterFilter { topic: topic("others"), ..any() }).await, 0);
     assert_eq!(of(of_group("h")).await, 0);

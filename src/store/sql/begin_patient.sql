@@ -1,0 +1,7 @@
+-- Begins a durable transaction that waits for locks a while, but not long.
+begin isolation level read committed, read write;
+set local statement_timeout = 0;
+set local lock_timeout = '1s';
+set local idle_in_transaction_session_timeout = '5s';
+select set_config('synchronous_commit', 'on', true)
+ where current_setting('synchronous_commit') in ('off', 'local')
