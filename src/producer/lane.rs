@@ -15,7 +15,7 @@ use uuid::Uuid;
 
 use crate::id::{Day, PartitionId};
 use crate::message::Message;
-use crate::producer::batch::{Batch, Completion, Receipt};
+use crate::producer::batch::{Batch, Completion, Kind, Receipt};
 use crate::producer::writer::Writer;
 
 /// The way of one producer into one partition.
@@ -73,18 +73,23 @@ impl Lane {
         Self { partition, generation, index, producer: Uuid::new_v4(), writer, state }
     }
 
-    /// Adds a message to the batch of its kind that is filling: those with keys and those without go
-    /// in batches of their own, since where a node fails only the latter may go elsewhere.
+    /// Adds a message to the batch of its kind that is filling: those with keys, those without and those
+    /// with dedup keys go in batches of their own, since they fare differently where a node fails. None
+    /// that has a key goes before a batch of another kind that may have the same key.
     pub(crate) fn push(&self, message: &Message, timeout: Duration) -> Pushed {
         let size = message.size();
         let mut state = self.lock();
         // One that has waited for long is left as it is: each message is tried for most of its time.
         let latest = Instant::now() + timeout * 3 / 4;
-        let keyed = message.key.is_some();
-        let joins = |b: &Batch| b.sequence.is_none() && b.has_room(size) && b.deadline >= latest;
-        let filling = state.queue.iter().rposition(|b| b.keyed == keyed);
+        let (kind, has_key) = (Kind::of(message), message.key.is_some());
+        let joins = |b: &Batch| {
+            let waits = b.sequence.is_none() && b.deadline >= latest;
+            b.kind == kind && waits && b.has_room(size)
+        };
+        let last = |b: &Batch| b.kind == kind || (has_key && b.arrays.keys.is_some());
+        let filling = state.queue.iter().rposition(last);
         let index = filling.filter(|index| joins(&state.queue[*index])).unwrap_or_else(|| {
-            state.queue.push_back(Batch::new(timeout, keyed));
+            state.queue.push_back(Batch::new(timeout, kind));
             state.queue.len() - 1
         });
         let batch = &mut state.queue[index];
