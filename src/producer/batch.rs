@@ -422,6 +422,31 @@ mod tests {
         assert_eq!(answers(receipts).await, [None, Some(10), Some(11), Some(20)]);
     }
 
+    #[tokio::test]
+    async fn receipts_of_messages_with_ids_of_their_own_get_each_its_own() {
+        let mut batch = Batch::new(Duration::from_secs(1), Kind::Once);
+        let message = Message::new("x").dedup_key("d");
+        let receipts: Vec<_> = (0..7).map(|_| batch.push(&message)).collect();
+        let (first, second) = batch.divide(4);
+        second.tickets.complete_each(&[3, 4, 9].map(id));
+        first.tickets.complete_each(&[7, 8, 3, 8].map(id));
+        let expected = [7, 8, 3, 8, 3, 4, 9].map(Some);
+        assert_eq!(answers(receipts).await, expected);
+        assert!(first.tickets.completion.all().await.is_ok());
+    }
+
+    #[test]
+    fn parts_of_what_has_dedup_keys_stay_unknown_and_others_were_fenced() {
+        for (kind, unknown) in [(Kind::Once, true), (Kind::Keyed, false)] {
+            let mut batch = Batch::new(Duration::from_secs(1), kind);
+            let _receipts =
+                [(); 2].map(|()| batch.push(&Message::new("x").key("k").dedup_key("d")));
+            batch.unknown = true;
+            let (first, second) = batch.divide(1);
+            assert_eq!((first.unknown, second.unknown), (unknown, unknown));
+        }
+    }
+
     #[test]
     fn a_marked_message_keeps_its_headers_and_the_identity_it_had_first() {
         let uid = |text: &[u8]| {
@@ -491,14 +516,16 @@ mod tests {
 
     proptest! {
         #[test]
-        fn dividing_keeps_every_message_key_and_header(
+        fn dividing_keeps_every_message_key_dedup_key_and_header(
             messages in proptest::collection::vec((".{0,5}", proptest::option::of("[a-z]{1,3}"), any::<bool>()), 1..20),
             cut in 0_u32..20,
+            once in any::<bool>(),
         ) {
             let mut batch = Batch::new(Duration::from_secs(1), Kind::Free);
             for (text, key, header) in &messages {
                 let mut message = Message::new(text.clone());
                 message.key.clone_from(key);
+                message.dedup_key = once.then(|| format!("d{text}").into());
                 drop(batch.push(&if *header { message.header("h", text) } else { message }));
             }
             let cost = batch.cost;
@@ -509,10 +536,16 @@ mod tests {
                 let keys = half.arrays.keys.as_ref().map(Packed::unpack).unwrap_or_default();
                 let headers = half.arrays.headers.as_ref().map(Packed::unpack).unwrap_or_default();
                 let payloads = half.arrays.payloads.unpack();
+                let dedup_keys = half.arrays.dedup_keys.as_ref().map(Packed::unpack).unwrap_or_default();
+                prop_assert_eq!(dedup_keys.len(), if once { payloads.len() } else { 0 });
                 for index in 0..payloads.len() {
                     let text = |bytes: Option<&[u8]>| bytes.map(|b| String::from_utf8(b.to_vec()).unwrap());
+                    let payload = text(payloads.element(index)).unwrap();
+                    if once {
+                        prop_assert_eq!(text(dedup_keys.element(index)), Some(format!("d{payload}")));
+                    }
                     seen.push((
-                        text(payloads.element(index)).unwrap(),
+                        payload,
                         text(keys.element(index)),
                         headers.element(index).is_some(),
                     ));

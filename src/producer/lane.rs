@@ -220,11 +220,36 @@ mod tests {
     use super::*;
     use crate::id::NodeId;
 
+    fn lane(timeout: Duration) -> Lane {
+        let writer = Arc::new(Writer::new(NodeId::new(1).unwrap(), 1, (timeout, timeout)));
+        Lane::new(PartitionId::new(1, 1).unwrap(), 1, 0, writer)
+    }
+
+    #[test]
+    fn a_message_with_a_key_goes_before_none_that_may_have_the_same() {
+        let (free, once) = (Message::new("x"), Message::new("x").dedup_key("d"));
+        let (keyed, both) = (free.clone().key("k"), once.clone().key("k"));
+        let cases: [(&[&Message], &[u32]); 5] = [
+            (&[&free, &keyed, &once, &free, &keyed, &once], &[2, 2, 2]),
+            (&[&keyed, &both, &keyed, &both], &[1, 1, 1, 1]),
+            (&[&keyed, &both, &both, &free, &free, &both], &[1, 3, 2]),
+            (&[&once, &keyed, &both, &once, &keyed], &[1, 1, 2, 1]),
+            (&[&once, &keyed, &once, &keyed, &free], &[2, 2, 1]),
+        ];
+        for (messages, sizes) in cases {
+            let lane = lane(Duration::from_secs(30));
+            for message in messages {
+                drop(lane.push(message, Duration::from_secs(30)).receipt);
+            }
+            let found: Vec<u32> = lane.abandon().iter().map(Batch::len).collect();
+            assert_eq!(found, sizes);
+        }
+    }
+
     #[tokio::test(start_paused = true)]
     async fn a_message_joins_a_batch_that_is_tried_for_most_of_its_time_only() {
         let timeout = Duration::from_secs(30);
-        let writer = Arc::new(Writer::new(NodeId::new(1).unwrap(), 1, (timeout, timeout)));
-        let lane = Lane::new(PartitionId::new(1, 1).unwrap(), 1, 0, writer);
+        let lane = lane(timeout);
         let mut receipts = Vec::new();
         for _ in 0..4 {
             receipts.push(lane.push(&Message::new("x"), timeout).receipt);

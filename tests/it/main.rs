@@ -28,11 +28,15 @@ mod crash;
 mod days;
 /// Payloads that can't be read are no dead end; headers are text.
 mod decode;
-/// Private Postgres servers: found, started, ended with their parent.
+/// What is applied once in another database.
 mod dedup;
+/// A message with a dedup key is stored once, whoever sends it again.
+mod dedup_keys;
+/// Private Postgres servers: found, started, ended with their parent.
 mod embedded;
-/// Nodes that fail under a producer.
+/// A message that is acknowledged in a transaction of its consumer's.
 mod exactly_once;
+/// Nodes that fail under a producer.
 mod failover;
 /// The statements of leases and cursors: who may move what.
 mod fence;
