@@ -1,6 +1,5 @@
--- Sends by a key of the caller's own: for two days a dedup key is stored once in a partition. A new table,
--- new functions, and delete_partition, which forgets a partition's keys: takes no lock that anybody
--- waits for.
+-- Sends by a key of the caller's own: for two days a dedup key is stored once in a partition. A new table and
+-- new functions, and claim_partitions, which starts without keys: takes no lock that anybody waits for.
 
 create table shardmq.sent_key (
     partition int not null,
@@ -133,48 +132,81 @@ begin
     return appended.ids[1];
 end $$;
 
--- Forgets dedup keys that are older than the window, at most so many; returns how many. Passes over those
--- that are being replaced.
+-- Forgets dedup keys that are older than the window, and those of deleted partitions, where there may be too
+-- many for the transaction that deletes: at most so many of each. Returns how many. Passes over those that
+-- are being replaced. By indexes, also where nearly all keys are of one partition that is not deleted.
 create function shardmq.prune_sent_keys(p_most int) returns bigint
     language sql volatile security definer
     set search_path = pg_catalog, pg_temp
+    set enable_seqscan = off
     as $$
-        with gone as (
+        with old as (
             delete from shardmq.sent_key s
              where s.ctid = any (array(
                        select o.ctid from shardmq.sent_key o
                         where o.sent_at < (select shardmq.clock() - shardmq.dedup_window())
                         order by o.sent_at limit p_most
                           for update skip locked))
+            returning true),
+        orphaned as (
+            delete from shardmq.sent_key s
+             where s.ctid = any (array(
+                       select o.ctid from shardmq.sent_key o
+                        where o.partition = any (array(
+                                  select p.partition from shardmq.partition p where p.state = 'deleted'))
+                        limit p_most
+                          for update skip locked))
             returning true)
-        select count(*) from gone
+        select (select count(*) from old) + (select count(*) from orphaned)
     $$;
 
--- Ends a partition: drops its tables, dedup keys and cursors. Its number stays taken for a day.
-create or replace function shardmq.delete_partition(p_partition int, p_topic text) returns boolean
+-- Takes partitions for a topic: those it has here already in this generation (a creation that was cut
+-- off is taken up again), then free numbers. A number is free a day after its partition was deleted, and
+-- has no dedup keys then, as a rule: upkeep forgets them.
+create or replace function shardmq.claim_partitions(p_topic text, p_generation int, p_count int, p_version bigint)
+    returns setof int
     language plpgsql volatile security definer
     set search_path = pg_catalog, pg_temp
     as $$
 declare
-    t record;
+    v_node int := (select i.node from shardmq.identity i);
+    today int := shardmq.day_of(shardmq.clock());
+    number int;
+    taken int := 0;
 begin
-    perform shardmq.lock_partition(p_partition);
-    update shardmq.partition p set state = 'deleted', deleted_at = shardmq.clock()
-     where p.partition = p_partition and p.topic = p_topic and p.state <> 'deleted';
-    if not found then
-        return false;
+    if v_node is null then
+        raise exception 'shardmq: this database is not registered as a node'
+            using errcode = 'object_not_in_prerequisite_state';
     end if;
-    for t in select c.relname from pg_class c join pg_namespace n on n.oid = c.relnamespace
-              where n.nspname = 'shardmq' and c.relkind = 'r' and c.relname like 'batch\_' || p_partition || '\_%' loop
-        execute format('drop table shardmq.%I', t.relname);
+    perform shardmq.lock_partition(0);
+    for number in
+        select n from (
+            select p.partition as n, 0 as rank from shardmq.partition p
+             where p.topic = p_topic and p.generation = p_generation and p.state = 'open'
+            union all
+            select f, 1 from generate_series(10000 + v_node * 100 + 1, 10000 + v_node * 100 + 99) f
+             where not exists (select from shardmq.partition p where p.partition = f and
+                    (p.state <> 'deleted' or p.deleted_at > shardmq.clock() - interval '1 day'))
+            ) c
+         order by rank, n limit p_count
+    loop
+        perform shardmq.lock_partition(number);
+        delete from shardmq.sent_key s
+         where s.partition = number
+           and not exists (select from shardmq.partition p where p.partition = number and p.state <> 'deleted');
+        insert into shardmq.partition as p (partition, topic, generation, day, topology_version, created_at)
+        values (number, p_topic, p_generation, today, p_version, shardmq.clock())
+        on conflict (partition) do update set
+            topic = excluded.topic, generation = excluded.generation, state = 'open',
+            day = greatest(excluded.day, p.day), topology_version = excluded.topology_version,
+            low_watermark = 0, created_at = excluded.created_at, deleted_at = null
+         where p.state = 'deleted';
+        perform shardmq.make_day(number, (select p.day from shardmq.partition p where p.partition = number));
+        taken := taken + 1;
+        return next number;
     end loop;
-    delete from shardmq.day d where d.partition = p_partition;
-    delete from shardmq.refused r where r.partition = p_partition;
-    delete from shardmq.sent_key s where s.partition = p_partition;
-    delete from shardmq.cursor c where c.partition = p_partition;
-    -- A topic of that name that is made later is another one: its groups begin anew.
-    delete from shardmq.group_start g
-     where g.topic = p_topic
-       and not exists (select from shardmq.partition p where p.topic = p_topic and p.state <> 'deleted');
-    return true;
+    if taken < p_count then
+        raise exception 'shardmq: node % has % free partitions of 99, % are needed', v_node, taken, p_count
+            using errcode = 'configuration_limit_exceeded';
+    end if;
 end $$;

@@ -229,8 +229,7 @@ async fn a_partition_that_takes_nothing_more_still_knows_its_keys() {
     }
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn topics_do_not_share_keys_and_a_deleted_topic_takes_its_keys_along() {
+async fn two_topics(upkeep: bool) {
     let test = TestCluster::new(1).await;
     let clocks = Clocks::of(&test).await;
     let sql = test.sql(0).await;
@@ -244,16 +243,29 @@ async fn topics_do_not_share_keys_and_a_deleted_topic_takes_its_keys_along() {
     assert_eq!((order.partition(), bill.partition()), (orders, bills));
     assert_eq!((send("orders").await, send("bills").await), (order, bill));
     test.cluster.delete_topic("orders", true).await.unwrap();
-    let keys = "select count(*) from shardmq.sent_key where partition = $1";
-    let left = sql.query_one(keys, &[&number(orders)]).await.unwrap();
-    assert_eq!(left.get::<_, i64>(0), 0);
+    if upkeep {
+        test.cluster.look_after_nodes().await.unwrap();
+        let keys = "select array_agg(partition) from shardmq.sent_key";
+        let left = sql.query_one(keys, &[]).await.unwrap();
+        assert_eq!(left.get::<_, Vec<i32>>(0), [number(bills)]);
+    }
     // The number is free after a day, and the window is longer.
     clocks.set("1 day 23:00").await;
     assert_eq!(topic(&test, "others", 1).await[0], orders);
     let id = send("others").await;
     assert!(id.partition() == orders && id != order);
     assert_eq!(texts(&stored(&sql, orders).await), ["a"]);
-    assert_eq!(send("bills").await, bill);
+    // Its creation that is taken up again keeps them.
+    let again = "select shardmq.claim_partitions('others', 1, 1, 1)";
+    assert_eq!(sql.query_one(again, &[]).await.unwrap().get::<_, i32>(0), number(orders));
+    assert_eq!((send("others").await, send("bills").await), (id, bill));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn topics_do_not_share_keys_and_a_deleted_topics_are_forgotten_with_upkeep_and_without() {
+    for upkeep in [true, false] {
+        two_topics(upkeep).await;
+    }
 }
 
 /// A producer that still has the topology of before: its topic's number is another's now.
