@@ -12,7 +12,9 @@ use tokio_postgres::Client;
 use crate::support::clocks::Clocks;
 use crate::support::held::Way;
 use crate::support::proxy::{Proxy, Rule};
-use crate::support::stored::{Stored, all_stored, assert_dense, number, stored, topic, waiting};
+use crate::support::stored::{
+    Stored, all_stored, assert_dense, number, stored, table, topic, waiting,
+};
 use crate::support::{TestCluster, database, eventually, shared_server, within};
 
 /// When a key is forgotten.
@@ -192,6 +194,37 @@ async fn what_has_no_answer_until_the_send_timeout_is_unknown_and_may_be_sent_ag
     let all = way.stored().await;
     assert_eq!((all.len(), all[2].id), (3, id));
     assert_eq!(way.refused().await, 0);
+}
+
+/// The server refuses a repeat while the original is still on its way.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_original_whose_repeat_was_refused_may_still_come_and_is_not_called_refused() {
+    for code in ["check_violation", "raise_exception"] {
+        let way = Way::new(|builder| builder).await;
+        let large = || Message::new("m".repeat(12_000)).dedup_key("x");
+        let (send, original) = way.send_held_message(large()).await;
+        way.given_up(&original).await;
+        let table = table(way.partition, way.clocks.day(0).await);
+        let trigger =
+            format!("create trigger no before insert on {table} execute function public.no()");
+        let refuse = format!(
+            "create function public.no() returns trigger language plpgsql as
+                $$ begin raise exception 'no' using errcode = '{code}'; end $$; {trigger}"
+        );
+        way.sql.batch_execute(&refuse).await.unwrap();
+        way.free_all_but(&original);
+        let outcome = within(10 * SECOND, "the repeat", send).await.unwrap();
+        assert_eq!(outcome.unwrap_err().kind(), ErrorKind::Unknown, "{code}");
+        way.sql.batch_execute(&format!("drop trigger no on {table}")).await.unwrap();
+        way.release(&original).await;
+        let all = way.stored().await;
+        let id = within(10 * SECOND, "the next", way.send_message(large())).await.unwrap().unwrap();
+        assert_eq!((all.len(), all[1].id), (2, id), "{code}");
+        // Where nothing had no answer, it is what it is.
+        way.sql.batch_execute(&trigger).await.unwrap();
+        let outcome = within(10 * SECOND, "an answer", way.send_message(once("y"))).await.unwrap();
+        assert_ne!(outcome.unwrap_err().kind(), ErrorKind::Unknown, "{code}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

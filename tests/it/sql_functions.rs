@@ -208,6 +208,25 @@ async fn append_once_refuses_what_it_must() {
     assert_eq!((stored(&sql, partition).await.len(), keys.get::<_, i64>(0)), (0, 0));
 }
 
+/// The library draws a new sequence for each attempt.
+#[tokio::test]
+async fn a_sequence_that_another_batch_has_is_not_taken_for_a_duplicate() {
+    let (_test, sql, partition) = ready().await;
+    let append = "select outcome, ids is null from shardmq.append_batch_once($1, 'orders', 1,
+        (select day from shardmq.partition), '00000000-0000-4000-8000-000000000001', $2,
+        null, null, array['x'::bytea], array[$3])";
+    let mut outcomes = Vec::new();
+    for (sequence, key) in [(1_i64, "a"), (1, "a"), (1, "b"), (3, "c"), (2, "d"), (2, "c")] {
+        let row = one(&sql, append, &[&number(partition), &sequence, &key]).await.unwrap();
+        outcomes.push((row.get::<_, String>(0), row.get::<_, bool>(1)));
+    }
+    let outcomes: Vec<_> = outcomes.iter().map(|(o, none)| (o.as_str(), *none)).collect();
+    let (appended, duplicate, overtaken) =
+        (("appended", false), ("duplicate", false), ("overtaken", true));
+    assert_eq!(outcomes, [appended, duplicate, overtaken, appended, overtaken, duplicate]);
+    assert_eq!(stored(&sql, partition).await.len(), 2);
+}
+
 /// Both functions for one partition.
 fn appends(partition: PartitionId) -> [String; 2] {
     [
