@@ -69,7 +69,7 @@ async fn bad_messages_among_some_with_dedup_keys_fail_alone_and_the_others_are_k
     let message = |n: usize| {
         let text = if [0, 77, 299].contains(&n) { "bad" } else { "m" };
         let message = Message::new(format!("{text}{n}")).dedup_key(format!("d{n}"));
-        if n % 2 == 0 { message.key(n.to_string()) } else { message }
+        if n.is_multiple_of(2) { message.key(n.to_string()) } else { message }
     };
     let known = producer.send(message(150)).await.unwrap();
     refuse_bad(&sql, partition).await;

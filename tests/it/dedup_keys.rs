@@ -344,7 +344,7 @@ async fn messages_of_a_key_keep_their_order_with_and_without_dedup_keys() {
     let (test, sql, partition, producer) = ready().await;
     let message = |n: usize| {
         let message = Message::new(n.to_string()).key(format!("k{}", n % 2));
-        if n % 3 == 0 { message.dedup_key(format!("d{n}")) } else { message }
+        if n.is_multiple_of(3) { message.dedup_key(format!("d{n}")) } else { message }
     };
     for n in 0..20 {
         producer.send(message(n)).await.unwrap();

@@ -185,8 +185,8 @@ async fn dedup_keys_are_found_by_index_where_there_are_many_more_than_before() {
     for n in 0..40 {
         sql.execute(append, &[&p, &n]).await.unwrap();
     }
-    for analyze in ["", "analyze shardmq.sent_key"] {
-        sql.batch_execute(analyze).await.unwrap();
+    sql.batch_execute("analyze shardmq.sent_key").await.unwrap();
+    for _ in 0..5 {
         sql.batch_execute("select shardmq.prune_sent_keys(10)").await.unwrap();
     }
     sql.batch_execute(TELL).await.unwrap();
