@@ -90,8 +90,9 @@ fn read(row: Option<&Row>, count: i32) -> Again {
     let Some(row) = stored else {
         return read_again(row);
     };
-    let ids: Vec<i64> = row.get::<_, Option<_>>(1).unwrap_or_default();
-    let ids: Vec<_> = ids.into_iter().filter_map(|id| MessageId::try_from(id).ok()).collect();
+    let ids: Vec<Option<i64>> = row.get::<_, Option<_>>(1).unwrap_or_default();
+    let ids = ids.into_iter().flatten().filter_map(|id| MessageId::try_from(id).ok());
+    let ids: Vec<_> = ids.collect();
     // A message without an id is not known to be stored.
     if ids.len() == count.unsigned_abs() as usize { Again::Each(ids) } else { Again::Refused }
 }
