@@ -161,6 +161,8 @@ async fn append_once_returns_the_first_id_and_shares_keys_with_the_library() {
     let id: i64 = one(&sql, text, &[&number(partition)]).await.unwrap().get(0);
     // Over midnight too.
     clocks.set("1 day 00:01").await;
+    let new = one(&sql, "select shardmq.append_once($1, 'z', 'new')", &[&number(partition)]).await;
+    assert_eq!(new.unwrap().get::<_, i64>(0) % 100_000_000, 1);
     assert_eq!(one(&sql, text, &[&number(partition)]).await.unwrap().get::<_, i64>(0), id);
     let producer = clocks.on(test.cluster.producer("orders")).build().await.unwrap();
     let sent = producer.send(Message::new("x").dedup_key("a")).await.unwrap();
@@ -174,7 +176,7 @@ async fn append_once_returns_the_first_id_and_shares_keys_with_the_library() {
     let row = one(&sql, "select * from shardmq.message($1)", &[&id]).await.unwrap();
     assert_eq!(row.get::<_, &str>("key"), "k");
     assert_eq!(row.get::<_, serde_json::Value>("headers"), serde_json::json!({"h": "v"}));
-    assert_eq!(stored(&sql, partition).await.len(), 2);
+    assert_eq!(stored(&sql, partition).await.len(), 3);
     // It is not there until its transaction has committed.
     sql.batch_execute(&format!(
         "begin; select shardmq.append_once({partition}, 'x', 'c'); rollback"
@@ -182,7 +184,7 @@ async fn append_once_returns_the_first_id_and_shares_keys_with_the_library() {
     .await
     .unwrap();
     one(&sql, "select shardmq.append_once($1, 'x', 'c')", &[&number(partition)]).await.unwrap();
-    assert_eq!(stored(&sql, partition).await.len(), 3);
+    assert_eq!(stored(&sql, partition).await.len(), 4);
 }
 
 #[tokio::test]
