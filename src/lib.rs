@@ -40,7 +40,8 @@ pub use error::{Error, ErrorKind, Result};
 pub use failure::FailedAttempt;
 pub use id::{Day, MAX_NUMBER, MAX_SEQUENCE, MessageId, NodeId, PartitionId, Uid};
 pub use message::{
-    DEFAULT_MAX_PAYLOAD_LEN, Headers, MAX_HEADERS_LEN, MAX_KEY_LEN, MAX_PAYLOAD_LEN, Message,
+    DEFAULT_MAX_PAYLOAD_LEN, Headers, MAX_DEDUP_KEY_LEN, MAX_HEADERS_LEN, MAX_KEY_LEN,
+    MAX_PAYLOAD_LEN, Message,
 };
 pub use name::{GroupName, MAX_NAME_LEN, TopicName};
 pub use producer::{

@@ -1,6 +1,7 @@
 //! What is sent: a payload, perhaps a key, perhaps headers.
 
 use std::collections::BTreeMap;
+use std::ops::RangeInclusive;
 
 use bytes::Bytes;
 use serde::Serialize;
@@ -10,6 +11,8 @@ use crate::error::{Error, Result};
 
 /// The most bytes of a key.
 pub const MAX_KEY_LEN: usize = 1024;
+/// The most bytes of a dedup key.
+pub const MAX_DEDUP_KEY_LEN: usize = 1024;
 /// The most bytes of all header names and values of a message together.
 pub const MAX_HEADERS_LEN: usize = 64 * 1024;
 /// The most bytes of a payload that a producer can be configured to take.
@@ -41,13 +44,14 @@ pub type Headers = BTreeMap<String, String>;
 pub struct Message {
     pub(crate) payload: Bytes,
     pub(crate) key: Option<String>,
+    pub(crate) dedup_key: Option<Box<str>>,
     pub(crate) headers: Headers,
 }
 
 impl Message {
     /// A message with these bytes, sent and received unchanged. By default up to 4 MiB.
     pub fn new(payload: impl Into<Bytes>) -> Self {
-        Self { payload: payload.into(), key: None, headers: Headers::new() }
+        Self { payload: payload.into(), key: None, dedup_key: None, headers: Headers::new() }
     }
 
     /// A message with this value as JSON.
@@ -64,6 +68,28 @@ impl Message {
     /// sent. Up to 1 KiB, without NUL characters. Without a key, a message goes where there is room.
     pub fn key(mut self, key: impl Into<String>) -> Self {
         self.key = Some(key.into());
+        self
+    }
+
+    /// Stores the message once: a message with a dedup key that was stored in the topic in the last two
+    /// days, by whichever producer or process, is not stored again, and its send returns the id of the
+    /// first. For a request that a client repeats, or a job that is started over. 1 byte to 1 KiB, without
+    /// NUL characters. It is not stored with the message.
+    ///
+    /// The [key](Self::key) chooses the partition, as ever, and where there is none the dedup key does. So
+    /// a repeat must have the same key, or again none; and with a [`Balancer`](crate::Balancer) it must be
+    /// given the same partition.
+    ///
+    /// While the node of that partition is away the message waits for it, up to the
+    /// [send timeout](crate::ProducerBuilder::send_timeout), also with
+    /// [`KeyFailover::Divert`](crate::KeyFailover::Divert); with
+    /// [`KeyFailover::Fail`](crate::KeyFailover::Fail) it fails at once. An attempt without an answer is
+    /// repeated, which is harmless here. A send that ended with [`ErrorKind::Unknown`] may be repeated as
+    /// well, with the same dedup key.
+    ///
+    /// [`ErrorKind::Unknown`]: crate::ErrorKind::Unknown
+    pub fn dedup_key(mut self, key: impl Into<String>) -> Self {
+        self.dedup_key = Some(key.into().into_boxed_str());
         self
     }
 
@@ -97,7 +123,10 @@ impl Message {
             )));
         }
         if let Some(key) = &self.key {
-            check_key(key)?;
+            check_key("key", key, 0..=MAX_KEY_LEN)?;
+        }
+        if let Some(key) = &self.dedup_key {
+            check_key("dedup key", key, 1..=MAX_DEDUP_KEY_LEN)?;
         }
         if self.headers.is_empty() { Ok(()) } else { self.check_headers() }
     }
@@ -126,15 +155,17 @@ impl Message {
     }
 }
 
-fn check_key(key: &str) -> Result<()> {
-    if key.len() > MAX_KEY_LEN {
-        return Err(Error::invalid(format!(
-            "key has {} bytes, the limit is {MAX_KEY_LEN}",
-            key.len()
-        )));
+fn check_key(what: &str, key: &str, limits: RangeInclusive<usize>) -> Result<()> {
+    let (len, shortest, longest) = (key.len(), limits.start(), limits.end());
+    if len < *shortest {
+        return Err(Error::invalid(format!("{what} is empty, it needs {shortest} byte at least")));
+    }
+    if len > *longest {
+        return Err(Error::invalid(format!("{what} has {len} bytes, the limit is {longest}")));
     }
     if key.contains('\0') {
-        return Err(Error::invalid("key has a NUL character, which Postgres can't store in text"));
+        let why = format!("{what} has a NUL character, which Postgres can't store in text");
+        return Err(Error::invalid(why));
     }
     Ok(())
 }
@@ -153,6 +184,10 @@ mod tests {
         assert!(fits.header("h", "v".repeat(MAX_HEADERS_LEN - 1)).check(4 << 20).is_ok());
         assert!(refusal(&Message::new(vec![0; 4_194_305])).contains("4194304"));
         assert!(refusal(&Message::new("").key("k".repeat(1025))).contains("1024"));
+        assert!(refusal(&Message::new("").dedup_key("k".repeat(1025))).contains("1024"));
+        assert!(refusal(&Message::new("").dedup_key("")).contains("dedup key is empty"));
+        let fits = ["k".to_owned(), "k".repeat(MAX_DEDUP_KEY_LEN)];
+        assert!(fits.into_iter().all(|key| Message::new("").dedup_key(key).check(1).is_ok()));
         let long = Message::new("").header("h", "v".repeat(MAX_HEADERS_LEN));
         assert!(refusal(&long).contains("65536"));
     }
@@ -160,6 +195,7 @@ mod tests {
     #[test]
     fn nul_is_refused_in_keys_and_headers_and_taken_in_payloads() {
         assert!(refusal(&Message::new("").key("a\0b")).contains("NUL"));
+        assert!(refusal(&Message::new("").dedup_key("a\0b")).contains("NUL"));
         assert!(refusal(&Message::new("").header("a", "\0")).contains("NUL"));
         assert!(refusal(&Message::new("").header("", "x")).contains("empty"));
         assert!(refusal(&Message::new("").header("shardmq.uid", "x")).contains("reserved"));

@@ -38,7 +38,8 @@ pub enum WhenFull {
     Fail,
 }
 
-/// What a producer does with a message that has a key while the node of its partition is away.
+/// What a producer does with a message that has a key, or a [dedup key](Message::dedup_key), while the node of
+/// its partition is away.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum KeyFailover {
     /// It waits for the node, up to the [send timeout](ProducerBuilder::send_timeout): the order by key
@@ -49,7 +50,8 @@ pub enum KeyFailover {
     /// [`ErrorKind::Unknown`] where it was under way and the node does not say whether it was stored.
     Fail,
     /// It goes to a partition of another node, like a message without a key: the order by key is lost
-    /// where that happens.
+    /// where that happens. One with a dedup key waits all the same, since it is known on its own node
+    /// only.
     Divert,
 }
 

@@ -1,5 +1,5 @@
 //! Keeps nodes in order, from within any process that produces or consumes: day tables are made ahead,
-//! days whose time is over are dropped, finished ones frozen.
+//! days whose time is over are dropped, finished ones frozen, old dedup keys forgotten.
 //!
 //! One process at a time for each node, by a lease in a row of that node: it is renewed every 8 s and
 //! over after 20 s, so that another takes over within 30 s. Every step may be done twice.
@@ -21,6 +21,7 @@ use crate::metrics as names;
 use crate::store::append::make_days_ahead;
 use crate::store::connect::refused;
 use crate::store::group;
+use crate::store::node::Node;
 use crate::store::upkeep::{self, Dropped, Expired};
 
 /// How many days ahead tables are made.
@@ -32,6 +33,9 @@ const LEASE_SECS: f64 = 20.0;
 const DEAD_AT_ONCE: i32 = 1_000;
 /// Between rounds over all partitions.
 const ROUND: Duration = Duration::from_mins(5);
+
+/// Dedup keys that are forgotten in one transaction.
+const KEYS_AT_ONCE: i32 = 10_000;
 
 /// Looks after the nodes of a cluster until it is shut down. Each has its own beat: neither one that
 /// hangs nor one whose round takes long keeps the others waiting.
@@ -114,6 +118,7 @@ pub(crate) async fn round(nodes: &Nodes, node: NodeId) -> Result<bool> {
     }
     let swept = group::sweep_broadcasts(pool.get().await?).await;
     swept.map_err(|error| refused(error, &what))?;
+    forget_keys(&pool, &what).await?;
     let days = upkeep::unfrozen_days(&pool.get().await?).await;
     for (partition, day) in days.map_err(|error| refused(error, &what))? {
         let frozen = upkeep::freeze_day(pool.get().await?, partition, day).await;
@@ -122,6 +127,16 @@ pub(crate) async fn round(nodes: &Nodes, node: NodeId) -> Result<bool> {
         noted.map_err(|error| refused(error, &what))?;
     }
     Ok(contended)
+}
+
+/// Forgets dedup keys that are older than their window, a part at a time: appends need the connection.
+async fn forget_keys(pool: &Node, what: &str) -> Result<()> {
+    loop {
+        let pruned = upkeep::prune_sent_keys(pool.get().await?, KEYS_AT_ONCE).await;
+        if pruned.map_err(|error| refused(error, what))? < i64::from(KEYS_AT_ONCE) {
+            return Ok(());
+        }
+    }
 }
 
 async fn keep(nodes: &Nodes, partition: PartitionId, in_use: bool) -> Result<bool> {

@@ -51,9 +51,8 @@ pub(super) fn arrays(payloads: &[impl AsRef<[u8]>]) -> Arrays {
     Arrays {
         count: i32::try_from(payloads.len()).unwrap_or(i32::MAX),
         bytes: i32::try_from(bytes).unwrap_or(i32::MAX),
-        keys: None,
-        headers: None,
         payloads: packed,
+        ..Arrays::default()
     }
 }
 

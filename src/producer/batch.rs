@@ -17,6 +17,9 @@ use crate::message::{DUPLICATE_HEADER, Message, UID_HEADER};
 use crate::store::append::Arrays;
 use crate::store::packed::{Packed, Unpacked};
 
+#[cfg(test)]
+mod tests;
+
 /// The most messages of a batch.
 pub(crate) const MAX_MESSAGES: u32 = 1_000;
 /// The bytes at which a batch takes no more messages. A larger message is a batch of its own.
@@ -26,7 +29,29 @@ const OVERHEAD: usize = 64;
 
 /// What a message counts for in the producer's buffer.
 pub(crate) fn cost(message: &Message) -> usize {
-    message.size() + OVERHEAD
+    message.size() + message.dedup_key.as_ref().map_or(0, |key| key.len()) + OVERHEAD
+}
+
+/// What all messages of a batch have in common.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// Without keys: they may go to another partition.
+    Free,
+    /// With keys, and so a partition of their own.
+    Keyed,
+    /// With dedup keys, and perhaps keys: they never leave their partition, are known there when they
+    /// come again, and have ids that need not follow each other.
+    Once,
+}
+
+impl Kind {
+    pub(crate) fn of(message: &Message) -> Self {
+        match (&message.dedup_key, &message.key) {
+            (Some(_), _) => Self::Once,
+            (None, Some(_)) => Self::Keyed,
+            (None, None) => Self::Free,
+        }
+    }
 }
 
 /// Messages on their way to one partition.
@@ -34,8 +59,7 @@ pub(crate) fn cost(message: &Message) -> usize {
 pub(crate) struct Batch {
     pub(crate) arrays: Arrays,
     pub(crate) tickets: Tickets,
-    /// Whether its messages have keys, and so a partition of their own. All of them have, or none.
-    pub(crate) keyed: bool,
+    pub(crate) kind: Kind,
     /// What it counts for in the producer's buffer.
     pub(crate) cost: usize,
     /// Until when it is tried.
@@ -49,9 +73,9 @@ pub(crate) struct Batch {
 }
 
 impl Batch {
-    pub(crate) fn new(timeout: Duration, keyed: bool) -> Self {
+    pub(crate) fn new(timeout: Duration, kind: Kind) -> Self {
         Self {
-            keyed,
+            kind,
             arrays: Arrays::default(),
             tickets: Tickets::default(),
             cost: 0,
@@ -93,6 +117,9 @@ impl Batch {
             &message.payload,
             message.size(),
         );
+        if let Some(key) = &message.dedup_key {
+            self.push_dedup_key(key.as_bytes());
+        }
         self.cost += cost(message);
         self.tickets.draw()
     }
@@ -123,44 +150,44 @@ impl Batch {
         arrays.bytes = arrays.bytes.saturating_add(i32::try_from(size).unwrap_or(i32::MAX));
     }
 
+    fn push_dedup_key(&mut self, key: &[u8]) {
+        self.arrays.dedup_keys.get_or_insert_default().push(key);
+    }
+
     /// Two batches of the same messages, in the same order: the first `count`, and the others. Neither
     /// has been sent yet.
     pub(crate) fn divide(self, count: u32) -> (Self, Self) {
-        let keys = self.arrays.keys.as_ref().map(Packed::unpack);
-        let headers = self.arrays.headers.as_ref().map(Packed::unpack);
-        let payloads = self.arrays.payloads.unpack();
+        let whole = Whole::of(&self.arrays);
         let count = count.min(self.len());
-        let [ours, mut others] = [0..count, count..self.len()]
-            .map(|places| self.part(places, keys.as_ref(), headers.as_ref(), &payloads));
+        let [ours, mut others] =
+            [0..count, count..self.len()].map(|places| self.part(places, &whole));
         others.cost = self.cost - ours.cost;
         (ours, others)
     }
 
-    fn part(
-        &self,
-        places: Range<u32>,
-        keys: Option<&Unpacked>,
-        headers: Option<&Unpacked>,
-        payloads: &Unpacked,
-    ) -> Self {
+    fn part(&self, places: Range<u32>, whole: &Whole) -> Self {
         let mut batch = Self {
             arrays: Arrays::default(),
             tickets: self.tickets.part(&places),
-            keyed: self.keyed,
+            kind: self.kind,
             cost: self.cost * places.len() / (self.len() as usize).max(1),
             deadline: self.deadline,
             sequence: None,
             first_day: None,
-            unknown: false,
+            // Other batches were fenced. What has dedup keys is known by them.
+            unknown: self.unknown && self.kind == Kind::Once,
         };
         for index in places {
             let index = index as usize;
-            let key = keys.and_then(|keys| keys.element(index));
+            let key = whole.keys.element(index);
             // The version byte of jsonb is put before it again.
-            let text = headers.and_then(|all| all.element(index)).and_then(|json| json.get(1..));
-            let payload = payloads.element(index).unwrap_or_default();
+            let text = whole.headers.element(index).and_then(|json| json.get(1..));
+            let payload = whole.payloads.element(index).unwrap_or_default();
             let size = payload.len() + key.map_or(0, <[u8]>::len) + text.map_or(0, <[u8]>::len);
             batch.push_parts(key, text, payload, size);
+            if let Some(key) = whole.dedup_keys.element(index) {
+                batch.push_dedup_key(key);
+            }
         }
         batch
     }
@@ -174,22 +201,41 @@ impl Batch {
     /// The same messages, to be sent elsewhere although an attempt of this producer's may have stored
     /// them: each says so, and keeps its identity.
     pub(crate) fn marked(self, producer: Uuid) -> Self {
-        let (keys, payloads) =
-            (self.arrays.keys.as_ref().map(Packed::unpack), self.arrays.payloads.unpack());
-        let headers = self.arrays.headers.as_ref().map(Packed::unpack);
+        let whole = Whole::of(&self.arrays);
         let sequence = self.sequence.unwrap_or_default();
         let mut marked = Self { arrays: Arrays::default(), ..self };
-        for index in 0..payloads.len() {
-            let key = keys.as_ref().and_then(|keys| keys.element(index));
-            let text =
-                headers.as_ref().and_then(|all| all.element(index)).and_then(|json| json.get(1..));
+        for index in 0..whole.payloads.len() {
+            let key = whole.keys.element(index);
+            let text = whole.headers.element(index).and_then(|json| json.get(1..));
             let uid = Uid { producer, sequence, index: u32::try_from(index).unwrap_or(u32::MAX) };
             let text = mark(text, uid);
-            let payload = payloads.element(index).unwrap_or_default();
+            let payload = whole.payloads.element(index).unwrap_or_default();
             let size = payload.len() + key.map_or(0, <[u8]>::len) + text.len();
             marked.push_parts(key, Some(&text), payload, size);
         }
         marked.fresh()
+    }
+}
+
+/// The arrays of a batch, to be read.
+struct Whole {
+    keys: Unpacked,
+    headers: Unpacked,
+    payloads: Unpacked,
+    dedup_keys: Unpacked,
+}
+
+impl Whole {
+    fn of(arrays: &Arrays) -> Self {
+        // One that is not there has no elements.
+        let unpack =
+            |array: &Option<Packed>| array.as_ref().map(Packed::unpack).unwrap_or_default();
+        Self {
+            keys: unpack(&arrays.keys),
+            headers: unpack(&arrays.headers),
+            payloads: arrays.payloads.unpack(),
+            dedup_keys: unpack(&arrays.dedup_keys),
+        }
     }
 }
 
@@ -226,9 +272,23 @@ impl Tickets {
 
     /// Answers the receipts: the first message has this id, the others follow; or all failed.
     pub(crate) fn complete(&self, result: Result<MessageId>) {
+        self.answer([(self.run.clone(), result)]);
+    }
+
+    /// Answers the receipts, each with an id of its own.
+    pub(crate) fn complete_each(&self, ids: &[MessageId]) {
+        let mut at = self.run.start;
+        self.answer(ids.chunk_by(|id, next| id.offset(1) == *next).map(|follow| {
+            let run = at..at + u32::try_from(follow.len()).unwrap_or(u32::MAX);
+            at = run.end;
+            (run, Ok(follow[0]))
+        }));
+    }
+
+    fn answer(&self, outcomes: impl IntoIterator<Item = (Range<u32>, Result<MessageId>)>) {
         let mut state = self.completion.lock();
         state.answered += self.run.len();
-        state.outcomes.push((self.run.clone(), result));
+        state.outcomes.extend(outcomes);
         let woken: Vec<Waker> =
             self.run.clone().filter_map(|index| state.take_waker(index)).collect();
         drop(state);
@@ -249,7 +309,8 @@ pub(crate) struct Completion {
 struct State {
     drawn: u32,
     answered: usize,
-    /// One outcome for nearly all batches; more where a batch had to be divided.
+    /// One outcome for nearly all batches; more where a batch had to be divided, or ids do not follow each
+    /// other.
     outcomes: Vec<(Range<u32>, Result<MessageId>)>,
     wakers: Vec<Option<Waker>>,
 }
@@ -322,145 +383,5 @@ impl Future for Receipt {
         }
         state.wait(self.index, context.waker());
         Poll::Pending
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::error::Error;
-    use proptest::prelude::*;
-
-    fn id(sequence: u32) -> MessageId {
-        let day = Day::from_yymmdd(261_122).unwrap();
-        MessageId::new("10101".parse().unwrap(), day, sequence).unwrap()
-    }
-
-    async fn answers(receipts: Vec<Receipt>) -> Vec<Option<u32>> {
-        let mut answers = Vec::new();
-        for receipt in receipts {
-            answers.push(receipt.await.ok().map(MessageId::sequence));
-        }
-        answers
-    }
-
-    #[tokio::test]
-    async fn receipts_are_answered_in_the_order_of_the_batch() {
-        let mut batch = Batch::new(Duration::from_secs(1), false);
-        let receipts: Vec<_> = (0..3).map(|_| batch.push(&Message::new("x"))).collect();
-        batch.tickets.complete(Ok(id(7)));
-        assert_eq!(answers(receipts).await, [Some(7), Some(8), Some(9)]);
-    }
-
-    #[tokio::test]
-    async fn a_divided_batch_answers_each_message_once() {
-        let mut batch = Batch::new(Duration::from_secs(1), false);
-        let receipts: Vec<_> = (0..4).map(|_| batch.push(&Message::new("x"))).collect();
-        let (refused, rest) = batch.divide(1);
-        refused.tickets.complete(Err(Error::invalid("no")));
-        let (first, second) = rest.divide(2);
-        second.tickets.complete(Ok(id(20)));
-        first.tickets.complete(Ok(id(10)));
-        assert_eq!(answers(receipts).await, [None, Some(10), Some(11), Some(20)]);
-    }
-
-    #[test]
-    fn a_marked_message_keeps_its_headers_and_the_identity_it_had_first() {
-        let uid = |text: &[u8]| {
-            let headers: crate::message::Headers = serde_json::from_slice(text).unwrap();
-            assert_eq!(headers[DUPLICATE_HEADER], "possible");
-            headers[UID_HEADER].clone()
-        };
-        let mut batch = Batch::new(Duration::from_secs(1), false);
-        drop(batch.push(&Message::new("x").header("h", "v")));
-        drop(batch.push(&Message::new("y")));
-        batch.sequence = Some(7);
-        let marked = batch.marked(Uuid::from_u128(1));
-        let texts = marked.arrays.headers.as_ref().map(Packed::unpack).unwrap();
-        let text = |index| texts.element(index).unwrap().get(1..).unwrap();
-        assert!(String::from_utf8_lossy(text(0)).contains(r#""h":"v""#));
-        assert_eq!(uid(text(1)), format!("{}:7:1", Uuid::from_u128(1)));
-        assert_eq!((marked.len(), marked.sequence), (2, None));
-        let again = marked.marked(Uuid::from_u128(2));
-        let texts = again.arrays.headers.as_ref().map(Packed::unpack).unwrap();
-        let text = |index| texts.element(index).unwrap().get(1..).unwrap();
-        assert_eq!(uid(text(1)), format!("{}:7:1", Uuid::from_u128(1)));
-    }
-
-    #[tokio::test]
-    async fn a_divided_batch_takes_no_more_messages() {
-        let mut batch = Batch::new(Duration::from_secs(1), false);
-        let _receipts = [(); 2].map(|()| batch.push(&Message::new("x")));
-        assert!(batch.has_room(1));
-        let (first, second) = batch.divide(1);
-        assert!(!first.has_room(1) && !second.has_room(1));
-    }
-
-    #[tokio::test]
-    async fn whoever_waits_for_all_and_whoever_waits_for_one_are_both_woken() {
-        let mut batch = Batch::new(Duration::from_secs(1), false);
-        let one = tokio::spawn(batch.push(&Message::new("x")));
-        tokio::task::yield_now().await;
-        let completion = Arc::clone(&batch.tickets.completion);
-        let all = tokio::spawn(async move { completion.all().await });
-        tokio::task::yield_now().await;
-        batch.tickets.complete(Ok(id(1)));
-        assert_eq!(one.await.unwrap().unwrap(), id(1));
-        all.await.unwrap().unwrap();
-    }
-
-    #[tokio::test]
-    async fn whoever_waits_for_all_hears_of_the_first_failure_when_all_are_answered() {
-        let mut batch = Batch::new(Duration::from_secs(1), false);
-        let _receipts = [(); 3].map(|()| batch.push(&Message::new("x")));
-        let completion = Arc::clone(&batch.tickets.completion);
-        let (first, second) = batch.divide(1);
-        first.tickets.complete(Err(Error::invalid("no")));
-        let soon = tokio::time::timeout(Duration::ZERO, completion.all());
-        assert!(soon.await.is_err());
-        second.tickets.complete(Ok(id(1)));
-        assert!(completion.all().await.is_err());
-    }
-
-    #[tokio::test]
-    async fn a_waiting_receipt_is_woken() {
-        let mut batch = Batch::new(Duration::from_secs(1), false);
-        let receipt = tokio::spawn(batch.push(&Message::new("x")));
-        tokio::task::yield_now().await;
-        batch.tickets.complete(Ok(id(1)));
-        assert_eq!(receipt.await.unwrap().unwrap(), id(1));
-    }
-
-    proptest! {
-        #[test]
-        fn dividing_keeps_every_message_key_and_header(
-            messages in proptest::collection::vec((".{0,5}", proptest::option::of("[a-z]{1,3}"), any::<bool>()), 1..20),
-            cut in 0_u32..20,
-        ) {
-            let mut batch = Batch::new(Duration::from_secs(1), false);
-            for (text, key, header) in &messages {
-                let mut message = Message::new(text.clone());
-                message.key.clone_from(key);
-                drop(batch.push(&if *header { message.header("h", text) } else { message }));
-            }
-            let cost = batch.cost;
-            let (a, b) = batch.divide(cut);
-            prop_assert_eq!(a.cost + b.cost, cost);
-            let mut seen = Vec::new();
-            for half in [a, b] {
-                let keys = half.arrays.keys.as_ref().map(Packed::unpack).unwrap_or_default();
-                let headers = half.arrays.headers.as_ref().map(Packed::unpack).unwrap_or_default();
-                let payloads = half.arrays.payloads.unpack();
-                for index in 0..payloads.len() {
-                    let text = |bytes: Option<&[u8]>| bytes.map(|b| String::from_utf8(b.to_vec()).unwrap());
-                    seen.push((
-                        text(payloads.element(index)).unwrap(),
-                        text(keys.element(index)),
-                        headers.element(index).is_some(),
-                    ));
-                }
-            }
-            prop_assert_eq!(seen, messages);
-        }
     }
 }

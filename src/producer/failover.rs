@@ -17,7 +17,7 @@ use tracing::Instrument;
 
 use crate::error::{Error, ErrorKind};
 use crate::producer::KeyFailover;
-use crate::producer::batch::Batch;
+use crate::producer::batch::{Batch, Kind};
 use crate::producer::health::NodeState;
 use crate::producer::lane::Lane;
 use crate::producer::shared::Shared;
@@ -109,12 +109,16 @@ impl Shared {
 
     /// Whether a batch may go to another node.
     pub(super) fn is_free(&self, batch: &Batch) -> bool {
-        !batch.keyed || self.options.key_failover == KeyFailover::Divert
+        match batch.kind {
+            Kind::Free => true,
+            Kind::Keyed => self.options.key_failover == KeyFailover::Divert,
+            Kind::Once => false,
+        }
     }
 
     /// Whether a batch is to fail, rather than wait for a node that is down.
     pub(super) fn is_impatient(&self, batch: &Batch) -> bool {
-        batch.keyed && self.options.key_failover == KeyFailover::Fail
+        batch.kind != Kind::Free && self.options.key_failover == KeyFailover::Fail
     }
 
     /// Sends what waits for a node and is not under way elsewhere, if there is a better node.

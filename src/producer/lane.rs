@@ -15,7 +15,7 @@ use uuid::Uuid;
 
 use crate::id::{Day, PartitionId};
 use crate::message::Message;
-use crate::producer::batch::{Batch, Completion, Receipt};
+use crate::producer::batch::{Batch, Completion, Kind, Receipt};
 use crate::producer::writer::Writer;
 
 /// The way of one producer into one partition.
@@ -73,18 +73,23 @@ impl Lane {
         Self { partition, generation, index, producer: Uuid::new_v4(), writer, state }
     }
 
-    /// Adds a message to the batch of its kind that is filling: those with keys and those without go
-    /// in batches of their own, since where a node fails only the latter may go elsewhere.
+    /// Adds a message to the batch of its kind that is filling: those with keys, those without and those
+    /// with dedup keys go in batches of their own, since they fare differently where a node fails. None
+    /// that has a key goes before a batch of another kind that may have the same key.
     pub(crate) fn push(&self, message: &Message, timeout: Duration) -> Pushed {
         let size = message.size();
         let mut state = self.lock();
         // One that has waited for long is left as it is: each message is tried for most of its time.
         let latest = Instant::now() + timeout * 3 / 4;
-        let keyed = message.key.is_some();
-        let joins = |b: &Batch| b.sequence.is_none() && b.has_room(size) && b.deadline >= latest;
-        let filling = state.queue.iter().rposition(|b| b.keyed == keyed);
+        let (kind, has_key) = (Kind::of(message), message.key.is_some());
+        let joins = |b: &Batch| {
+            let waits = b.sequence.is_none() && b.deadline >= latest;
+            b.kind == kind && waits && b.has_room(size)
+        };
+        let last = |b: &Batch| b.kind == kind || (has_key && b.arrays.keys.is_some());
+        let filling = state.queue.iter().rposition(last);
         let index = filling.filter(|index| joins(&state.queue[*index])).unwrap_or_else(|| {
-            state.queue.push_back(Batch::new(timeout, keyed));
+            state.queue.push_back(Batch::new(timeout, kind));
             state.queue.len() - 1
         });
         let batch = &mut state.queue[index];
@@ -215,11 +220,36 @@ mod tests {
     use super::*;
     use crate::id::NodeId;
 
+    fn lane(timeout: Duration) -> Lane {
+        let writer = Arc::new(Writer::new(NodeId::new(1).unwrap(), 1, (timeout, timeout)));
+        Lane::new(PartitionId::new(1, 1).unwrap(), 1, 0, writer)
+    }
+
+    #[test]
+    fn a_message_with_a_key_goes_before_none_that_may_have_the_same() {
+        let (free, once) = (Message::new("x"), Message::new("x").dedup_key("d"));
+        let (keyed, both) = (free.clone().key("k"), once.clone().key("k"));
+        let cases: [(&[&Message], &[u32]); 5] = [
+            (&[&free, &keyed, &once, &free, &keyed, &once], &[2, 2, 2]),
+            (&[&keyed, &both, &keyed, &both], &[1, 1, 1, 1]),
+            (&[&keyed, &both, &both, &free, &free, &both], &[1, 3, 2]),
+            (&[&once, &keyed, &both, &once, &keyed], &[1, 1, 2, 1]),
+            (&[&once, &keyed, &once, &keyed, &free], &[2, 2, 1]),
+        ];
+        for (messages, sizes) in cases {
+            let lane = lane(Duration::from_secs(30));
+            for message in messages {
+                drop(lane.push(message, Duration::from_secs(30)).receipt);
+            }
+            let found: Vec<u32> = lane.abandon().iter().map(Batch::len).collect();
+            assert_eq!(found, sizes);
+        }
+    }
+
     #[tokio::test(start_paused = true)]
     async fn a_message_joins_a_batch_that_is_tried_for_most_of_its_time_only() {
         let timeout = Duration::from_secs(30);
-        let writer = Arc::new(Writer::new(NodeId::new(1).unwrap(), 1, (timeout, timeout)));
-        let lane = Lane::new(PartitionId::new(1, 1).unwrap(), 1, 0, writer);
+        let lane = lane(timeout);
         let mut receipts = Vec::new();
         for _ in 0..4 {
             receipts.push(lane.push(&Message::new("x"), timeout).receipt);

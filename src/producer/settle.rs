@@ -9,6 +9,9 @@
 //!            ├─ node down ─> without a key: ask; then to another node, with a mark if it did not say
 //!            └─ no answer ─> wait, again; after the deadline fence: found, refused for ever or unknown
 //! ```
+//!
+//! Messages with dedup keys come here at once. Whatever became of an attempt, they are sent again: the node
+//! knows them by their keys. So nothing is asked for, and what had no answer until the deadline is unknown.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -20,7 +23,7 @@ use tokio::time::Instant;
 use crate::deadline::in_time;
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::MessageId;
-use crate::producer::batch::Batch;
+use crate::producer::batch::{Batch, Kind};
 use crate::producer::failover::is_of_node;
 use crate::producer::health::NodeState;
 use crate::producer::lane::{Closed, Lane};
@@ -49,6 +52,10 @@ pub(crate) async fn settle(shared: &Arc<Shared>, lane: &Arc<Lane>, batch: Batch)
                 shared.answer(&part, Ok(id));
                 shared.cluster.inner.notifier.publish(&[lane.partition]);
             }
+            Settled::Each(ids) => {
+                shared.answer_each(&part, &ids);
+                shared.cluster.inner.notifier.publish(&[lane.partition]);
+            }
             Settled::Failed(error) => shared.answer(&part, Err(error)),
             Settled::Leaves { asked: true } => shared.forward(lane, part.fresh()),
             Settled::Leaves { asked: false } => {
@@ -74,6 +81,7 @@ pub(crate) async fn settle(shared: &Arc<Shared>, lane: &Arc<Lane>, batch: Batch)
 
 enum Settled {
     At(MessageId),
+    Each(Vec<MessageId>),
     Failed(Error),
     /// Certainly not stored, and this partition will not take it.
     Elsewhere(Error),
@@ -105,10 +113,9 @@ async fn settle_part(shared: &Shared, lane: &Lane, batch: &mut Batch) -> Settled
             Ok(answer) => {
                 shared.node_worked(&lane.writer);
                 match step(shared, lane, answer, &what).await {
-                    Ok(Some(id)) => return Settled::At(id),
-                    Ok(None) => continue,
+                    Ok(()) => continue,
                     Err(Step::Wait(error)) => error,
-                    Err(Step::End(settled)) => return settled,
+                    Err(Step::End(settled)) => return of_each(batch, settled),
                 }
             }
             Err(Trouble::Data(error)) => {
@@ -137,6 +144,14 @@ async fn settle_part(shared: &Shared, lane: &Lane, batch: &mut Batch) -> Settled
     }
     let error = too_late(shared, &what, last);
     end(shared, lane, batch, Settled::Failed(error)).await
+}
+
+/// A partition that takes nothing more has some messages of dedup keys all the same: each is asked for.
+fn of_each(batch: &Batch, settled: Settled) -> Settled {
+    match settled {
+        Settled::Elsewhere(error) if batch.kind == Kind::Once => Settled::Divide(error),
+        settled => settled,
+    }
 }
 
 /// Waits before the next attempt: shorter where some node's state changes. Not at all where the batch
@@ -220,15 +235,18 @@ async fn again(shared: &Shared, lane: &Lane, batch: &mut Batch) -> Result<Again,
         None => shared.today().map_err(Trouble::Refused)?,
     };
     batch.attempted_on(day);
-    let append = lane.append(shared, batch, day);
-    append::append_again(connection, &append, shared.options.append_timeout).await.map_err(
-        |failure| match failure {
-            Failure::Data(_) => Trouble::Data(failure.into_error(&what)),
-            Failure::Locked(_) => Trouble::Busy(failure.into_error(&what)),
-            Failure::Unknown(_) => Trouble::Unknown(failure.into_error(&what)),
-            _ => Trouble::Refused(failure.into_error(&what)),
-        },
-    )
+    let answer = if batch.kind == Kind::Once {
+        batch.sequence = Some(lane.draw());
+        append::append_once(connection, &lane.append(shared, batch, day), limit).await
+    } else {
+        append::append_again(connection, &lane.append(shared, batch, day), limit).await
+    };
+    answer.map_err(|failure| match failure {
+        Failure::Data(_) => Trouble::Data(failure.into_error(&what)),
+        Failure::Locked(_) => Trouble::Busy(failure.into_error(&what)),
+        Failure::Unknown(_) => Trouble::Unknown(failure.into_error(&what)),
+        _ => Trouble::Refused(failure.into_error(&what)),
+    })
 }
 
 enum Step {
@@ -238,21 +256,17 @@ enum Step {
     End(Settled),
 }
 
-/// What an answer asks for. `Ok`: it is stored there, or again, at once.
-async fn step(
-    shared: &Shared,
-    lane: &Lane,
-    answer: Again,
-    what: &str,
-) -> Result<Option<MessageId>, Step> {
+/// What an answer asks for. `Ok`: again, at once.
+async fn step(shared: &Shared, lane: &Lane, answer: Again, what: &str) -> Result<(), Step> {
     let refuse = |kind, why: &str| Error::new(kind, format!("{what}: {why}"));
     let settled = match answer {
-        Again::At(id) => return Ok(Some(id)),
+        Again::At(id) => Settled::At(id),
+        Again::Each(ids) => Settled::Each(ids),
         Again::WrongDay { day, today } if Some(day) != lane.day() && today <= day => {
             lane.set_day(day);
-            return Ok(None);
+            return Ok(());
         }
-        Again::WrongDay { .. } => return roll_lane(shared, lane, what).await.map(|()| None),
+        Again::WrongDay { .. } => return roll_lane(shared, lane, what).await,
         Again::Full => {
             if let Some(day) = lane.day() {
                 lane.close(Closed::Full(day));
@@ -300,6 +314,9 @@ async fn roll_lane(shared: &Shared, lane: &Lane, what: &str) -> Result<(), Step>
 /// Ends a batch that no attempt is known to have stored. Where one may have, it is asked for once more;
 /// if it is not there, the answer sees to it that it never will be.
 async fn end(shared: &Shared, lane: &Lane, batch: &Batch, verdict: Settled) -> Settled {
+    if batch.unknown && batch.kind == Kind::Once {
+        return open(verdict, batch);
+    }
     let (true, Some(day)) = (batch.unknown, batch.first_day) else {
         return verdict;
     };
@@ -319,6 +336,18 @@ async fn end(shared: &Shared, lane: &Lane, batch: &Batch, verdict: Settled) -> S
     }
 }
 
+/// The end of a batch with dedup keys, of which an attempt may have been stored, or may be yet.
+fn open(verdict: Settled, batch: &Batch) -> Settled {
+    match verdict {
+        Settled::Divide(error) if batch.len() > 1 => Settled::Divide(error),
+        Settled::Failed(error) | Settled::Elsewhere(error) | Settled::Divide(error) => {
+            let open = format!("{error}, and an attempt had no answer: it may be stored, or not");
+            Settled::Failed(Error::with_source(ErrorKind::Unknown, open, error.chain()))
+        }
+        at_or_away => at_or_away,
+    }
+}
+
 async fn fence(shared: &Shared, batch: &Append<'_>) -> Result<Option<MessageId>> {
     let node = batch.partition.node();
     let connection = shared.cluster.inner.nodes.node(node).await?.get().await?;
@@ -329,7 +358,8 @@ async fn fence(shared: &Shared, batch: &Append<'_>) -> Result<Option<MessageId>>
 
 /// Messages without a key go to another open partition; those with one fail.
 fn send_elsewhere(shared: &Arc<Shared>, lane: &Lane, batch: Batch, error: &Error) {
-    let other = if batch.keyed { None } else { shared.open_lane_after(lane.index) };
+    let is_free = batch.kind == Kind::Free;
+    let other = is_free.then(|| shared.open_lane_after(lane.index)).flatten();
     let Some(other) = other else {
         return shared.answer(&batch, Err(error.clone()));
     };

@@ -130,7 +130,8 @@ impl Shared {
     pub(super) fn push(&self, message: &Message) -> Result<Receipt> {
         let own = self.options.balancer.as_ref().map_or(Ok(None), |own| own.choose(self, message));
         let own = own.inspect_err(|_| self.budget.add_permits(self.cost(message)))?;
-        let lane = match (own, &message.key) {
+        let key = message.key.as_deref().or(message.dedup_key.as_deref());
+        let lane = match (own, key) {
             (Some(lane), _) => &self.lanes[lane],
             (None, Some(key)) => {
                 &self.lanes
@@ -146,7 +147,7 @@ impl Shared {
         if self.ended.is_cancelled() {
             self.abandon(lane);
         }
-        if pushed.filled && message.key.is_none() {
+        if pushed.filled && key.is_none() {
             self.passed(lane);
         }
         Ok(pushed.receipt)
@@ -216,17 +217,26 @@ impl Shared {
 
     /// Answers a batch's receipts and gives its room back.
     pub(crate) fn answer(&self, batch: &Batch, result: Result<MessageId>) {
-        let count = u64::from(batch.len());
-        match &result {
-            Ok(_) => {
-                ::metrics::counter!(names::SENT).increment(count);
-                ::metrics::counter!(names::APPENDED).increment(1);
-            }
-            Err(_) => ::metrics::counter!(names::SEND_FAILED).increment(count),
-        }
-        // First, so that whoever hears of the answer finds the room.
-        self.budget.add_permits(batch.cost.min(self.options.buffer_bytes));
+        self.account(batch, result.is_ok());
         batch.tickets.complete(result);
+    }
+
+    /// The same, where each message has an id of its own.
+    pub(super) fn answer_each(&self, batch: &Batch, ids: &[MessageId]) {
+        self.account(batch, true);
+        batch.tickets.complete_each(ids);
+    }
+
+    /// Before the receipts are answered, so that whoever hears of it finds the room.
+    fn account(&self, batch: &Batch, is_stored: bool) {
+        let count = u64::from(batch.len());
+        if is_stored {
+            ::metrics::counter!(names::SENT).increment(count);
+            ::metrics::counter!(names::APPENDED).increment(1);
+        } else {
+            ::metrics::counter!(names::SEND_FAILED).increment(count);
+        }
+        self.budget.add_permits(batch.cost.min(self.options.buffer_bytes));
     }
 
     /// Puts a batch that was another lane's into this one.

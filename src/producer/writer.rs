@@ -11,7 +11,7 @@ use crate::error::Result;
 use crate::id::{Day, NodeId, PartitionId};
 use crate::metrics as names;
 use crate::producer::Shared;
-use crate::producer::batch::Batch;
+use crate::producer::batch::{Batch, Kind};
 use crate::producer::failover::is_of_node;
 use crate::producer::health::{Health, NodeState};
 use crate::producer::lane::Lane;
@@ -145,10 +145,10 @@ async fn write(shared: &Arc<Shared>, lanes: Vec<Arc<Lane>>) {
             continue;
         };
         shared.passed(&lane);
-        let is_down = lane.writer.health.state() == NodeState::Down;
+        let goes_apart = batch.kind == Kind::Once || lane.writer.health.state() == NodeState::Down;
         // Until the partition has said otherwise, its day is today's.
         match lane.day().map_or_else(|| shared.today(), Ok) {
-            Ok(day) if !is_down => {
+            Ok(day) if !goes_apart => {
                 batch.attempted_on(day);
                 departures.push(Departure { lane, batch, day });
             }

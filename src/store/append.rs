@@ -8,7 +8,8 @@
 //! appended only if its insert returned a `base_id` *and* every statement, the commit included, was
 //! answered without an error: the commit after a failed statement is answered ROLLBACK, without one.
 //!
-//! Where no statement can be kept prepared, [`function`] takes the place of the pipeline.
+//! Where no statement can be kept prepared, [`function`] takes the place of the pipeline. Messages with
+//! dedup keys go by [`once`].
 
 use std::time::{Duration, SystemTime};
 
@@ -28,6 +29,9 @@ use crate::store::param::Param;
 use crate::store::sql;
 
 mod function;
+mod once;
+
+pub(crate) use once::append_once;
 
 /// The most partitions that one commit carries.
 pub(crate) const MAX_PARTITIONS: usize = 16;
@@ -46,6 +50,8 @@ pub(crate) struct Arrays {
     pub(crate) keys: Option<Packed>,
     pub(crate) headers: Option<Packed>,
     pub(crate) payloads: Packed,
+    /// Of a batch that goes by [`append_once`]: one for each message.
+    pub(crate) dedup_keys: Option<Packed>,
 }
 
 /// A batch and what its client believes of its partition.
@@ -265,10 +271,12 @@ fn lock_timeout(deadline: Duration) -> String {
 }
 
 /// What became of a batch that was looked for and, where it was missing, inserted.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Again {
     /// On disk, now or since an earlier attempt, with this first id.
     At(MessageId),
+    /// On disk, now or since an earlier send of the same dedup key: the id of each message.
+    Each(Vec<MessageId>),
     /// The partition takes another day, or must be rolled to `today` first.
     WrongDay {
         /// The partition's day.

@@ -20,6 +20,7 @@ statements! {
     APPEND_FUNCTION = "append_function";
     APPEND_INSERT = "append_insert";
     APPEND_LOCK = "append_lock";
+    APPEND_ONCE = "append_once";
     BEGIN_DURABLE = "begin_durable";
     BEGIN_PATIENT = "begin_patient";
     BEGIN_RELAXED = "begin_relaxed";
@@ -91,6 +92,7 @@ statements! {
     PARTITION_STATE = "partition_state";
     PEEK = "peek";
     PROBE = "probe";
+    PRUNE_SENT_KEYS = "prune_sent_keys";
     PUT_ASIDE = "put_aside";
     REGISTER_NODE = "register_node";
     RELEASE = "release";

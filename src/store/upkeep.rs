@@ -115,6 +115,12 @@ pub(crate) async fn day_frozen(
     write(connection, Durability::Relaxed, sql::DAY_FROZEN, &params).await.map(drop)
 }
 
+/// Forgets dedup keys that are older than their window: at most so many. Returns how many.
+pub(crate) async fn prune_sent_keys(connection: Connection, most: i32) -> Result<i64, Error> {
+    let rows = write(connection, Durability::Relaxed, sql::PRUNE_SENT_KEYS, &[&most]).await?;
+    Ok(rows.first().map_or(0, |row| row.get(0)))
+}
+
 /// How many messages after a position were dropped by retention.
 pub(crate) async fn missed(
     connection: &Connection,

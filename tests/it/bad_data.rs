@@ -59,6 +59,46 @@ async fn bad_messages_at_the_ends_and_in_the_middle_fail_alone() {
     send_with_bad(&[0, 1, 500, 999], false).await;
 }
 
+/// The dedup keys are divided with their messages.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn bad_messages_among_some_with_dedup_keys_fail_alone_and_the_others_are_known() {
+    let test = TestCluster::new(1).await;
+    let sql = test.sql(0).await;
+    let partition = topic(&test, "orders", 1).await[0];
+    let producer = test.cluster.producer("orders").build().await.unwrap();
+    let message = |n: usize| {
+        let text = if [0, 77, 299].contains(&n) { "bad" } else { "m" };
+        let message = Message::new(format!("{text}{n}")).dedup_key(format!("d{n}"));
+        if n.is_multiple_of(2) { message.key(n.to_string()) } else { message }
+    };
+    let known = producer.send(message(150)).await.unwrap();
+    refuse_bad(&sql, partition).await;
+    let mut sent = Vec::new();
+    for _ in 0..2 {
+        let outcomes = producer.send_all((0..300).map(message)).await;
+        sent.push(
+            outcomes
+                .into_iter()
+                .map(|o| o.map_err(|e| e.kind()))
+                .collect::<Vec<Result<MessageId, ErrorKind>>>(),
+        );
+    }
+    assert_eq!(sent[0], sent[1]);
+    let all = stored(&sql, partition).await;
+    assert_dense(&all);
+    assert_eq!((all.len(), sent[0][150]), (297, Ok(known)));
+    for (n, outcome) in sent[0].iter().enumerate() {
+        match outcome {
+            Err(kind) => assert!(*kind == ErrorKind::Invalid && [0, 77, 299].contains(&n)),
+            Ok(id) => {
+                let found = all.iter().find(|m| m.id == *id).unwrap();
+                assert_eq!(found.text(), format!("m{n}"));
+                assert_eq!(found.key, (n % 2 == 0).then(|| n.to_string()));
+            }
+        }
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_batch_of_bad_messages_only_fails_as_a_whole() {
     let test = TestCluster::new(1).await;

@@ -18,6 +18,9 @@ async fn what_is_outside_of_a_limit_is_refused_by_name_and_nothing_is_sent() {
         (&producer, Message::new(vec![0; (4 << 20) + 1]), "4194304"),
         (&small, Message::new("12345678901"), "10"),
         (&producer, Message::new("x").key("k".repeat(1025)), "1024"),
+        (&producer, Message::new("x").dedup_key("k".repeat(1025)), "dedup key has 1025 bytes"),
+        (&producer, Message::new("x").dedup_key(""), "dedup key is empty"),
+        (&producer, Message::new("x").dedup_key("a\0b"), "NUL"),
         (&producer, Message::new("x").header("h", "v".repeat(65_536)), "65536"),
         (&producer, Message::new("x").key("a\0b"), "NUL"),
         (&producer, Message::new("x").header("h", "a\0b"), "NUL"),
@@ -52,7 +55,16 @@ async fn the_largest_message_goes_through_unchanged() {
     for key in keys {
         producer.send(Message::new("x").key(key)).await.unwrap();
     }
-    let all = stored(&sql, partition).await;
+    // One that does not compress, as an index has it.
+    let digits =
+        (0..1024).map(|n: u32| char::from(33 + (n.wrapping_mul(2_654_435_761) >> 25) as u8 % 94));
+    let long: String = digits.collect();
+    for key in [long.as_str(), " ", "\u{10ffff}\u{1f980}", "NULL"] {
+        let id = producer.send(Message::new("x").dedup_key(key)).await.unwrap();
+        assert_eq!(producer.send(Message::new("x").dedup_key(key)).await.unwrap(), id);
+    }
+    let mut all = stored(&sql, partition).await;
+    all.truncate(3 + keys.len());
     assert_eq!(all[0].payload, payload);
     assert_eq!(all[1].payload, odd);
     assert_eq!(all[2].payload, b"");

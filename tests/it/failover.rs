@@ -267,6 +267,44 @@ async fn messages_with_a_key_wait_fail_or_go_elsewhere_as_configured() {
     assert!(!copies.contains_key("f") && copies["w1"] == (1, 0) && copies["d"] == (1, 0));
 }
 
+/// Another node does not know what was sent to this one.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn messages_with_dedup_keys_wait_for_their_node_or_fail_and_never_leave_it() {
+    let pair = Pair::new().await;
+    let key = key_on(&pair.test, 2).await;
+    let message = || Message::new("once").dedup_key(&key);
+    let of = |failover| pair.producer().key_failover(failover).build();
+    let failing = of(KeyFailover::Fail).await.unwrap();
+    let waiting = of(KeyFailover::Wait).await.unwrap();
+    let diverting = of(KeyFailover::Divert).await.unwrap();
+    pair.refuse();
+    let mut receipts = Vec::new();
+    for producer in [&waiting, &diverting, &diverting] {
+        receipts.push(producer.enqueue(message()).await.unwrap());
+    }
+    for producer in [&failing, &diverting] {
+        let known = || async {
+            send(producer, "probe", 1, 4 * SECOND).await;
+            second(producer) == NodeState::Down
+        };
+        eventually("it is known to be down", 5 * SECOND, known).await;
+    }
+    let error = within(2 * SECOND, "a failure", failing.send(message())).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unavailable);
+    assert!(error.chain().contains("node 02 is down"), "{}", error.chain());
+    // One that waits in its lane, and one that is sent while the node is known to be down.
+    receipts.push(diverting.enqueue(message()).await.unwrap());
+    let waited = tokio::time::timeout(SECOND, &mut receipts[3]).await;
+    assert!(waited.is_err(), "it went elsewhere");
+    pair.proxy.refuse(false);
+    let first = within(5 * SECOND, "the node is back", receipts.remove(0)).await.unwrap();
+    assert_eq!(first.partition().node().number(), 2);
+    for receipt in receipts {
+        assert_eq!(within(5 * SECOND, "the others", receipt).await.unwrap(), first);
+    }
+    assert_eq!(pair.copies().await["once"], (1, 0));
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn with_no_node_left_the_error_names_each_and_why() {
     let pair = Pair::new().await;

@@ -229,3 +229,25 @@ async fn a_plain_restart_costs_no_lease_and_repeats_nothing() {
     messages.shutdown(SECOND).await.unwrap();
     assert_eq!(test.cluster.lag("orders").await.unwrap()[0].lag, 0);
 }
+
+/// The key goes with the message.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_lost_message_with_a_dedup_key_is_stored_when_it_is_sent_again() {
+    let server = own_server().await;
+    let (test, producer) = start(&server).await;
+    let once = |key: &str| Message::new(key.to_owned()).dedup_key(key);
+    let kept = producer.send(once("kept")).await.unwrap();
+    let before = snapshot(&server).await;
+    let send = |key| within(20 * SECOND, "a send", producer.send(once(key)));
+    let lost = send("lost").await.unwrap();
+    put_back(&server, &before).await;
+    // Its id is another's now.
+    assert_eq!(send("new").await.unwrap(), lost);
+    let again = send("lost").await.unwrap();
+    assert!(again > lost);
+    assert_eq!((send("lost").await.unwrap(), send("kept").await.unwrap()), (again, kept));
+    let sql = test.sql(0).await;
+    let all = crate::support::stored::stored(&sql, kept.partition()).await;
+    let texts: Vec<_> = all.iter().map(|m| (m.text(), m.id)).collect();
+    assert_eq!(texts, [("kept", kept), ("new", lost), ("lost", again)]);
+}

@@ -32,6 +32,8 @@ mod days;
 mod decode;
 /// What a group has applied in another database is not applied again.
 mod dedup;
+/// A message with a dedup key is stored once, whoever sends it again.
+mod dedup_keys;
 /// Private Postgres servers: found, started, ended with their parent.
 mod embedded;
 /// Acknowledged in the user's own transaction, or not at all.

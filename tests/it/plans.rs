@@ -165,3 +165,34 @@ async fn nothing_on_the_way_of_a_message_scans_a_day() {
     let after = scans(&sql, &table).await;
     assert!(after.0 <= 2, "more than when its two indexes were made: {after:?}");
 }
+
+/// The plan is made while the table of keys is empty, and kept by the session.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn dedup_keys_are_found_by_index_where_there_are_many_more_than_before() {
+    let test = TestCluster::new(1).await;
+    let partition = topic(&test, "orders", 1).await[0];
+    let (sql, append) = (test.sql(0).await, "select shardmq.append_once($1, 'x', $2::int::text)");
+    let p = number(partition);
+    // One page, read as a whole, is the quickest way as yet.
+    sql.execute(append, &[&p, &0]).await.unwrap();
+    sql.batch_execute("vacuum analyze shardmq.sent_key").await.unwrap();
+    for n in 1..20 {
+        sql.execute(append, &[&p, &n]).await.unwrap();
+    }
+    let fill = "insert into shardmq.sent_key
+        select 10101, 'old-' || n, 1010126112200000001, shardmq.clock() from generate_series(1, 50000) n";
+    sql.batch_execute(fill).await.unwrap();
+    for n in 0..40 {
+        sql.execute(append, &[&p, &n]).await.unwrap();
+    }
+    sql.batch_execute("analyze shardmq.sent_key").await.unwrap();
+    for _ in 0..5 {
+        sql.batch_execute("select shardmq.prune_sent_keys(10)").await.unwrap();
+    }
+    sql.batch_execute(TELL).await.unwrap();
+    let keys = "shardmq.sent_key";
+    let told = || async { scans(&sql, keys).await.1 > 90 };
+    eventually("the scans are counted", 20 * SECOND, told).await;
+    let after = scans(&sql, keys).await;
+    assert!(after.0 <= 2, "more than when its two indexes were made: {after:?}");
+}

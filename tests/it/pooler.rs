@@ -240,6 +240,49 @@ async fn a_batch_whose_answer_was_lost_is_stored_once() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_dedup_key_is_stored_once_and_no_statement_is_left() {
+    let pooler = pooler(2).await;
+    let test = cluster_through(shared_server().await, pooler.port()).await;
+    let partitions = topic(&test, "orders", 2).await;
+    let other = Cluster::builder(&test.control_url).connections_per_node(4);
+    let other = other.connect().await.unwrap();
+    let mut sends = JoinSet::new();
+    for cluster in [&test.cluster, &other, &test.cluster, &other] {
+        let producer = cluster.producer("orders").build().await.unwrap();
+        sends.spawn(async move {
+            let message = |n: u32| Message::new(n.to_string()).dedup_key(n.to_string());
+            let sent = producer.send_all((0..50).map(message)).await;
+            sent.into_iter().map(Result::unwrap).collect::<Vec<_>>()
+        });
+    }
+    let sent = within(SOON, "all", sends.join_all()).await;
+    assert!(sent.iter().all(|ids| *ids == sent[0]));
+    let sql = test.sql(0).await;
+    assert_eq!(all_stored(&sql, &partitions).await.len(), 50);
+    assert!(left_in_session(&test.control_url).await.is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_dedup_key_whose_answer_was_lost_or_original_is_late_is_stored_once() {
+    let pooler = pooler(4).await;
+    let way = held(&pooler, |builder| builder).await;
+    way.proxy.to_client(Rule::Hold);
+    let send = way.send_message(Message::new("x").dedup_key("x"));
+    way.eventually_stored(2).await;
+    way.proxy.cut();
+    way.proxy.to_client(Rule::Pass);
+    let id = within(SOON, "the repeat", send).await.unwrap().unwrap();
+    assert_eq!(way.stored().await[1].id, id);
+    let large = Message::new("m".repeat(12_000)).dedup_key("y");
+    let (send, original) = way.send_held_message(large).await;
+    way.free_all_but(&original);
+    let id = within(SOON, "the repeat", send).await.unwrap().unwrap();
+    way.release(&original).await;
+    let all = way.stored().await;
+    assert_eq!((all.len(), all[2].id), (3, id));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_original_that_comes_after_its_repeat_is_not_stored_again() {
     let pooler = pooler(4).await;
     let way = held(&pooler, |builder| builder).await;

@@ -1,6 +1,6 @@
-//! The functions for SQL users: append, message, messages.
+//! The functions for SQL users: append, append_once, message, messages.
 
-use shardmq::PartitionId;
+use shardmq::{Message, PartitionId};
 use tokio_postgres::types::ToSql;
 use tokio_postgres::{Client, Error, Row};
 
@@ -152,28 +152,116 @@ async fn append_refuses_what_it_must() {
 }
 
 #[tokio::test]
-async fn append_refuses_isolation_levels_in_which_it_would_not_see_its_predecessors() {
+async fn append_once_returns_the_first_id_and_shares_keys_with_the_library() {
+    let (test, sql, partition) = ready().await;
+    let clocks = Clocks::of(&test).await;
+    clocks.set("23:59").await;
+    let text = "select shardmq.append_once(partition => $1, payload => 'x', dedup_key => 'a',
+                    key => 'k', headers => '{\"h\": \"v\"}')";
+    let id: i64 = one(&sql, text, &[&number(partition)]).await.unwrap().get(0);
+    // Over midnight too.
+    clocks.set("1 day 00:01").await;
+    let new = one(&sql, "select shardmq.append_once($1, 'z', 'new')", &[&number(partition)]).await;
+    assert_eq!(new.unwrap().get::<_, i64>(0) % 100_000_000, 1);
+    assert_eq!(one(&sql, text, &[&number(partition)]).await.unwrap().get::<_, i64>(0), id);
+    let producer = clocks.on(test.cluster.producer("orders")).build().await.unwrap();
+    let sent = producer.send(Message::new("x").dedup_key("a")).await.unwrap();
+    assert_eq!(sent.number(), id);
+    let sent = producer.send(Message::new("y").dedup_key("b")).await.unwrap();
+    let plain = "select shardmq.append_once($1, 'x', 'b')";
+    assert_eq!(
+        one(&sql, plain, &[&number(partition)]).await.unwrap().get::<_, i64>(0),
+        sent.number()
+    );
+    let row = one(&sql, "select * from shardmq.message($1)", &[&id]).await.unwrap();
+    assert_eq!(row.get::<_, &str>("key"), "k");
+    assert_eq!(row.get::<_, serde_json::Value>("headers"), serde_json::json!({"h": "v"}));
+    assert_eq!(stored(&sql, partition).await.len(), 3);
+    // It is not there until its transaction has committed.
+    sql.batch_execute(&format!(
+        "begin; select shardmq.append_once({partition}, 'x', 'c'); rollback"
+    ))
+    .await
+    .unwrap();
+    one(&sql, "select shardmq.append_once($1, 'x', 'c')", &[&number(partition)]).await.unwrap();
+    assert_eq!(stored(&sql, partition).await.len(), 4);
+}
+
+#[tokio::test]
+async fn append_once_refuses_what_it_must() {
+    let (_test, sql, partition) = ready().await;
+    let calls = [
+        ("'x', null", "23502"),
+        ("'x', ''", "23514"),
+        ("'x', repeat('k', 1025)", "23514"),
+        ("null, 'a'", "23502"),
+        ("'x', 'a', repeat('k', 1025)", "23514"),
+        ("'x', 'a', headers => '[1]'", "23514"),
+    ];
+    for (arguments, expected) in calls {
+        let call = format!("select shardmq.append_once({partition}, {arguments})");
+        let (state, words) = refusal(one(&sql, &call, &[]).await);
+        assert_eq!(state, expected, "{arguments}: {words}");
+    }
+    let unknown = refusal(one(&sql, "select shardmq.append_once(10199, 'x', 'a')", &[]).await);
+    assert_eq!(unknown.0, "55000");
+    assert!(unknown.1.contains("10199: unknown partition"), "{}", unknown.1);
+    let keys = one(&sql, "select count(*) from shardmq.sent_key", &[]).await.unwrap();
+    assert_eq!((stored(&sql, partition).await.len(), keys.get::<_, i64>(0)), (0, 0));
+}
+
+/// The library draws a new sequence for each attempt.
+#[tokio::test]
+async fn a_sequence_that_another_batch_has_is_not_taken_for_a_duplicate() {
+    let (_test, sql, partition) = ready().await;
+    let append = "select outcome, ids is null from shardmq.append_batch_once($1, 'orders', 1,
+        (select day from shardmq.partition), '00000000-0000-4000-8000-000000000001', $2,
+        null, null, array['x'::bytea], array[$3])";
+    let mut outcomes = Vec::new();
+    for (sequence, key) in [(1_i64, "a"), (1, "a"), (1, "b"), (3, "c"), (2, "d"), (2, "c")] {
+        let row = one(&sql, append, &[&number(partition), &sequence, &key]).await.unwrap();
+        outcomes.push((row.get::<_, String>(0), row.get::<_, bool>(1)));
+    }
+    let outcomes: Vec<_> = outcomes.iter().map(|(o, none)| (o.as_str(), *none)).collect();
+    let (appended, duplicate, overtaken) =
+        (("appended", false), ("duplicate", false), ("overtaken", true));
+    assert_eq!(outcomes, [appended, duplicate, overtaken, appended, overtaken, duplicate]);
+    assert_eq!(stored(&sql, partition).await.len(), 2);
+}
+
+/// Both functions for one partition.
+fn appends(partition: PartitionId) -> [String; 2] {
+    [
+        format!("select shardmq.append({partition}, array['x'::bytea])"),
+        format!("select shardmq.append_once({partition}, 'x', gen_random_uuid()::text)"),
+    ]
+}
+
+#[tokio::test]
+async fn appends_refuse_isolation_levels_in_which_they_would_not_see_their_predecessors() {
     let (_test, sql, partition) = ready().await;
     for level in ["repeatable read", "serializable"] {
-        sql.batch_execute(&format!("begin isolation level {level}")).await.unwrap();
-        let append = "select shardmq.append($1, array['x'::bytea])";
-        let (state, words) = refusal(one(&sql, append, &[&number(partition)]).await);
-        sql.batch_execute("rollback").await.unwrap();
-        assert_eq!(state, "25000");
-        assert!(words.contains(level), "{words}");
+        for append in appends(partition) {
+            sql.batch_execute(&format!("begin isolation level {level}")).await.unwrap();
+            let (state, words) = refusal(one(&sql, &append, &[]).await);
+            sql.batch_execute("rollback").await.unwrap();
+            assert_eq!(state, "25000");
+            assert!(words.contains(level), "{words}");
+        }
     }
 }
 
 #[tokio::test]
-async fn append_is_durable_and_bounded_in_time_whatever_the_session_says() {
+async fn appends_are_durable_and_bounded_in_time_whatever_the_session_says() {
     let (_test, sql, partition) = ready().await;
-    sql.batch_execute("set synchronous_commit = off; begin").await.unwrap();
-    let append = "select shardmq.append($1, array['x'::bytea])";
-    one(&sql, append, &[&number(partition)]).await.unwrap();
-    let settings = "select current_setting('synchronous_commit'),
-        current_setting('idle_in_transaction_session_timeout'), current_setting('lock_timeout')";
-    let row = one(&sql, settings, &[]).await.unwrap();
-    let settings: [&str; 3] = [row.get(0), row.get(1), row.get(2)];
-    assert_eq!(settings, ["on", "5s", "30s"]);
-    sql.batch_execute("commit").await.unwrap();
+    for append in appends(partition) {
+        sql.batch_execute("set synchronous_commit = off; begin").await.unwrap();
+        one(&sql, &append, &[]).await.unwrap();
+        let settings = "select current_setting('synchronous_commit'),
+            current_setting('idle_in_transaction_session_timeout'), current_setting('lock_timeout')";
+        let row = one(&sql, settings, &[]).await.unwrap();
+        let settings: [&str; 3] = [row.get(0), row.get(1), row.get(2)];
+        assert_eq!(settings, ["on", "5s", "30s"]);
+        sql.batch_execute("commit").await.unwrap();
+    }
 }

@@ -34,6 +34,10 @@ pub(crate) struct Args {
     /// Take the key from this field of each line, which must be a JSON object.
     #[arg(long, value_name = "FIELD")]
     key_field: Option<String>,
+    /// Take the dedup key from this field of each line, which must be a JSON object: a message whose dedup
+    /// key was sent to the topic in the last two days is not stored again, and has the id of the first.
+    #[arg(long, value_name = "FIELD")]
+    dedup_key_field: Option<String>,
     /// Add a header to each message; may be repeated.
     #[arg(long, value_name = "NAME=VALUE", value_parser = parse_header)]
     header: Vec<(String, String)>,
@@ -140,11 +144,17 @@ impl Session {
             let (len, limit) = (line.len, DEFAULT_MAX_PAYLOAD_LEN);
             return Err(format!("payload has {len} bytes, the limit is {limit}"));
         }
-        let field = self.args.key_field.as_deref();
-        let key = field.map(|field| key_of(&line.bytes, field)).transpose()?;
+        let text_of = |field: &Option<String>| {
+            field.as_deref().map(|field| key_of(&line.bytes, field)).transpose()
+        };
+        let key = text_of(&self.args.key_field)?;
+        let dedup_key = text_of(&self.args.dedup_key_field)?;
         let mut message = Message::new(line.bytes);
         if let Some(key) = key {
             message = message.key(key);
+        }
+        if let Some(key) = dedup_key {
+            message = message.dedup_key(key);
         }
         for (name, value) in &self.args.header {
             message = message.header(name, value);

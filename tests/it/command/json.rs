@@ -33,6 +33,24 @@ async fn with_two_messages() -> (TestCluster, Vec<Value>) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn lines_that_are_produced_again_with_their_dedup_keys_have_the_ids_of_the_first() {
+    let test = TestCluster::new(1).await;
+    run(&test.control_url, "topic create orders --partitions 4").await.good();
+    let produce = "produce orders --json --dedup-key-field id --key-field k";
+    let input = b"{\"id\":7,\"k\":\"a\"}\n{\"id\":\"x\",\"k\":\"b\"}\n";
+    let first = run_with(&test.control_url, produce, input).await.good().json();
+    let again = run_with(&test.control_url, produce, input).await.good().json();
+    assert_eq!((first.len(), &first), (2, &again));
+    assert_ne!(first[0]["id"], first[1]["id"]);
+    // By the dedup key alone.
+    let produce = "produce orders --json --dedup-key-field id";
+    let input = b"{\"id\":7}\n{\"id\":\"\"}\n{\"k\":7}\n";
+    let lines = run_with(&test.control_url, produce, input).await;
+    assert!(lines.stderr.contains("line 2: dedup key is empty"), "{}", lines.stderr);
+    assert!(lines.stderr.contains("no field \"id\""), "{}", lines.stderr);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_consumed_message_has_exactly_the_documented_fields() {
     let (test, ids) = with_two_messages().await;
     assert_eq!(fields(&ids[0]), ["id"]);

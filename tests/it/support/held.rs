@@ -46,9 +46,14 @@ impl Way {
         Self { test, proxy, clocks, sql, partition, producer }
     }
 
-    /// Sends a message in a task.
+    /// Sends a text in a task.
     pub fn send(&self, text: &str) -> JoinHandle<shardmq::Result<MessageId>> {
-        let (producer, message) = (self.producer.clone(), Message::new(text.to_owned()).key("k"));
+        self.send_message(Message::new(text.to_owned()).key("k"))
+    }
+
+    /// Sends a message in a task.
+    pub fn send_message(&self, message: Message) -> JoinHandle<shardmq::Result<MessageId>> {
+        let producer = self.producer.clone();
         tokio::spawn(async move { producer.send(message).await })
     }
 
@@ -66,8 +71,16 @@ impl Way {
 
     /// Sends a message whose pipeline is held on its way, as are its repeats.
     pub async fn send_held(&self) -> (JoinHandle<shardmq::Result<MessageId>>, Arc<Link>) {
+        self.send_held_message(Message::new("m".repeat(12_000)).key("k")).await
+    }
+
+    /// The same with a message of more than 8,000 bytes.
+    pub async fn send_held_message(
+        &self,
+        message: Message,
+    ) -> (JoinHandle<shardmq::Result<MessageId>>, Arc<Link>) {
         self.proxy.to_server(Rule::HoldLarge(8_000));
-        let send = self.send(&"m".repeat(12_000));
+        let send = self.send_message(message);
         let is_held = || async { self.proxy.holding(8_000).is_some() };
         eventually("the original is held", 5 * SECOND, is_held).await;
         (send, self.proxy.holding(8_000).unwrap())

@@ -1,0 +1,212 @@
+-- Sends by a key of the caller's own: for two days a dedup key is stored once in a partition. A new table and
+-- new functions, and claim_partitions, which starts without keys: takes no lock that anybody waits for.
+
+create table shardmq.sent_key (
+    partition int not null,
+    dedup_key text collate "C" not null check (octet_length(dedup_key) between 1 and 1024),
+    id bigint not null,
+    sent_at timestamptz not null,
+    primary key (partition, dedup_key)
+) with (autovacuum_vacuum_scale_factor = 0.05);
+create index sent_key_sent_at on shardmq.sent_key (sent_at);
+comment on table shardmq.sent_key is
+    'Dedup keys of the last days with the ids of their messages, written in the transaction that appends these, under the partition''s lock';
+
+-- For how long a dedup key is known at least.
+create function shardmq.dedup_window() returns interval
+    language sql immutable
+    as $$ select interval '2 days' $$;
+
+-- The ids under which dedup keys were stored in a partition since a time; null for those that were not.
+-- The caller holds the partition's lock. However small the table was when the plan was made: by index.
+create function shardmq.sent_ids(p_partition int, p_dedup_keys text[], p_since timestamptz) returns bigint[]
+    language plpgsql volatile security definer
+    set search_path = pg_catalog, pg_temp
+    set enable_seqscan = off
+    as $$
+begin
+    return array(
+        select (select s.id from shardmq.sent_key s
+                 where s.partition = p_partition and s.dedup_key = k.dedup_key and s.sent_at > p_since)
+          from unnest(p_dedup_keys) with ordinality k (dedup_key, nth)
+         order by k.nth);
+end $$;
+
+-- Appends the messages of a batch whose dedup keys are new, each key once, and says where all of them
+-- are: appended or duplicate (all are there) with an id for each message; else why not, as
+-- append_batch does. A repeat needs a sequence of its own: what it repeats is known by the keys.
+create function shardmq.append_batch_once(
+    p_partition int, p_topic text, p_generation int, p_day int, p_producer uuid, p_sequence bigint,
+    p_keys text[], p_headers jsonb[], p_payloads bytea[], p_dedup_keys text[],
+    out outcome text, out ids bigint[], out day int, out today int)
+    language plpgsql volatile security definer
+    set search_path = pg_catalog, pg_temp
+    as $$
+declare
+    now_at timestamptz;
+    since timestamptz;
+    fresh record;
+    appended record;
+begin
+    perform shardmq.lock_partition(p_partition);
+    now_at := shardmq.clock();
+    since := now_at - shardmq.dedup_window();
+    if exists (select from shardmq.partition p
+                where p.partition = p_partition and p.topic = p_topic and p.state <> 'deleted') then
+        ids := shardmq.sent_ids(p_partition, p_dedup_keys, since);
+        if array_position(ids, null) is null then
+            -- As for a batch that append_batch finds: the commit waits for disk and standby.
+            perform pg_logical_emit_message(true, 'shardmq', '');
+            outcome := 'duplicate';
+            return;
+        end if;
+    end if;
+    select array_agg(m.dedup_key order by m.nth) as dedup_keys,
+           case when p_keys is not null then array_agg(m.key order by m.nth) end as keys,
+           case when p_headers is not null then array_agg(m.headers order by m.nth) end as headers,
+           array_agg(m.payload order by m.nth) as payloads,
+           sum(octet_length(m.payload) + coalesce(octet_length(m.key), 0)
+               + coalesce(octet_length(m.headers::text), 0)) as bytes
+      into fresh
+      from (select distinct on (u.dedup_key) u.*
+              from unnest(p_payloads, p_keys, p_headers, p_dedup_keys, ids) with ordinality
+                   u (payload, key, headers, dedup_key, id, nth)
+             where u.id is null
+             order by u.dedup_key, u.nth) m;
+    ids := null;
+    select * into appended from shardmq.append_batch(p_partition, p_topic, p_generation, p_day, p_day,
+        p_producer, p_sequence, fresh.bytes::int, fresh.keys, fresh.headers, fresh.payloads);
+    -- A duplicate by its sequence is another batch, since these keys are not there.
+    outcome := case appended.outcome when 'duplicate' then 'overtaken' else appended.outcome end;
+    day := appended.day;
+    today := appended.today;
+    if outcome <> 'appended' then
+        return;
+    end if;
+    -- A key that is there is older than the window.
+    insert into shardmq.sent_key (partition, dedup_key, id, sent_at)
+    select p_partition, k.dedup_key, appended.base_id + k.nth - 1, now_at
+      from unnest(fresh.dedup_keys) with ordinality k (dedup_key, nth)
+    on conflict (partition, dedup_key) do update set id = excluded.id, sent_at = excluded.sent_at;
+    ids := shardmq.sent_ids(p_partition, p_dedup_keys, since);
+end $$;
+
+-- For every other language: appends a message to a partition, or returns the id under which a message of
+-- this dedup key was stored there in the last two days. It holds the partition's lock to the end of its
+-- transaction, so call it alone.
+create function shardmq.append_once(
+    partition int, payload bytea, dedup_key text, key text default null, headers jsonb default null)
+    returns bigint
+    language plpgsql volatile security definer
+    set search_path = pg_catalog, pg_temp
+    as $$
+declare
+    p shardmq.partition;
+    rolled record;
+    appended record;
+begin
+    perform set_config('lock_timeout', '30s', true),
+            set_config('idle_in_transaction_session_timeout', '5s', true);
+    if current_setting('synchronous_commit') in ('off', 'local') then
+        perform set_config('synchronous_commit', 'on', true);
+    end if;
+    perform shardmq.lock_partition(partition);
+    select * into p from shardmq.partition x where x.partition = append_once.partition;
+    select * into rolled from shardmq.roll(append_once.partition, null);
+    if rolled.outcome = 'clock' then
+        raise exception 'shardmq: partition % stands on day % and the server''s clock on %: over 31 days later',
+            append_once.partition, p.day, shardmq.day_of(shardmq.clock())
+            using errcode = 'object_not_in_prerequisite_state',
+                  hint = 'if that is right: select shardmq.roll(partition, your own clock)';
+    end if;
+    select * into appended from shardmq.append_batch_once(append_once.partition, p.topic, p.generation,
+        rolled.day, gen_random_uuid(), 1,
+        case when append_once.key is not null then array[append_once.key] end,
+        case when append_once.headers is not null then array[append_once.headers] end,
+        array[append_once.payload], array[append_once.dedup_key]);
+    if appended.outcome not in ('appended', 'duplicate') then
+        raise exception 'shardmq: append to partition %: %', append_once.partition,
+            replace(appended.outcome, '_', ' ')
+            using errcode = 'object_not_in_prerequisite_state';
+    end if;
+    return appended.ids[1];
+end $$;
+
+-- Forgets dedup keys that are older than the window, and those of deleted partitions, where there may be too
+-- many for the transaction that deletes: at most so many of each. Returns how many. Passes over those that
+-- are being replaced. By indexes, also where nearly all keys are of one partition that is not deleted.
+create function shardmq.prune_sent_keys(p_most int) returns bigint
+    language sql volatile security definer
+    set search_path = pg_catalog, pg_temp
+    set enable_seqscan = off
+    as $$
+        with old as (
+            delete from shardmq.sent_key s
+             where s.ctid = any (array(
+                       select o.ctid from shardmq.sent_key o
+                        where o.sent_at < (select shardmq.clock() - shardmq.dedup_window())
+                        order by o.sent_at limit p_most
+                          for update skip locked))
+            returning true),
+        orphaned as (
+            delete from shardmq.sent_key s
+             where s.ctid = any (array(
+                       select o.ctid from shardmq.sent_key o
+                        where o.partition = any (array(
+                                  select p.partition from shardmq.partition p where p.state = 'deleted'))
+                        limit p_most
+                          for update skip locked))
+            returning true)
+        select (select count(*) from old) + (select count(*) from orphaned)
+    $$;
+
+-- Takes partitions for a topic: those it has here already in this generation (a creation that was cut
+-- off is taken up again), then free numbers. A number is free a day after its partition was deleted, and
+-- has no dedup keys then, as a rule: upkeep forgets them.
+create or replace function shardmq.claim_partitions(p_topic text, p_generation int, p_count int, p_version bigint)
+    returns setof int
+    language plpgsql volatile security definer
+    set search_path = pg_catalog, pg_temp
+    as $$
+declare
+    v_node int := (select i.node from shardmq.identity i);
+    today int := shardmq.day_of(shardmq.clock());
+    number int;
+    taken int := 0;
+begin
+    if v_node is null then
+        raise exception 'shardmq: this database is not registered as a node'
+            using errcode = 'object_not_in_prerequisite_state';
+    end if;
+    perform shardmq.lock_partition(0);
+    for number in
+        select n from (
+            select p.partition as n, 0 as rank from shardmq.partition p
+             where p.topic = p_topic and p.generation = p_generation and p.state = 'open'
+            union all
+            select f, 1 from generate_series(10000 + v_node * 100 + 1, 10000 + v_node * 100 + 99) f
+             where not exists (select from shardmq.partition p where p.partition = f and
+                    (p.state <> 'deleted' or p.deleted_at > shardmq.clock() - interval '1 day'))
+            ) c
+         order by rank, n limit p_count
+    loop
+        perform shardmq.lock_partition(number);
+        delete from shardmq.sent_key s
+         where s.partition = number
+           and not exists (select from shardmq.partition p where p.partition = number and p.state <> 'deleted');
+        insert into shardmq.partition as p (partition, topic, generation, day, topology_version, created_at)
+        values (number, p_topic, p_generation, today, p_version, shardmq.clock())
+        on conflict (partition) do update set
+            topic = excluded.topic, generation = excluded.generation, state = 'open',
+            day = greatest(excluded.day, p.day), topology_version = excluded.topology_version,
+            low_watermark = 0, created_at = excluded.created_at, deleted_at = null
+         where p.state = 'deleted';
+        perform shardmq.make_day(number, (select p.day from shardmq.partition p where p.partition = number));
+        taken := taken + 1;
+        return next number;
+    end loop;
+    if taken < p_count then
+        raise exception 'shardmq: node % has % free partitions of 99, % are needed', v_node, taken, p_count
+            using errcode = 'configuration_limit_exceeded';
+    end if;
+end $$;
