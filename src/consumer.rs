@@ -32,7 +32,6 @@ mod runner;
 mod shared;
 pub(crate) mod start;
 mod transaction;
-mod trouble;
 mod wanted;
 
 use budget::Room;

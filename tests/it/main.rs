@@ -73,6 +73,8 @@ mod model;
 mod notifications;
 /// Nodes that some members reach, or nobody.
 mod out_of_reach;
+/// Messages that are published in a transaction.
+mod outbox;
 /// Where a password comes from, that it can be replaced, and that nobody shows it.
 mod passwords;
 /// Paused for longer than its messages are kept, a partition harms nobody and goes on.
