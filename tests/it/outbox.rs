@@ -1,5 +1,9 @@
 //! Messages that are published in a transaction: stored once, in order, if and only if it commits.
 
+mod dead;
+mod interrupted;
+mod waking;
+
 use std::time::{Duration, Instant};
 
 use shardmq::{ErrorKind, Message};
@@ -57,7 +61,6 @@ async fn it_comes_within_milliseconds() {
     }
     took.sort();
     assert!(took[10] < SECOND / 4, "{took:?}");
-    println!("{took:?}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -117,4 +120,56 @@ async fn limits_are_refused_before_anything_is_sent_and_by_the_tables_too() {
         let error = error.as_db_error().unwrap().to_string();
         assert!(error.contains(constraint), "{publish}: {error}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_trigger_publishes_with_the_row() {
+    let test = TestCluster::new(1).await;
+    let partitions = topic(&test, "orders", 1).await;
+    let _relay = Relay::start(&test, "orders").await;
+    let mut sql = test.sql(0).await;
+    sql.batch_execute(
+        "create table invoice (id int primary key, customer text, cents int);
+         create function invoice_published() returns trigger language plpgsql as $$
+         begin
+             perform shardmq.publish('orders', convert_to(row_to_json(new)::text, 'UTF8'), new.customer,
+                                     jsonb_build_object('by', 'trigger'));
+             return null;
+         end $$;
+         create trigger published after insert on invoice for each row execute function invoice_published()",
+    )
+    .await
+    .unwrap();
+    let transaction = sql.transaction().await.unwrap();
+    transaction.batch_execute("insert into invoice values (1, 'c', 5)").await.unwrap();
+    transaction.rollback().await.unwrap();
+    sql.batch_execute("insert into invoice values (2, 'c', 7), (3, 'd', 9)").await.unwrap();
+    let all = arrive(&sql, &partitions, 2).await;
+    assert_eq!(texts(&all)[0], "{\"id\":2,\"customer\":\"c\",\"cents\":7}");
+    assert_eq!(all[1].key.as_deref(), Some("d"));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_taken_back_does_not_come_and_whoever_takes_it_back_delays_nobody() {
+    let test = TestCluster::new(1).await;
+    let partitions = topic(&test, "orders", 1).await;
+    let (mut sql, watch) = (test.sql(0).await, test.sql(0).await);
+    let mut ids = Vec::new();
+    for n in 0..10 {
+        ids.push(publish(&watch, "orders", &n.to_string(), Some("k")).await);
+    }
+    let cancel = "select shardmq.cancel($1)";
+    let done: bool = watch.query_one(cancel, &[&ids[3]]).await.unwrap().get(0);
+    assert!(done);
+    let transaction = sql.transaction().await.unwrap();
+    transaction.query_one(cancel, &[&ids[5]]).await.unwrap();
+    let _relay = Relay::start(&test, "orders").await;
+    let all = arrive(&watch, &partitions, 8).await;
+    assert_eq!(texts(&all), ["0", "1", "2", "4", "6", "7", "8", "9"]);
+    // It stays after all.
+    transaction.rollback().await.unwrap();
+    assert_eq!(texts(&arrive(&watch, &partitions, 9).await)[8], "5");
+    let again: bool = watch.query_one(cancel, &[&ids[5]]).await.unwrap().get(0);
+    assert!(!again);
+    through(&watch).await;
 }
