@@ -305,7 +305,7 @@ impl Holder {
             Ok(News::Delivered(Outcome { frozen, end })) => self.delivered(frozen, end, now),
             Ok(News::Topic(_, Ok(topology))) => self.routes.learn(topology),
             Ok(News::Topic(topic, Err(error))) if error.kind() == ErrorKind::NotFound => {
-                self.routes.is_missing(topic, error.to_string(), now);
+                self.routes.is_missing(topic, error.to_string());
             }
             Ok(News::Topic(topic, Err(error))) => {
                 tracing::debug!(topic, error = %error.chain(), "a topic could not be looked up");

@@ -13,8 +13,6 @@ use crate::producer::batch::{MAX_BYTES, MAX_MESSAGES};
 use crate::store::outbox::{Step, Target, Waiting};
 use crate::topology::{Topology, key_slot};
 
-/// How long it is believed that there is no such topic.
-const MISSING: Duration = Duration::from_secs(1);
 /// When the control database is asked again that did not answer.
 const ASK_AGAIN: Duration = Duration::from_secs(2);
 /// How long nothing goes to a partition that has refused its messages.
@@ -28,12 +26,36 @@ const STEP_BYTES: usize = 8 << 20;
 #[derive(Debug)]
 enum Known {
     There(Topology),
-    /// There is none of that name, and that was asked lately.
-    Missing(String, Instant),
-    /// It is being asked.
-    Asked,
+    /// There was none of that name when it was asked, for these.
+    Missing(String, Upto),
+    /// It is being asked, for these.
+    Asked(Upto),
     /// It could not be asked.
     Away(Instant),
+}
+
+/// The last messages, published and due, that were there when a topic was asked for: it may be made any
+/// moment, for those that come after.
+#[derive(Debug, Clone, Copy, Default)]
+struct Upto {
+    published: i64,
+    due: Option<(SystemTime, i64)>,
+}
+
+impl Upto {
+    fn has(&self, message: &Waiting) -> bool {
+        match message.due_at {
+            Some(due_at) => self.due.is_some_and(|upto| (due_at, message.id) <= upto),
+            None => message.id <= self.published,
+        }
+    }
+
+    fn add(&mut self, message: &Waiting) {
+        match message.due_at {
+            Some(due_at) => self.due = self.due.max(Some((due_at, message.id))),
+            None => self.published = self.published.max(message.id),
+        }
+    }
 }
 
 /// What messages wait for, in the outbox.
@@ -120,10 +142,14 @@ impl Routes {
         self.topics.insert(name, Known::There(topology));
     }
 
-    /// There is no such topic, or only one that can't be.
-    pub(super) fn is_missing(&mut self, topic: String, why: String, now: Instant) {
+    /// There is no such topic.
+    pub(super) fn is_missing(&mut self, topic: String, why: String) {
         self.retries.remove(&For::Topic(topic.clone()));
-        self.topics.insert(topic, Known::Missing(why, now + MISSING));
+        let upto = match self.topics.get(&topic) {
+            Some(Known::Asked(upto)) => *upto,
+            _ => Upto::default(),
+        };
+        self.topics.insert(topic, Known::Missing(why, upto));
     }
 
     /// The control database did not answer.
@@ -133,7 +159,7 @@ impl Routes {
 
     /// The topology has changed: everything is looked up anew.
     pub(super) fn forget_topics(&mut self) {
-        self.topics.retain(|_, known| matches!(known, Known::Asked));
+        self.topics.retain(|_, known| matches!(known, Known::Asked(_)));
     }
 
     /// What was stored last tells the day of a partition.
@@ -184,7 +210,7 @@ impl Routes {
         match what {
             For::Topic(topic) if self.is_unsettled(topic) => false,
             For::Topic(topic) => match self.topics.get(topic) {
-                Some(Known::Asked) => false,
+                Some(Known::Asked(_)) => false,
                 Some(Known::Away(until)) => *until <= now,
                 // Something was closed.
                 Some(Known::There(_)) => self.retries.get(what).is_none_or(|at| *at <= now),
@@ -223,13 +249,19 @@ impl Routes {
             Closed::Full(day) => *day >= today,
             Closed::Until(until) => *until > now.0,
         });
-        self.topics.retain(|_, known| match known {
-            Known::Missing(_, until) => *until > now.0,
-            _ => true,
-        });
+        let mut asked: HashSet<String> = HashSet::new();
         for message in messages {
             let later = message.due_at.is_some();
-            match self.way(message, &mut filling, fares, now.0, &mut routed.ask) {
+            let before = routed.ask.len();
+            let way = self.way(message, &mut filling, fares, now.0, &mut routed.ask);
+            asked.extend(routed.ask.iter().skip(before).cloned());
+            if let (Way::Wait(For::Topic(topic)), Some(Known::Asked(upto))) =
+                (&way, message.topic.as_ref().and_then(|topic| self.topics.get_mut(topic)))
+                && asked.contains(topic)
+            {
+                upto.add(message);
+            }
+            match way {
                 Way::To(partition) => self.fill(&mut filling, message, partition, today),
                 Way::Wait(_) if later => routed.due_waits = true,
                 Way::Wait(what) => self.wait(what, message.id, now.0),
@@ -259,12 +291,13 @@ impl Routes {
             Some(Known::There(topology)) => {
                 self.place(topology, message.key.as_deref(), filling, fares)
             }
-            Some(Known::Missing(why, _)) => Way::Dead(why.clone()),
+            Some(Known::Missing(why, upto)) if upto.has(message) => Way::Dead(why.clone()),
             Some(Known::Away(until)) if *until > now => Way::Wait(For::Topic(name.to_owned())),
-            Some(Known::Asked) => Way::Wait(For::Topic(name.to_owned())),
-            Some(Known::Away(_)) | None => {
+            // What is under way may be an answer of before it was published.
+            Some(Known::Asked(_)) => Way::Wait(For::Topic(name.to_owned())),
+            Some(Known::Away(_) | Known::Missing(..)) | None => {
                 ask.push(name.to_owned());
-                self.topics.insert(name.to_owned(), Known::Asked);
+                self.topics.insert(name.to_owned(), Known::Asked(Upto::default()));
                 Way::Wait(For::Topic(name.to_owned()))
             }
         }
