@@ -163,10 +163,7 @@ const SESSION: &str = "set default_transaction_read_only = off; \
 pub(crate) async fn check(client: &Client, schema: Schema) -> Result<()> {
     let refused = |error| connect::refused(error, "look for the schema");
     if !table_exists(client, schema, "compatibility").await.map_err(refused)? {
-        return Err(Error::new(
-            ErrorKind::Incompatible,
-            missing(schema),
-        ));
+        return Err(Error::new(ErrorKind::Incompatible, missing(schema)));
     }
     check_library(client, schema).await?;
     let sql = format!("select max(version)::bigint from {}", schema.table("migration"));

@@ -281,7 +281,10 @@ impl Outlet {
     fn buried(&self, topic: Option<&str>, why: &str) {
         ::metrics::counter!(names::OUTBOX_DEAD).increment(1);
         tracing::warn!(
-            outbox = self.name, topic = topic.unwrap_or_default(), error = why, alert = "outbox",
+            outbox = self.name,
+            topic = topic.unwrap_or_default(),
+            error = why,
+            alert = "outbox",
             "a published message is set aside: no partition takes it"
         );
     }

@@ -43,7 +43,9 @@ impl FromStr for ScheduledId {
         };
         parse().ok_or_else(|| {
             let shown: String = text.chars().take(40).collect();
-            Error::invalid(format!("scheduled id {shown:?} is not of the form 01-123: node and number"))
+            Error::invalid(format!(
+                "scheduled id {shown:?} is not of the form 01-123: node and number"
+            ))
         })
     }
 }

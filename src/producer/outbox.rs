@@ -226,7 +226,9 @@ fn check_all(shared: &Shared, messages: &[Message]) -> Result<()> {
     }
     let (count, bytes) = (messages.len(), messages.iter().map(Message::size).sum::<usize>());
     if count > MAX_DELAYED {
-        return Err(Error::invalid(format!("there are {count} messages, the limit is {MAX_DELAYED}")));
+        return Err(Error::invalid(format!(
+            "there are {count} messages, the limit is {MAX_DELAYED}"
+        )));
     }
     if count > 1 && bytes > MAX_DELAYED_BYTES {
         return Err(Error::invalid(format!(
@@ -259,7 +261,8 @@ async fn deliver_together(
     let mut backoff = BACKOFF.0;
     loop {
         // Once it may be stored on a node it is asked for there.
-        let nodes = later.unknown.or(node).map_or_else(|| shared.nodes_by_health(), |node| vec![node]);
+        let nodes =
+            later.unknown.or(node).map_or_else(|| shared.nodes_by_health(), |node| vec![node]);
         let mut last = None;
         for node in nodes {
             match later.attempt(node).await {
@@ -273,7 +276,8 @@ async fn deliver_together(
         }
         if Instant::now() + backoff >= deadline {
             let seconds = shared.options.send_timeout.as_secs_f32();
-            let kind = if later.unknown.is_some() { ErrorKind::Unknown } else { ErrorKind::Timeout };
+            let kind =
+                if later.unknown.is_some() { ErrorKind::Unknown } else { ErrorKind::Timeout };
             let why = format!("deliver a message later: not done within {seconds} s");
             let cause = last.map_or_else(|| "no answer".to_owned(), |error| error.chain());
             return Err(Error::with_source(kind, why, cause));

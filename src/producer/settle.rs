@@ -272,7 +272,9 @@ async fn step(
             shared.note_change();
             Settled::Failed(refuse(ErrorKind::NotFound, "it is not this topic's any more"))
         }
-        Again::Refused | Again::Overtaken => Settled::Failed(refuse(ErrorKind::Timeout, "the batch was given up")),
+        Again::Refused | Again::Overtaken => {
+            Settled::Failed(refuse(ErrorKind::Timeout, "the batch was given up"))
+        }
     };
     Err(Step::End(settled))
 }

@@ -158,7 +158,8 @@ impl Delivery<'_> {
     async fn put_back(&mut self, full: Option<Day>) -> Result<End, End> {
         let connection = self.node().await?;
         let fenced = append::fence(connection, &self.frozen.append(), ATTEMPT).await;
-        let found = fenced.map_err(|failure| End::Again(failure.into_error(&self.what()), Pause::Node))?;
+        let found =
+            fenced.map_err(|failure| End::Again(failure.into_error(&self.what()), Pause::Node))?;
         if let Some(id) = found {
             return Ok(End::Done(Some(id.day())));
         }
@@ -212,7 +213,9 @@ impl Delivery<'_> {
     }
 
     fn read(&self, answer: Again) -> Result<Said, End> {
-        let never = |why| Said::Never(Error::new(ErrorKind::Unavailable, format!("{}: {why}", self.what())));
+        let never = |why| {
+            Said::Never(Error::new(ErrorKind::Unavailable, format!("{}: {why}", self.what())))
+        };
         // Where it may still name a later day, no fence holds: see the module.
         let settled = self.frozen.day == self.frozen.named;
         Ok(match answer {

@@ -169,7 +169,8 @@ impl Holder {
         if self.started.is_some_and(|started| started.to_bits() != looked.started.to_bits())
             || self.seen.is_ahead_of(looked.last_id)
         {
-            let what = "the outbox is on another server now, or was started again: from the beginning";
+            let what =
+                "the outbox is on another server now, or was started again: from the beginning";
             return Err(Error::new(ErrorKind::Unavailable, what));
         }
         self.started = Some(looked.started);
@@ -200,7 +201,8 @@ impl Holder {
         due.truncate(fit);
         let place = due.last().and_then(|last| Some((last.due_at?, last.id)));
         self.due.looked(place, due_full, looked.next_due, now);
-        let moved = !messages.is_empty() || !due.is_empty() || is_full || due_full || self.seen.is_due();
+        let moved =
+            !messages.is_empty() || !due.is_empty() || is_full || due_full || self.seen.is_due();
         if !messages.is_empty() && self.armed == Some(true) {
             // Whoever publishes more need not wake anybody.
             self.armed = None;
@@ -274,9 +276,8 @@ impl Holder {
                 }
                 Next::Send(frozen) => {
                     let outlet = Arc::clone(&self.outlet);
-                    self.tasks.spawn(async move {
-                        News::Delivered(deliver(&outlet, *frozen).await)
-                    });
+                    self.tasks
+                        .spawn(async move { News::Delivered(deliver(&outlet, *frozen).await) });
                 }
             }
         }

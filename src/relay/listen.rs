@@ -27,7 +27,10 @@ pub(super) async fn run(outlet: Arc<Outlet>, woken: Arc<Notify>) {
         match hear(&outlet, &woken, &mut backoff).await {
             Ok(true) => {}
             Ok(false) => {
-                tracing::debug!(outbox = outlet.name, "behind a pooler nobody listens: looking each 2 s");
+                tracing::debug!(
+                    outbox = outlet.name,
+                    "behind a pooler nobody listens: looking each 2 s"
+                );
                 sleep(jitter(POOLED)).await;
                 continue;
             }
@@ -45,7 +48,8 @@ async fn hear(outlet: &Outlet, woken: &Notify, backoff: &mut Duration) -> Result
     let what = "listen to an outbox";
     let (url, trusted) = outlet.listen_at().await?;
     let target = listen::target(&url, "shardmq relay")?;
-    let Some(Session { client, mut messages, marker }) = listen::open(&target, what, trusted).await?
+    let Some(Session { client, mut messages, marker }) =
+        listen::open(&target, what, trusted).await?
     else {
         return Ok(false);
     };

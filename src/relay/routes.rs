@@ -216,9 +216,7 @@ impl Routes {
                 Some(Known::There(_)) => self.retries.get(what).is_none_or(|at| *at <= now),
                 Some(Known::Missing(..)) | None => true,
             },
-            For::Partition(_) | For::Locked => {
-                self.retries.get(what).is_none_or(|at| *at <= now)
-            }
+            For::Partition(_) | For::Locked => self.retries.get(what).is_none_or(|at| *at <= now),
         }
     }
 
@@ -331,9 +329,8 @@ impl Routes {
         let in_turn = || (0..all.len()).map(|step| all[(start.wrapping_add(step)) % all.len()]);
         let is_open = |p: &PartitionId| !self.closed.contains_key(p);
         let is_up = |p: &PartitionId| is_open(p) && !fares.is_away(p.node());
-        let idle = in_turn().find(|p| {
-            is_up(p) && !fares.is_busy(*p) && !filling.open.contains_key(&(*p, false))
-        });
+        let idle = in_turn()
+            .find(|p| is_up(p) && !fares.is_busy(*p) && !filling.open.contains_key(&(*p, false)));
         let chosen = idle.or_else(|| in_turn().find(is_up)).or_else(|| in_turn().find(is_open));
         match chosen {
             Some(partition) => {

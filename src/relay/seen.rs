@@ -81,7 +81,8 @@ pub(super) struct Sight<'a> {
 impl Seen {
     /// What the next look has to read.
     pub(super) fn scope(&self) -> Scope {
-        let looked_at = self.gaps.iter().filter(|gap| gap.is_looked_at(self.long())).map(|gap| gap.range);
+        let looked_at =
+            self.gaps.iter().filter(|gap| gap.is_looked_at(self.long())).map(|gap| gap.range);
         let mut ranges: Vec<Range> = self.fresh.iter().copied().chain(looked_at).collect();
         ranges.sort_unstable();
         Scope { after: self.next, ranges, draws: !self.fresh.is_empty() }
@@ -111,7 +112,8 @@ impl Seen {
     /// is left for the next look, which sees what is below it too.
     pub(super) fn observe(&mut self, scope: &Scope, sight: &Sight<'_>) -> i64 {
         let last = sight.ids.last().copied().unwrap_or(0);
-        let upto = self.end_transactions(sight.snapshot).min(if sight.is_full { last } else { i64::MAX });
+        let upto =
+            self.end_transactions(sight.snapshot).min(if sight.is_full { last } else { i64::MAX });
         let fresh = std::mem::take(&mut self.fresh);
         self.look_at_gaps(scope, sight.ids, upto);
         for range in fresh {

@@ -119,8 +119,7 @@ fn standing(row: Option<&Row>) -> Standing {
 
 /// Takes or keeps the relaying from a database.
 pub(crate) async fn keep(connection: Connection, keep: &Keep) -> Result<Standing, Error> {
-    let rows =
-        write(connection, Durability::Relaxed, sql::OUTBOX_KEEP, &keep.params()).await?;
+    let rows = write(connection, Durability::Relaxed, sql::OUTBOX_KEEP, &keep.params()).await?;
     Ok(standing(rows.first()))
 }
 
@@ -304,8 +303,17 @@ pub(crate) async fn step(
     let producers: Vec<Uuid> = step.targets.iter().map(|_| Uuid::now_v7()).collect();
     let days: Vec<i32> = step.targets.iter().map(|t| t.day.as_i32()).collect();
     let freeze: [&dyn Param; 11] = [
-        &now.0, &now.1, &now.2, &later.0, &later.1, &later.2, &partitions, &topics, &generations,
-        &producers, &days,
+        &now.0,
+        &now.1,
+        &now.2,
+        &later.0,
+        &later.1,
+        &later.2,
+        &partitions,
+        &topics,
+        &generations,
+        &producers,
+        &days,
     ];
     let of = |later: bool| -> Vec<i64> {
         step.dead.iter().filter(|dead| dead.1 == later).map(|dead| dead.0).collect()
@@ -396,9 +404,7 @@ pub(crate) async fn name_day(
 ) -> Result<Option<(Day, Day)>, Error> {
     let params: [&dyn Param; 2] = [&id, &day.as_i32()];
     let rows = write(connection, Durability::Durable, sql::OUTBOX_NAME_DAY, &params).await?;
-    let read = |row: &Row| {
-        Some((Day::from_i32(row.get(0)).ok()?, Day::from_i32(row.get(1)).ok()?))
-    };
+    let read = |row: &Row| Some((Day::from_i32(row.get(0)).ok()?, Day::from_i32(row.get(1)).ok()?));
     Ok(rows.first().and_then(read))
 }
 

@@ -28,10 +28,10 @@ mod crash;
 mod days;
 /// Payloads that can't be read are no dead end; headers are text.
 mod decode;
-/// Messages for later: when they are due, or not at all.
-mod delayed;
 /// Private Postgres servers: found, started, ended with their parent.
 mod dedup;
+/// Messages for later: when they are due, or not at all.
+mod delayed;
 mod embedded;
 /// Nodes that fail under a producer.
 mod exactly_once;

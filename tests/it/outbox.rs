@@ -1,6 +1,7 @@
 //! Messages that are published in a transaction: stored once, in order, if and only if it commits.
 
 mod dead;
+mod elsewhere;
 mod interrupted;
 mod waking;
 
@@ -31,7 +32,10 @@ async fn what_is_committed_is_sent_and_what_is_rolled_back_is_not() {
     let first = producer.send_in(&transaction, message).await.unwrap();
     let second = producer.send_in(&transaction, Message::new("also")).await.unwrap();
     assert!(first < second);
-    assert_eq!(stored(&watch, partitions[0]).await.len() + stored(&watch, partitions[1]).await.len(), 0);
+    assert_eq!(
+        stored(&watch, partitions[0]).await.len() + stored(&watch, partitions[1]).await.len(),
+        0
+    );
     transaction.commit().await.unwrap();
     let all = arrive(&watch, &partitions, 2).await;
     let kept = all.iter().find(|message| message.text() == "kept").unwrap();

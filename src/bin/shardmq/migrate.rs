@@ -71,7 +71,9 @@ pub(crate) async fn run(context: &Context, args: Args) -> Result<(), Failure> {
 /// Tells all processes of a database with an outbox.
 async fn register(context: &Context, url: &str) -> Result<(), Failure> {
     let Ok(control) = context.url() else {
-        note("no control database is given: who relays from it must be told (ClusterBuilder::outbox)");
+        note(
+            "no control database is given: who relays from it must be told (ClusterBuilder::outbox)",
+        );
         return Ok(());
     };
     let cluster = Cluster::builder(control).upkeep(false).connect().await?;

@@ -19,6 +19,8 @@ use crate::lines::{Line, Lines};
 use crate::output::{Out, counted, counter, note};
 use crate::signals::Interrupt;
 
+mod delayed;
+
 /// How many lines may be under way.
 const WINDOW: usize = 50_000;
 const READ_BYTES: usize = 256 << 10;
@@ -37,6 +39,10 @@ pub(crate) struct Args {
     /// Add a header to each message; may be repeated.
     #[arg(long, value_name = "NAME=VALUE", value_parser = parse_header)]
     header: Vec<(String, String)>,
+    /// Send each message after a while: 500ms, 30s, 5m, 2h, 3d, 1w. Until then it waits on a node; with
+    /// `--json` prints the id by which it can be taken back.
+    #[arg(long, value_name = "DURATION", value_parser = delayed::parse_delay)]
+    delay: Option<Duration>,
 }
 
 pub(crate) async fn run(context: &Context, args: Args) -> Result<(), Failure> {
@@ -44,8 +50,16 @@ pub(crate) async fn run(context: &Context, args: Args) -> Result<(), Failure> {
     let cluster = context.connect().await?;
     let producer = cluster.producer(&args.topic).build().await?;
     let stdin = BufReader::with_capacity(READ_BYTES, tokio::io::stdin());
+    let mut lines = Lines::new(stdin, DEFAULT_MAX_PAYLOAD_LEN);
+    if let Some(delay) = args.delay {
+        let out = context.json.then(Out::new);
+        let failed = delayed::run(&producer, &mut lines, (&args, delay), out, &mut interrupt).await;
+        let _ = producer.shutdown(SHUTDOWN).await;
+        cluster.shutdown().await;
+        return if failed? { Err(Failure::Reported) } else { Ok(()) };
+    }
     let mut session = Session {
-        lines: Lines::new(stdin, DEFAULT_MAX_PAYLOAD_LEN),
+        lines,
         producer,
         args,
         window: VecDeque::new(),
@@ -125,7 +139,7 @@ impl Session {
 
     async fn send(&self, line: Line) -> Pending {
         let number = line.number;
-        let answer = match self.message(line) {
+        let answer = match message(&self.args, line) {
             Ok(message) => match self.producer.enqueue(message).await {
                 Ok(receipt) => Answer::ToCome(receipt),
                 Err(error) => Answer::Here(Err(error.chain())),
@@ -133,23 +147,6 @@ impl Session {
             Err(why) => Answer::Here(Err(why)),
         };
         Pending { number, answer }
-    }
-
-    fn message(&self, line: Line) -> Result<Message, String> {
-        if line.len > line.bytes.len() {
-            let (len, limit) = (line.len, DEFAULT_MAX_PAYLOAD_LEN);
-            return Err(format!("payload has {len} bytes, the limit is {limit}"));
-        }
-        let field = self.args.key_field.as_deref();
-        let key = field.map(|field| key_of(&line.bytes, field)).transpose()?;
-        let mut message = Message::new(line.bytes);
-        if let Some(key) = key {
-            message = message.key(key);
-        }
-        for (name, value) in &self.args.header {
-            message = message.header(name, value);
-        }
-        Ok(message)
     }
 
     /// Waits for the first line under way, and takes all that are answered with it.
@@ -200,6 +197,23 @@ impl Session {
             note(&format!("{} failed", counted(self.failed, "line")));
         }
     }
+}
+
+fn message(args: &Args, line: Line) -> Result<Message, String> {
+    if line.len > line.bytes.len() {
+        let (len, limit) = (line.len, DEFAULT_MAX_PAYLOAD_LEN);
+        return Err(format!("payload has {len} bytes, the limit is {limit}"));
+    }
+    let field = args.key_field.as_deref();
+    let key = field.map(|field| key_of(&line.bytes, field)).transpose()?;
+    let mut message = Message::new(line.bytes);
+    if let Some(key) = key {
+        message = message.key(key);
+    }
+    for (name, value) in &args.header {
+        message = message.header(name, value);
+    }
+    Ok(message)
 }
 
 /// Returns when the first line under way, if any, is answered. Cancel safe.

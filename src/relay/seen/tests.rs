@@ -69,7 +69,8 @@ impl Model {
             self.next_xid
         });
         let within = |id: &i64| {
-            *id > scope.after || scope.ranges.iter().any(|(first, last)| (first..=last).contains(&id))
+            *id > scope.after
+                || scope.ranges.iter().any(|(first, last)| (first..=last).contains(&id))
         };
         let ids: Vec<i64> = self.there.iter().copied().filter(within).take(limit).collect();
         let (snapshot, is_full) = (self.snapshot(), ids.len() == limit);

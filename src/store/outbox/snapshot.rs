@@ -39,7 +39,10 @@ mod tests {
     #[test]
     fn a_snapshot_tells_what_is_over() {
         let snapshot = Snapshot::parse("10:20:10,14,15");
-        assert_eq!([9, 10, 11, 19, 20].map(|xid| snapshot.is_over(xid)), [true, false, true, true, false]);
+        assert_eq!(
+            [9, 10, 11, 19, 20].map(|xid| snapshot.is_over(xid)),
+            [true, false, true, true, false]
+        );
         assert_eq!(snapshot.open_before(22).collect::<Vec<_>>(), [10, 14, 15, 20, 21]);
         assert_eq!(snapshot.open_before(12).collect::<Vec<_>>(), [10]);
         assert_eq!(Snapshot::parse("7:7:").open_before(7).count(), 0);

@@ -39,7 +39,9 @@ async fn an_unknown_topic_is_set_aside_and_put_back_once_it_is_there() {
     let all = arrive(&sql, &partitions, 3).await;
     assert_eq!(texts(&all), ["0", "2", "4"]);
     let dead = are_dead(&sql, 3).await;
-    assert!(dead.iter().all(|(topic, why)| topic == "laterorders" && why.contains("does not exist")));
+    assert!(
+        dead.iter().all(|(topic, why)| topic == "laterorders" && why.contains("does not exist"))
+    );
     let told = || said(Level::WARN, "topic", "laterorders");
     let are_told = async || told().len() == 3;
     eventually("it is told of each", SOON, are_told).await;
@@ -91,7 +93,10 @@ async fn a_sealed_partition_sends_its_messages_back_to_be_routed_anew() {
     let partitions = topic(&test, "orders", 2).await;
     let sql = test.sql(0).await;
     let state = |state: &str| {
-        format!("update shardmq.partition set state = '{state}' where partition = {}", partitions[0])
+        format!(
+            "update shardmq.partition set state = '{state}' where partition = {}",
+            partitions[0]
+        )
     };
     sql.batch_execute(&state("sealed")).await.unwrap();
     for n in 0..40 {

@@ -174,7 +174,8 @@ async fn through_a_pooler_nobody_listens_and_messages_come_all_the_same() {
     for n in 0..5 {
         publish(&sql, "orders", &n.to_string(), Some("k")).await;
         let there = async || {
-            stored(&sql, partitions[0]).await.len() + stored(&sql, partitions[1]).await.len() == n + 1
+            stored(&sql, partitions[0]).await.len() + stored(&sql, partitions[1]).await.len()
+                == n + 1
         };
         eventually("it is there", SOON, there).await;
     }
