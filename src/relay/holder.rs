@@ -77,7 +77,7 @@ pub(super) async fn hold(outlet: &Arc<Outlet>) -> Result<()> {
     let mut holder = Holder {
         woken,
         tasks: JoinSet::new(),
-        seen: Seen::default(),
+        seen: Seen::new(),
         due: Due::new(now),
         routes: Routes::default(),
         lanes: Lanes::new(outlet.context.nodes.connections()),
@@ -101,7 +101,9 @@ impl Holder {
         loop {
             let lanes = outbox::lanes(self.outlet.get().await?, self.outlet.holder()).await;
             if let Some(lanes) = lanes.map_err(|error| self.refused(error))? {
-                lanes.into_iter().for_each(|partition| self.lanes.has_more(partition));
+                for partition in lanes {
+                    self.lanes.has_more(partition);
+                }
                 return Ok(());
             }
             if !self.outlet.is_ours() {
@@ -235,7 +237,9 @@ impl Holder {
                     self.outlet.failpoint("frozen").await;
                     let count: usize = frozen.iter().map(outbox::Frozen::len).sum();
                     ::metrics::counter!(names::RELAYED).increment(count as u64);
-                    frozen.into_iter().for_each(|frozen| self.lanes.push(frozen));
+                    for frozen in frozen {
+                        self.lanes.push(frozen);
+                    }
                     for (_, topic, why) in buried {
                         self.outlet.buried(topic.as_deref(), &why);
                     }

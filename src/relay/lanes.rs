@@ -46,7 +46,7 @@ struct Fare {
 /// See the module.
 #[derive(Debug)]
 pub(super) struct Lanes {
-    lanes: BTreeMap<PartitionId, Lane>,
+    waiting: BTreeMap<PartitionId, Lane>,
     nodes: HashMap<NodeId, Fare>,
     /// Of all queues and of what is under way.
     bytes: usize,
@@ -65,17 +65,17 @@ pub(super) enum Next {
 
 impl Lanes {
     pub(super) fn new(by_node: usize) -> Self {
-        Self { lanes: BTreeMap::new(), nodes: HashMap::new(), bytes: 0, by_node }
+        Self { waiting: BTreeMap::new(), nodes: HashMap::new(), bytes: 0, by_node }
     }
 
     /// The table has batches for this partition.
     pub(super) fn has_more(&mut self, partition: PartitionId) {
-        self.lanes.entry(partition).or_default().more = true;
+        self.waiting.entry(partition).or_default().more = true;
     }
 
     /// A batch was frozen.
     pub(super) fn push(&mut self, frozen: Frozen) {
-        let lane = self.lanes.entry(frozen.partition).or_default();
+        let lane = self.waiting.entry(frozen.partition).or_default();
         let fits = lane.queue.len() < LANE && (self.bytes < MEMORY || lane.queue.is_empty());
         if lane.more || !fits {
             lane.more = true;
@@ -88,7 +88,7 @@ impl Lanes {
 
     /// What was read of the table for a lane.
     pub(super) fn loaded(&mut self, partition: PartitionId, batches: Vec<Frozen>) {
-        let lane = self.lanes.entry(partition).or_default();
+        let lane = self.waiting.entry(partition).or_default();
         lane.more = !batches.is_empty();
         for frozen in batches {
             self.bytes += frozen.size();
@@ -111,7 +111,7 @@ impl Lanes {
             });
             has && !lane.busy && is_due(lane.retry_at) && node_is
         };
-        let (partition, lane) = self.lanes.iter_mut().find(is_ready)?;
+        let (partition, lane) = self.waiting.iter_mut().find(is_ready)?;
         let Some(frozen) = lane.queue.pop_front() else {
             return Some(Next::Load(*partition, lane.last));
         };
@@ -123,7 +123,7 @@ impl Lanes {
     /// A batch is there, or elsewhere: the lane goes on. True: its node was in trouble before.
     pub(super) fn done(&mut self, partition: PartitionId, size: usize, worked: bool) -> bool {
         self.bytes = self.bytes.saturating_sub(size);
-        if let Some(lane) = self.lanes.get_mut(&partition) {
+        if let Some(lane) = self.waiting.get_mut(&partition) {
             (lane.busy, lane.failures, lane.retry_at) = (false, 0, None);
         }
         let node = self.nodes.entry(partition.node()).or_insert_with(Fare::new);
@@ -140,7 +140,7 @@ impl Lanes {
     pub(super) fn gone(&mut self, frozen: &Frozen) {
         let partition = frozen.partition;
         self.done(partition, frozen.size(), false);
-        let lane = self.lanes.entry(partition).or_default();
+        let lane = self.waiting.entry(partition).or_default();
         let dropped: usize = lane.queue.drain(..).map(|frozen| frozen.size()).sum();
         self.bytes = self.bytes.saturating_sub(dropped);
         (lane.more, lane.last) = (true, frozen.id - 1);
@@ -155,7 +155,7 @@ impl Lanes {
         now: Instant,
     ) -> bool {
         let partition = frozen.partition;
-        let lane = self.lanes.entry(partition).or_default();
+        let lane = self.waiting.entry(partition).or_default();
         lane.busy = false;
         lane.queue.push_front(frozen);
         lane.failures += 1;
@@ -178,22 +178,22 @@ impl Lanes {
 
     /// Whether nothing waits for a partition.
     pub(super) fn is_idle(&self, partition: PartitionId) -> bool {
-        !self.lanes.contains_key(&partition)
+        !self.waiting.contains_key(&partition)
     }
 
     /// When a lane may be tried again that waits.
     pub(super) fn retry_at(&self, now: Instant) -> Option<Instant> {
-        let waiting = |(partition, lane): (&PartitionId, &Lane)| {
+        let retry = |(partition, lane): (&PartitionId, &Lane)| {
             let node = self.nodes.get(&partition.node()).and_then(|node| node.retry_at);
             if lane.busy { None } else { lane.retry_at.max(node) }
         };
-        self.lanes.iter().filter_map(waiting).filter(|at| *at > now).min()
+        self.waiting.iter().filter_map(retry).filter(|at| *at > now).min()
     }
 
     fn forget_if_idle(&mut self, partition: PartitionId) {
         let idle = |lane: &Lane| lane.queue.is_empty() && !lane.more && !lane.busy;
-        if self.lanes.get(&partition).is_some_and(idle) {
-            self.lanes.remove(&partition);
+        if self.waiting.get(&partition).is_some_and(idle) {
+            self.waiting.remove(&partition);
         }
     }
 }
@@ -210,7 +210,7 @@ impl Fares for Lanes {
     }
 
     fn is_busy(&self, partition: PartitionId) -> bool {
-        self.lanes.contains_key(&partition)
+        self.waiting.contains_key(&partition)
     }
 }
 

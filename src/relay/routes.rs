@@ -364,24 +364,21 @@ impl Routes {
         };
         let keyed = message.key.is_some();
         let last = filling.open.get(&(partition, keyed)).copied();
-        let target = match last.filter(|last| takes(&filling.targets[*last], message.bytes)) {
-            Some(last) => &mut filling.targets[last],
-            None => {
-                filling.open.insert((partition, keyed), filling.targets.len());
-                self.turn = self.turn.wrapping_add(1);
-                filling.targets.push(Target {
-                    partition,
-                    topic: topology.topic.clone(),
-                    generation: topology.generation,
-                    day: self.days.get(&partition).copied().unwrap_or(today),
-                    messages: Vec::new(),
-                    bytes: 0,
-                    keyed,
-                });
-                let last = filling.targets.len() - 1;
-                &mut filling.targets[last]
-            }
-        };
+        let last = last.filter(|last| takes(&filling.targets[*last], message.bytes));
+        let place = last.unwrap_or_else(|| {
+            self.turn = self.turn.wrapping_add(1);
+            filling.targets.push(Target {
+                partition,
+                topic: topology.topic.clone(),
+                generation: topology.generation,
+                day: self.days.get(&partition).copied().unwrap_or(today),
+                messages: Vec::new(),
+                bytes: 0,
+            });
+            filling.targets.len() - 1
+        });
+        filling.open.insert((partition, keyed), place);
+        let target = &mut filling.targets[place];
         target.messages.push((message.id, message.due_at.is_some()));
         target.bytes += message.bytes;
     }

@@ -21,7 +21,7 @@ use std::collections::BTreeSet;
 
 use crate::store::outbox::Snapshot;
 
-/// A gap of more ids is long.
+/// A gap of so many ids, and more, is long.
 const LONG: i64 = 1_000;
 /// So many gaps, or ids in short ones, become one long gap.
 const MAX_GAPS: usize = 1_000;
@@ -31,15 +31,15 @@ const MAX_IDS: i64 = 50_000;
 pub(super) type Range = (i64, i64);
 
 /// See the module.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Seen {
     /// All ids up to this one were looked at.
     next: i64,
     /// To be looked at, by nobody knows whose transaction.
     fresh: Vec<Range>,
     gaps: Vec<Gap>,
-    #[cfg(test)]
-    every_gap_is_long: bool,
+    /// A gap of more ids is long.
+    long: i64,
 }
 
 /// Ids that were not there, and what may still bring them.
@@ -79,10 +79,15 @@ pub(super) struct Sight<'a> {
 }
 
 impl Seen {
+    /// Nothing yet.
+    pub(super) fn new() -> Self {
+        Self { next: 0, fresh: Vec::new(), gaps: Vec::new(), long: LONG }
+    }
+
     /// What the next look has to read.
     pub(super) fn scope(&self) -> Scope {
         let looked_at =
-            self.gaps.iter().filter(|gap| gap.is_looked_at(self.long())).map(|gap| gap.range);
+            self.gaps.iter().filter(|gap| gap.is_looked_at(self.long)).map(|gap| gap.range);
         let mut ranges: Vec<Range> = self.fresh.iter().copied().chain(looked_at).collect();
         ranges.sort_unstable();
         Scope { after: self.next, ranges, draws: !self.fresh.is_empty() }
@@ -141,7 +146,7 @@ impl Seen {
     /// Notes which transactions are over. Returns up to which id the look is to be believed: what has ended
     /// may have been published, in a gap that was passed over, before something that was seen above.
     fn end_transactions(&mut self, snapshot: &Snapshot) -> i64 {
-        let (mut upto, long) = (i64::MAX, self.long());
+        let (mut upto, long) = (i64::MAX, self.long);
         for gap in &mut self.gaps {
             let (passed_over, before) = (!gap.is_looked_at(long), gap.open.len());
             gap.open.retain(|xid| !snapshot.is_over(*xid));
@@ -172,17 +177,9 @@ impl Seen {
         self.gaps = kept;
     }
 
-    fn long(&self) -> i64 {
-        #[cfg(test)]
-        if self.every_gap_is_long {
-            return 0;
-        }
-        LONG
-    }
-
     /// Where gaps are too many, one takes the place of all.
     fn merge(&mut self) {
-        let short = self.gaps.iter().filter(|gap| gap.range.1 - gap.range.0 < LONG);
+        let short = self.gaps.iter().filter(|gap| gap.range.1 - gap.range.0 < self.long);
         let ids: i64 = short.map(|gap| gap.range.1 - gap.range.0 + 1).sum();
         if self.fresh.len() + self.gaps.len() <= MAX_GAPS && ids <= MAX_IDS {
             return;

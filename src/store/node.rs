@@ -278,7 +278,7 @@ pub(crate) async fn write(
 /// [`write`] does.
 pub(crate) async fn write_all(
     connection: Connection,
-    begin: &str,
+    opening: &str,
     statements: &[(&str, &[&dyn Param])],
 ) -> Result<Vec<Vec<Row>>, tokio_postgres::Error> {
     let guard = Unfinished::new(connection);
@@ -298,9 +298,12 @@ pub(crate) async fn write_all(
         .zip(&kept)
         .map(|((text, params), kept)| run(connection, text, kept.as_ref(), params));
     // Each sends as it is polled for the first time, in this order.
-    let (begun, rows, committed) =
-        join3(connection.batch_execute(begin), join_all(runs), connection.batch_execute("commit"))
-            .await;
+    let (begun, rows, committed) = join3(
+        connection.batch_execute(opening),
+        join_all(runs),
+        connection.batch_execute("commit"),
+    )
+    .await;
     guard.finished();
     begun?;
     let rows = rows.into_iter().collect::<Result<_, _>>()?;

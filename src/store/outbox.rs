@@ -244,7 +244,6 @@ pub(crate) struct Target {
     /// Ids, and whether they are for later.
     pub(crate) messages: Vec<(i64, bool)>,
     pub(crate) bytes: usize,
-    pub(crate) keyed: bool,
 }
 
 /// What a step does.
@@ -339,8 +338,8 @@ pub(crate) async fn step(
         }
         answers => answers?,
     };
-    let held = answers.get(1).and_then(|rows| rows.first()).is_some_and(|row| row.get(0));
-    if !held {
+    let is_ours = answers.get(1).and_then(|rows| rows.first()).is_some_and(|row| row.get(0));
+    if !is_ours {
         return Ok(Stepped::NotOurs);
     }
     let buried = if all.is_empty() { Vec::new() } else { answers.pop().unwrap_or_default() };
@@ -369,10 +368,10 @@ pub(crate) async fn lanes(
     let statements: [(&str, &[&dyn Param]); 3] =
         [(sql::OUTBOX_LOCK, &[]), (sql::OUTBOX_HOLD, &hold), (sql::OUTBOX_LANES, &[])];
     let answers = write_all(connection, sql::OUTBOX_BEGIN, &statements).await?;
-    let [_, held, lanes] = answers.as_slice() else { return Ok(None) };
+    let [_, ours, lanes] = answers.as_slice() else { return Ok(None) };
     let partition = |row: &Row| PartitionId::from_i32(row.get(0)).ok();
-    let held = held.first().is_some_and(|row| row.get(0));
-    Ok(held.then(|| lanes.iter().filter_map(partition).collect()))
+    let is_ours = ours.first().is_some_and(|row| row.get(0));
+    Ok(is_ours.then(|| lanes.iter().filter_map(partition).collect()))
 }
 
 /// The next frozen batches of a partition, beyond one: at least one if there is any, and beyond the first

@@ -5,9 +5,10 @@ mod elsewhere;
 mod interrupted;
 mod waking;
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use shardmq::{ErrorKind, Message};
+use tokio::time::Instant;
 
 use crate::support::relays::{Relay, arrive, publish, texts, through};
 use crate::support::stored::{stored, topic};

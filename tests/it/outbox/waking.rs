@@ -2,11 +2,12 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use futures_util::{StreamExt, stream};
 use shardmq::Cluster;
 use tokio::sync::Semaphore;
+use tokio::time::Instant;
 use tokio_postgres::{AsyncMessage, Client, IsolationLevel, NoTls};
 
 use crate::support::pgbouncer::{PgBouncer, Unknown, cluster_through};
