@@ -154,7 +154,8 @@ async fn pending(server: &Server, plan: Plan) {
                      from generate_series(1, $1::bigint) n";
     let bytes = i32::try_from(BYTES).unwrap();
     sql.query_one(publish, &[&plan.pending, &bytes]).await.unwrap();
-    sql.batch_execute("vacuum analyze shardmq.delayed; checkpoint").await.unwrap();
+    sql.batch_execute("vacuum analyze shardmq.delayed").await.unwrap();
+    sql.batch_execute("checkpoint").await.unwrap();
     let (mut rates, mut ratios) = (Vec::new(), Vec::new());
     for slice in 0..plan.slices {
         // In turns, and each first in turns.

@@ -178,3 +178,30 @@ async fn what_is_taken_back_does_not_come_and_whoever_takes_it_back_delays_nobod
     assert!(!again);
     through(&watch).await;
 }
+
+/// Of a table that was empty when its plans were made.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_large_transaction_comes_quickly_and_in_order() {
+    let test = TestCluster::new(1).await;
+    let partitions = topic(&test, "orders", 2).await;
+    let _relay = Relay::start(&test, "orders").await;
+    let mut sql = test.sql(0).await;
+    let watch = test.sql(0).await;
+    let transaction = sql.transaction().await.unwrap();
+    let many =
+        "select count(shardmq.publish('orders', convert_to(n::text, 'UTF8'), 'k' || n % 10))
+                     from generate_series(1, 20000) n";
+    transaction.batch_execute(many).await.unwrap();
+    // Another, published later and committed before.
+    publish(&watch, "orders", "0", Some("alone")).await;
+    arrive(&watch, &partitions, 1).await;
+    transaction.commit().await.unwrap();
+    let all = arrive(&watch, &partitions, 20_001).await;
+    for key in 0..10 {
+        let key = format!("k{key}");
+        let of_key = all.iter().filter(|message| message.key.as_deref() == Some(&key));
+        let numbers: Vec<u32> = of_key.map(|message| message.text().parse().unwrap()).collect();
+        assert!(numbers.len() == 2_000 && numbers.is_sorted(), "{key}");
+    }
+    through(&watch).await;
+}

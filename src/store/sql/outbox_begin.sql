@@ -8,7 +8,6 @@ set local idle_in_transaction_session_timeout = '5s';
 set local jit = off;
 set local enable_seqscan = off;
 set local enable_bitmapscan = off;
-set local enable_hashjoin = off;
-set local enable_mergejoin = off;
+set local plan_cache_mode = force_generic_plan;
 select set_config('synchronous_commit', 'on', true)
  where current_setting('synchronous_commit') in ('off', 'local')
