@@ -27,18 +27,22 @@ declare
     now timestamptz := shardmq.clock();
     drawn bigint;
 begin
+    -- As draw_outbox_id() and wake_relay() do: a call costs as much as the insert.
+    perform pg_current_xact_id();
+    drawn := nextval('shardmq.outbox_id');
     if publish.deliver_at > now then
-        insert into shardmq.delayed (due_at, topic, key, headers, payload, published_at)
-        values (publish.deliver_at, publish.topic, publish.key, publish.headers, publish.payload, now)
-        returning delayed.id into drawn;
+        insert into shardmq.delayed (id, due_at, topic, key, headers, payload, published_at)
+        values (drawn, publish.deliver_at, publish.topic, publish.key, publish.headers, publish.payload, now);
+        if publish.deliver_at > now + interval '10 seconds' then
+            -- It is found before it is due.
+            return drawn;
+        end if;
     else
-        insert into shardmq.outbox (topic, key, headers, payload, published_at)
-        values (publish.topic, publish.key, publish.headers, publish.payload, now)
-        returning outbox.id into drawn;
+        insert into shardmq.outbox (id, topic, key, headers, payload, published_at)
+        values (drawn, publish.topic, publish.key, publish.headers, publish.payload, now);
     end if;
-    -- What is due later is found before it is due.
-    if publish.deliver_at is null or publish.deliver_at < now + interval '10 seconds' then
-        perform shardmq.wake_relay();
+    if (select f.last_value from shardmq.outbox_flag f) = 1 then
+        perform pg_notify('shardmq_outbox', '');
     end if;
     return drawn;
 end $$;

@@ -2,6 +2,7 @@
 //! partition at once: a [relay](crate::relay) takes them there.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, SystemTime};
 
 use tokio::time::{Instant, sleep, timeout};
@@ -97,6 +98,7 @@ impl Producer {
         C: GenericClient + Sync,
     {
         let shared = self.shared();
+        check_open(shared)?;
         message.check(shared.options.max_payload)?;
         let published = outbox::publish(transaction, self.topic(), &message, at).await;
         published.map_err(|error| explained(error, "publish a message in a transaction"))
@@ -220,10 +222,12 @@ fn one(results: Vec<Result<ScheduledId>>) -> Result<ScheduledId> {
     results.into_iter().next().unwrap_or_else(missing)
 }
 
+fn check_open(shared: &Shared) -> Result<()> {
+    if shared.closed.load(Ordering::Acquire) { Err(Error::closed("the producer")) } else { Ok(()) }
+}
+
 fn check_all(shared: &Shared, messages: &[Message]) -> Result<()> {
-    if shared.closed.load(std::sync::atomic::Ordering::Acquire) {
-        return Err(Error::closed("the producer"));
-    }
+    check_open(shared)?;
     let (count, bytes) = (messages.len(), messages.iter().map(Message::size).sum::<usize>());
     if count > MAX_DELAYED {
         return Err(Error::invalid(format!(

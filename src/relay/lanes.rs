@@ -34,6 +34,15 @@ struct Lane {
     retry_at: Option<Instant>,
 }
 
+impl Lane {
+    /// What begins with this batch is read of the table when it is its turn. Returns the bytes that were in
+    /// memory.
+    fn leave_in_table(&mut self, id: i64) -> usize {
+        (self.more, self.last) = (true, id - 1);
+        self.queue.drain(..).map(|frozen| frozen.size()).sum()
+    }
+}
+
 /// How a node fares.
 #[derive(Debug)]
 struct Fare {
@@ -75,9 +84,10 @@ impl Lanes {
 
     /// A batch was frozen.
     pub(super) fn push(&mut self, frozen: Frozen) {
+        let is_away = self.is_away(frozen.partition.node());
         let lane = self.waiting.entry(frozen.partition).or_default();
         let fits = lane.queue.len() < LANE && (self.bytes < MEMORY || lane.queue.is_empty());
-        if lane.more || !fits {
+        if lane.more || !fits || is_away {
             lane.more = true;
             return;
         }
@@ -141,9 +151,7 @@ impl Lanes {
         let partition = frozen.partition;
         self.done(partition, frozen.size(), false);
         let lane = self.waiting.entry(partition).or_default();
-        let dropped: usize = lane.queue.drain(..).map(|frozen| frozen.size()).sum();
-        self.bytes = self.bytes.saturating_sub(dropped);
-        (lane.more, lane.last) = (true, frozen.id - 1);
+        self.bytes = self.bytes.saturating_sub(lane.leave_in_table(frozen.id));
     }
 
     /// A batch is to be tried again: after a pause for its lane, or for its node. True: that is to be told.
@@ -157,7 +165,13 @@ impl Lanes {
         let partition = frozen.partition;
         let lane = self.waiting.entry(partition).or_default();
         lane.busy = false;
-        lane.queue.push_front(frozen);
+        if of_node.is_some() {
+            // Who waits for a node has nothing in memory.
+            let dropped = frozen.size() + lane.leave_in_table(frozen.id);
+            self.bytes = self.bytes.saturating_sub(dropped);
+        } else {
+            lane.queue.push_front(frozen);
+        }
         lane.failures += 1;
         lane.retry_at = Some(now + pause.unwrap_or_else(|| backoff(lane.failures)));
         let node = self.nodes.entry(partition.node()).or_insert_with(Fare::new);

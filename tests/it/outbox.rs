@@ -188,8 +188,7 @@ async fn a_large_transaction_comes_quickly_and_in_order() {
     let mut sql = test.sql(0).await;
     let watch = test.sql(0).await;
     let transaction = sql.transaction().await.unwrap();
-    let many =
-        "select count(shardmq.publish('orders', convert_to(n::text, 'UTF8'), 'k' || n % 10))
+    let many = "select count(shardmq.publish('orders', convert_to(n::text, 'UTF8'), 'k' || n % 10))
                      from generate_series(1, 20000) n";
     transaction.batch_execute(many).await.unwrap();
     // Another, published later and committed before.
