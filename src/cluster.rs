@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use futures_util::future::BoxFuture;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use uuid::Uuid;
@@ -17,6 +18,7 @@ use crate::id::NodeId;
 use crate::name::TopicName;
 use crate::notifier::{Notifier, PostgresNotifier};
 use crate::producer::ProducerBuilder;
+use crate::relay;
 use crate::store::connect;
 use crate::store::node::{Node, PoolOptions};
 use crate::store::pooler::PreparedStatements;
@@ -29,7 +31,7 @@ mod nodes;
 mod presence;
 mod topology_file;
 
-use cache::Cache;
+pub(crate) use cache::Cache;
 pub(crate) use nodes::{ListenAt, Nodes};
 pub(crate) use presence::{Place, Presence};
 use topology_file::TopologyFile;
@@ -52,6 +54,7 @@ pub(crate) struct Inner {
     pub(crate) tasks: TaskTracker,
     /// Whether this process takes its turn in looking after the nodes already, or never will.
     keeping_up: AtomicBool,
+    relay: Arc<relay::Context>,
 }
 
 /// Settings of a [`Cluster`].
@@ -62,6 +65,8 @@ pub struct ClusterBuilder {
     listen_urls: HashMap<NodeId, String>,
     notifier: Option<Arc<dyn Notifier>>,
     upkeep: bool,
+    outboxes: Vec<String>,
+    relay_failpoint: Option<relay::Failpoint>,
     topology_file: Option<PathBuf>,
     look_interval: Duration,
     idle_timeout: Duration,
@@ -112,6 +117,24 @@ impl ClusterBuilder {
         self
     }
 
+    /// A database with an outbox that is no node, to be relayed from by this process too, where it produces
+    /// or consumes and takes part in [`upkeep`](Self::upkeep). Its schema must be there
+    /// (`shardmq migrate --outbox URL`, which also tells all processes of it, so that this is not needed).
+    pub fn outbox(mut self, url: &str) -> Self {
+        self.outboxes.push(url.to_owned());
+        self
+    }
+
+    /// Called at each step of the relay, with its name, and waited for: for tests.
+    #[doc(hidden)]
+    pub fn relay_failpoint(
+        mut self,
+        hook: impl Fn(&'static str) -> BoxFuture<'static, ()> + Send + Sync + 'static,
+    ) -> Self {
+        self.relay_failpoint = Some(Arc::new(hook));
+        self
+    }
+
     /// Takes another notifier than Postgres' `LISTEN/NOTIFY`.
     pub fn notifier(mut self, notifier: impl Notifier) -> Self {
         self.notifier = Some(Arc::new(notifier));
@@ -142,7 +165,7 @@ impl ClusterBuilder {
     /// [`Unavailable`](crate::ErrorKind::Unavailable) where the control database can't be reached and no
     /// [topology file](Self::topology_file) was kept before.
     pub async fn connect(self) -> Result<Cluster> {
-        for url in self.listen_urls.values() {
+        for url in self.listen_urls.values().chain(&self.outboxes) {
             connect::parse(url)?;
         }
         let options = PoolOptions { connections: CONNECTIONS, ..self.pools };
@@ -169,7 +192,18 @@ impl ClusterBuilder {
             let nodes = Arc::clone(&nodes);
             Arc::new(PostgresNotifier::new(nodes, shutdown.child_token(), tasks.clone()))
         });
+        let relay = Arc::new(relay::Context {
+            cluster: id,
+            control: Arc::clone(&control),
+            nodes: Arc::clone(&nodes),
+            topology: Arc::clone(&topology),
+            notifier: Arc::clone(&notifier),
+            options,
+            outboxes: self.outboxes,
+            failpoint: self.relay_failpoint,
+        });
         let inner = Inner {
+            relay,
             keeping_up: AtomicBool::new(!self.upkeep),
             control,
             id,
@@ -205,6 +239,8 @@ impl Cluster {
             listen_urls: HashMap::new(),
             notifier: None,
             upkeep: true,
+            outboxes: Vec::new(),
+            relay_failpoint: None,
             topology_file: None,
             look_interval: follow::LOOK_EVERY,
             idle_timeout: IDLE_TIMEOUT,
@@ -248,6 +284,8 @@ impl Cluster {
         if !self.inner.keeping_up.swap(true, Ordering::AcqRel) {
             let nodes = Arc::clone(&self.inner.nodes);
             self.inner.tasks.spawn(upkeep::run(nodes, self.inner.shutdown.child_token()));
+            let relay = Arc::clone(&self.inner.relay);
+            self.inner.tasks.spawn(relay::run(relay, self.inner.shutdown.child_token()));
         }
     }
 

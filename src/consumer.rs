@@ -37,7 +37,6 @@ mod runner;
 mod shared;
 pub(crate) mod start;
 mod transaction;
-mod trouble;
 mod wanted;
 
 use again::Resting;

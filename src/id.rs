@@ -21,6 +21,10 @@ use uuid::Uuid;
 
 use crate::error::{Error, Result};
 
+mod scheduled;
+
+pub use scheduled::ScheduledId;
+
 /// The most messages that one partition holds in one day.
 pub const MAX_SEQUENCE: u32 = 99_999_999;
 

@@ -19,8 +19,10 @@ pub mod migrate;
 mod name;
 pub mod notifier;
 mod producer;
+mod relay;
 mod store;
 mod topology;
+mod trouble;
 mod upkeep;
 #[cfg(feature = "verify")]
 pub mod verify;
@@ -38,14 +40,14 @@ pub use consumer::{
 };
 pub use error::{Error, ErrorKind, Result};
 pub use failure::FailedAttempt;
-pub use id::{Day, MAX_NUMBER, MAX_SEQUENCE, MessageId, NodeId, PartitionId, Uid};
+pub use id::{Day, MAX_NUMBER, MAX_SEQUENCE, MessageId, NodeId, PartitionId, ScheduledId, Uid};
 pub use message::{
     DEFAULT_MAX_PAYLOAD_LEN, Headers, MAX_DEDUP_KEY_LEN, MAX_HEADERS_LEN, MAX_KEY_LEN,
     MAX_PAYLOAD_LEN, Message,
 };
 pub use name::{GroupName, MAX_NAME_LEN, TopicName};
 pub use producer::{
-    Balancer, KeyFailover, NodeState, NodeStatus, Outgoing, Producer, ProducerBuilder,
+    Balancer, KeyFailover, MAX_DELAYED, NodeState, NodeStatus, Outgoing, Producer, ProducerBuilder,
     ProducerEvent, ProducerEvents, ProducerStatus, Receipt, WhenFull,
 };
 pub use store::pooler::PreparedStatements;

@@ -44,6 +44,10 @@ pub const DAYS_KEPT: &str = "shardmq_kept_days_total";
 pub const DROPS_CONTENDED: &str = "shardmq_contended_drops_total";
 /// Messages that retention dropped before a group had read them.
 pub const MISSED: &str = "shardmq_missed_messages_total";
+/// Messages taken out of an outbox, or of those for later, on their way to the log.
+pub const RELAYED: &str = "shardmq_relayed_messages_total";
+/// Messages of an outbox that no partition took, set aside.
+pub const OUTBOX_DEAD: &str = "shardmq_outbox_dead_messages_total";
 
 /// Describes all of them to the installed recorder.
 pub fn describe() {
@@ -71,6 +75,8 @@ pub fn describe() {
         (DAYS_KEPT, "looks at a day that is kept beyond its time"),
         (DROPS_CONTENDED, "attempts to drop a day whose table was in use"),
         (MISSED, "messages dropped before a group had read them"),
+        (RELAYED, "messages taken out of an outbox"),
+        (OUTBOX_DEAD, "messages of an outbox set aside"),
     ];
     for (name, text) in counters {
         describe_counter!(name, Unit::Count, text);

@@ -2,7 +2,8 @@
 //!
 //! Schemas with their own migrations and history table each: `shardmq` on every node, `shardmq_control` and
 //! `shardmq_log` in the control and log database (which may be one database, or a node's), and
-//! `shardmq_dedup` where a user wants it. Nothing outside of them is touched.
+//! `shardmq_dedup` where a user wants it. The outbox is in `shardmq` too, with a history of its own: on each
+//! node, and in any other database that is to have one. Nothing outside of these schemas is touched.
 //!
 //! Whoever runs refinery for a service's own tables can run these in the same place:
 //!
@@ -12,6 +13,7 @@
 //!
 //! client.batch_execute(Schema::Node.prepare_sql()).await?;
 //! Schema::Node.runner().run_async(client).await?;
+//! Schema::Outbox.runner().run_async(client).await?;
 //! # Ok(())
 //! # }
 //! ```
@@ -35,6 +37,9 @@ mod log {
 mod dedup {
     refinery::embed_migrations!("migrations/dedup");
 }
+mod outbox {
+    refinery::embed_migrations!("migrations/outbox");
+}
 
 /// One of the schemas.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -47,13 +52,16 @@ pub enum Schema {
     Log,
     /// `shardmq_dedup`: messages that were applied, in a database that has the effects of some.
     Dedup,
+    /// The outbox, in the schema `shardmq`: messages published in transactions, and delayed ones. Every
+    /// node has it too.
+    Outbox,
 }
 
 impl Schema {
     /// The schema's name in the database.
     pub fn name(self) -> &'static str {
         match self {
-            Self::Node => "shardmq",
+            Self::Node | Self::Outbox => "shardmq",
             Self::Control => "shardmq_control",
             Self::Log => "shardmq_log",
             Self::Dedup => "shardmq_dedup",
@@ -63,7 +71,8 @@ impl Schema {
     /// What must be run before the [`runner`](Self::runner), which keeps its history in the schema.
     pub fn prepare_sql(self) -> &'static str {
         match self {
-            Self::Node => "create schema if not exists shardmq",
+            Self::Node => PREPARE_NODE,
+            Self::Outbox => "create schema if not exists shardmq",
             Self::Control => "create schema if not exists shardmq_control",
             Self::Log => "create schema if not exists shardmq_log",
             Self::Dedup => "create schema if not exists shardmq_dedup",
@@ -79,9 +88,16 @@ impl Schema {
             Self::Control => control::migrations::runner(),
             Self::Log => log::migrations::runner(),
             Self::Dedup => dedup::migrations::runner(),
+            Self::Outbox => outbox::migrations::runner(),
         };
-        runner.set_migration_table_name(format!("{}.migration", self.name()));
+        runner.set_migration_table_name(self.table("migration"));
         runner.set_abort_missing(false)
+    }
+
+    /// A table that each schema has, by its whole name.
+    fn table(self, name: &str) -> String {
+        let prefix = if self == Self::Outbox { "outbox_" } else { "" };
+        format!("{}.{prefix}{name}", self.name())
     }
 
     /// The number of the newest migration that this library knows.
@@ -91,7 +107,15 @@ impl Schema {
     }
 }
 
-/// Brings a schema up to date. Safe to call in any number of processes at once: they wait for each
+/// A database that has an outbox already has the one clock, which the node's migrations make.
+const PREPARE_NODE: &str = "create schema if not exists shardmq; \
+     do $$ begin \
+         if to_regclass('shardmq.identity') is null and to_regprocedure('shardmq.clock()') is not null then \
+             drop function shardmq.clock(); \
+         end if; \
+     end $$";
+
+/// Brings a schema up to date; that of a node with its outbox. Safe to call in any number of processes at once: they wait for each
 /// other. Returns the names of the migrations that were applied, none where all was done already.
 ///
 /// The URL must lead to Postgres itself, since the wait is a session's lock: through a pooler it fails
@@ -109,15 +133,24 @@ pub async fn migrate(url: &str, schema: Schema) -> Result<Vec<String>> {
         let found = utf8.get::<_, &str>(0);
         return Err(Error::invalid(format!("the database's encoding is {found}, it must be UTF8")));
     }
+    let mut applied = apply(&mut client, schema, &what).await?;
+    if schema == Schema::Node {
+        applied.extend(apply(&mut client, Schema::Outbox, &what).await?);
+    }
+    Ok(applied)
+}
+
+async fn apply(client: &mut Client, schema: Schema, what: &str) -> Result<Vec<String>> {
+    let refused = |error| connect::refused(error, what);
     client.batch_execute(schema.prepare_sql()).await.map_err(refused)?;
-    if table_exists(&client, schema, "compatibility").await.map_err(refused)? {
-        check_library(&client, schema).await?;
+    if table_exists(client, schema, "compatibility").await.map_err(refused)? {
+        check_library(client, schema).await?;
     }
     let report = schema
         .runner()
-        .run_async(&mut client)
+        .run_async(client)
         .await
-        .map_err(|error| Error::with_source(ErrorKind::Database, what.clone(), error))?;
+        .map_err(|error| Error::with_source(ErrorKind::Database, what, error))?;
     Ok(report.applied_migrations().iter().map(ToString::to_string).collect())
 }
 
@@ -130,13 +163,10 @@ const SESSION: &str = "set default_transaction_read_only = off; \
 pub(crate) async fn check(client: &Client, schema: Schema) -> Result<()> {
     let refused = |error| connect::refused(error, "look for the schema");
     if !table_exists(client, schema, "compatibility").await.map_err(refused)? {
-        return Err(Error::new(
-            ErrorKind::Incompatible,
-            format!("the database has no schema {}: run `shardmq migrate`", schema.name()),
-        ));
+        return Err(Error::new(ErrorKind::Incompatible, missing(schema)));
     }
     check_library(client, schema).await?;
-    let sql = format!("select max(version)::bigint from {}.migration", schema.name());
+    let sql = format!("select max(version)::bigint from {}", schema.table("migration"));
     let row = client.query_typed_one(&sql, &[]).await.map_err(refused)?;
     let (found, needed) = (row.get::<_, Option<i64>>(0).unwrap_or(0), schema.version());
     if found < needed {
@@ -153,12 +183,19 @@ pub(crate) async fn check(client: &Client, schema: Schema) -> Result<()> {
     Ok(())
 }
 
+fn missing(schema: Schema) -> String {
+    match schema {
+        Schema::Outbox => "the database has no outbox: run `shardmq migrate --outbox`".to_owned(),
+        _ => format!("the database has no schema {}: run `shardmq migrate`", schema.name()),
+    }
+}
+
 async fn table_exists(
     client: &Client,
     schema: Schema,
     table: &str,
 ) -> Result<bool, tokio_postgres::Error> {
-    let name = format!("{}.{table}", schema.name());
+    let name = schema.table(table);
     let sql = "select to_regclass($1) is not null";
     let row = client.query_typed_one(sql, &[(&name, Type::TEXT)]).await?;
     Ok(row.get(0))
@@ -167,7 +204,7 @@ async fn table_exists(
 /// Refuses where the schema says that it needs a newer library.
 async fn check_library(client: &Client, schema: Schema) -> Result<()> {
     let refused = |error| connect::refused(error, "read the schema's oldest library");
-    let sql = format!("select min_library from {}.compatibility", schema.name());
+    let sql = format!("select min_library from {}", schema.table("compatibility"));
     let row = client.query_typed_opt(&sql, &[]).await.map_err(refused)?;
     let Some(oldest) = row.map(|row| row.get::<_, String>(0)) else {
         return Ok(());

@@ -12,10 +12,11 @@ use crate::message::{DEFAULT_MAX_PAYLOAD_LEN, MAX_PAYLOAD_LEN, Message};
 use crate::name::TopicName;
 
 mod balancer;
-mod batch;
+pub(crate) mod batch;
 mod failover;
 mod health;
 mod lane;
+mod outbox;
 mod settle;
 mod shared;
 mod status;
@@ -25,6 +26,7 @@ use balancer::Own;
 pub use balancer::{Balancer, Outgoing};
 pub use batch::Receipt;
 pub use health::NodeState;
+pub use outbox::MAX_DELAYED;
 pub(crate) use shared::Shared;
 pub use status::{NodeStatus, ProducerEvent, ProducerEvents, ProducerStatus};
 

@@ -15,6 +15,7 @@ pub(crate) mod group_admin;
 pub(crate) mod listen;
 pub(crate) mod membership;
 pub(crate) mod node;
+pub(crate) mod outbox;
 pub(crate) mod packed;
 pub(crate) mod param;
 mod passfile;

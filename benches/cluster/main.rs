@@ -6,6 +6,7 @@
 //! cargo bench --features cli --bench cluster -- failover
 //! cargo bench --features cli --bench cluster -- rebalance
 //! cargo bench --features cli --bench cluster -- idle
+//! cargo bench --features cli --bench cluster -- outbox
 //! ```
 
 #![allow(missing_docs, clippy::unwrap_used, clippy::cast_precision_loss)]
@@ -13,6 +14,7 @@
 mod convoy;
 mod failover;
 mod idle;
+mod outbox;
 mod rebalance;
 mod spread;
 
@@ -48,6 +50,9 @@ async fn main() {
     }
     if wanted("idle") {
         idle::measure(size).await;
+    }
+    if wanted("outbox") {
+        outbox::measure(size).await;
     }
 }
 

@@ -133,6 +133,27 @@ impl Cluster {
         Ok(())
     }
 
+    /// Registers a database that has an outbox and is no node, so that all processes with
+    /// [upkeep](crate::ClusterBuilder::upkeep) relay from it. Its schema must be there
+    /// ([`migrate()`](migrate::migrate) with [`Schema::Outbox`]). As of nodes, the password is not stored.
+    /// Idempotent.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Incompatible`] where the database has no outbox.
+    pub async fn add_outbox(&self, url: &str) -> Result<()> {
+        let what = "register a database with an outbox";
+        let client = connect::connect_once(url, "shardmq outbox add").await?;
+        migrate::check(&client, Schema::Outbox).await?;
+        let address = connect::without_password(url)?;
+        let refused = |error| refused(error, what);
+        let change = Unfinished::new(self.inner.control.get().await?);
+        control::begin_change(change.connection()).await.map_err(refused)?;
+        control::add_outbox(change.connection(), &address).await.map_err(refused)?;
+        control::commit_change(change.connection()).await.map_err(refused)?;
+        change.finished();
+        self.inner.nodes.refresh().await.map(drop)
+    }
+
     /// All nodes, by number.
     pub async fn nodes(&self) -> Result<Vec<NodeInfo>> {
         let nodes = self.inner.nodes.refresh().await?;

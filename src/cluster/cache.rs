@@ -139,6 +139,11 @@ impl Cache {
         }
     }
 
+    /// The version of the topology that is known, or an earlier one.
+    pub(crate) fn version(&self) -> i64 {
+        self.version.load(Ordering::Acquire)
+    }
+
     /// Looks whether the topology has another version, and takes it over.
     pub(super) async fn look(self: &Arc<Self>) -> Result<()> {
         in_time(ANSWER, "look at the topology", self.nodes.look()).await?;

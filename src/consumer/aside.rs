@@ -20,7 +20,6 @@ use tokio::time::{Instant, sleep_until, timeout};
 use crate::consumer::delivery::Delivery;
 use crate::consumer::member::{Command, STATEMENT};
 use crate::consumer::retry::Decision;
-use crate::consumer::trouble::Trouble;
 use crate::consumer::{Order, Shared, Verdict, lock};
 use crate::error::{Error, ErrorKind, Result};
 use crate::failure::Past;
@@ -29,6 +28,7 @@ use crate::metrics as names;
 use crate::store::connect::refused;
 use crate::store::failures::{self, Ending, Settle, Tried};
 use crate::store::group::Moved;
+use crate::trouble::Trouble;
 
 /// The most of one statement: messages, and bytes over the first.
 const MOST: (usize, usize) = (256, 4 << 20);

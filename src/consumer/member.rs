@@ -27,13 +27,13 @@ use crate::consumer::commit::Pace;
 use crate::consumer::expiry::Expiry;
 use crate::consumer::holding::Holding;
 use crate::consumer::parked::{Expected, Fetched};
-use crate::consumer::trouble::Trouble;
 use crate::deadline::jitter;
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::{NodeId, PartitionId};
 use crate::notifier::{Hint, Hints};
 use crate::store::connect::refused;
 use crate::store::{fetch, group};
+use crate::trouble::Trouble;
 
 /// What a member is told.
 pub(crate) enum Command {

@@ -286,7 +286,9 @@ async fn step(shared: &Shared, lane: &Lane, answer: Again, what: &str) -> Result
             shared.note_change();
             Settled::Failed(refuse(ErrorKind::NotFound, "it is not this topic's any more"))
         }
-        Again::Refused => Settled::Failed(refuse(ErrorKind::Timeout, "the batch was given up")),
+        Again::Refused | Again::Overtaken => {
+            Settled::Failed(refuse(ErrorKind::Timeout, "the batch was given up"))
+        }
     };
     Err(Step::End(settled))
 }

@@ -133,10 +133,7 @@ impl Shared {
         let key = message.key.as_deref().or(message.dedup_key.as_deref());
         let lane = match (own, key) {
             (Some(lane), _) => &self.lanes[lane],
-            (None, Some(key)) => {
-                &self.lanes
-                    [self.slots.get(usize::from(key_slot(key))).map_or(0, |i| usize::from(*i))]
-            }
+            (None, Some(key)) => self.lane_of(key),
             (None, None) => self.lane_in_turn(),
         };
         let pushed = lane.push(message, self.options.send_timeout);
@@ -151,6 +148,22 @@ impl Shared {
             self.passed(lane);
         }
         Ok(pushed.receipt)
+    }
+
+    /// The lane of a key.
+    pub(super) fn lane_of(&self, key: &str) -> &Arc<Lane> {
+        &self.lanes[self.slots.get(usize::from(key_slot(key))).map_or(0, |i| usize::from(*i))]
+    }
+
+    /// The nodes, those that fare best first, and among these a random one.
+    pub(super) fn nodes_by_health(&self) -> Vec<NodeId> {
+        let mut nodes: Vec<_> = self
+            .writers
+            .values()
+            .map(|writer| (writer.health.state(), uuid::Uuid::new_v4(), writer.node))
+            .collect();
+        nodes.sort_unstable();
+        nodes.into_iter().map(|(_, _, node)| node).collect()
     }
 
     /// The lane that messages without a key fill now.

@@ -292,8 +292,10 @@ pub(crate) enum Again {
     WrongGeneration,
     /// The partition is gone, or is another topic's. Final.
     WrongTopic,
-    /// Fenced, or overtaken by a later batch of this producer: it must not be stored any more. Final.
+    /// Fenced: it must not be stored any more. Final.
     Refused,
+    /// Overtaken by a later batch of this producer: it must not be stored any more. Final.
+    Overtaken,
 }
 
 /// Appends a batch of which an earlier attempt may have been stored, be stored yet, or have inserted
@@ -373,7 +375,8 @@ fn read_again(row: Option<&Row>) -> Again {
         "full" => Again::Full,
         "sealed" => Again::Sealed,
         "wrong_generation" => Again::WrongGeneration,
-        "refused" | "overtaken" => Again::Refused,
+        "refused" => Again::Refused,
+        "overtaken" => Again::Overtaken,
         _ => Again::WrongTopic,
     }
 }

@@ -29,6 +29,17 @@ fn node_of(row: &Row, column: usize) -> Option<NodeId> {
     NodeId::new(u8::try_from(row.get::<_, i32>(column)).ok()?).ok()
 }
 
+/// The addresses of databases that have an outbox and are no nodes.
+pub(crate) async fn outboxes(connection: &Connection) -> Result<Vec<String>, Error> {
+    let rows = query(connection, sql::CONTROL_OUTBOXES, &[]).await?;
+    Ok(rows.iter().map(|row| row.get(0)).collect())
+}
+
+/// Records such a database, inside a change.
+pub(crate) async fn add_outbox(connection: &Connection, dsn: &str) -> Result<(), Error> {
+    query(connection, sql::CONTROL_ADD_OUTBOX, &[&dsn]).await.map(drop)
+}
+
 /// Records a node's address, inside a change.
 pub(crate) async fn add_node(
     connection: &Connection,

@@ -16,6 +16,8 @@ pub(crate) const HINTS: &str = "shardmq";
 pub(crate) const TOPOLOGY: &str = "shardmq_topology";
 /// Another one there, which tells of groups: `topic group`.
 pub(crate) const GROUPS: &str = "shardmq_group";
+/// The channel of an outbox, on which a relay is woken.
+pub(crate) const OUTBOX: &str = "shardmq_outbox";
 
 /// A connection to listen on.
 pub(crate) struct Session {

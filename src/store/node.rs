@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use deadpool::managed::PoolError;
-use futures_util::future::join3;
+use futures_util::future::{join_all, join3};
 use tokio_postgres::types::{ToSql, Type};
 use tokio_postgres::{Client, Row, Statement};
 use uuid::Uuid;
@@ -90,6 +90,12 @@ impl Node {
     pub(crate) fn control(url: &str, options: PoolOptions) -> Result<Self> {
         let check: Check = Arc::new(|client| Box::pin(migrate::check(client, Schema::Control)));
         Self::open(url, "the control database", options, check)
+    }
+
+    /// The pool of a database that has an outbox and is no node, or need not be.
+    pub(crate) fn outbox(url: &str, options: PoolOptions) -> Result<Self> {
+        let check: Check = Arc::new(|client| Box::pin(migrate::check(client, Schema::Outbox)));
+        Self::open(url, "a database with an outbox", options, check)
     }
 
     fn open(url: &str, name: &str, options: PoolOptions, check: Check) -> Result<Self> {
@@ -267,6 +273,43 @@ pub(crate) async fn write(
     guard.finished();
     begun?;
     let rows = rows?;
+    committed?;
+    Ok(rows)
+}
+
+/// Runs statements one after the other in one transaction, in one round trip. Answers as
+/// [`write`] does.
+pub(crate) async fn write_all(
+    connection: Connection,
+    opening: &str,
+    statements: &[(&str, &[&dyn Param])],
+) -> Result<Vec<Vec<Row>>, tokio_postgres::Error> {
+    let guard = Unfinished::new(connection);
+    let connection = guard.connection();
+    let mut kept = Vec::with_capacity(statements.len());
+    for (text, _) in statements {
+        match prepared(connection, text).await {
+            Ok(statement) => kept.push(statement),
+            Err(error) => {
+                guard.finished();
+                return Err(error);
+            }
+        }
+    }
+    let runs = statements
+        .iter()
+        .zip(&kept)
+        .map(|((text, params), kept)| run(connection, text, kept.as_ref(), params));
+    // Each sends as it is polled for the first time, in this order.
+    let (begun, rows, committed) = join3(
+        connection.batch_execute(opening),
+        join_all(runs),
+        connection.batch_execute("commit"),
+    )
+    .await;
+    guard.finished();
+    begun?;
+    let rows = rows.into_iter().collect::<Result<_, _>>()?;
     committed?;
     Ok(rows)
 }

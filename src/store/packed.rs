@@ -2,6 +2,7 @@
 //! a copy for each element.
 
 use std::error::Error as StdError;
+use std::ops::Range;
 
 use bytes::{BufMut, Bytes, BytesMut};
 use tokio_postgres::types::{FromSql, IsNull, ToSql, Type, to_sql_checked};
@@ -45,6 +46,18 @@ impl Packed {
         self.body.put_slice(element);
     }
 
+    /// The same elements, of some places only.
+    pub(crate) fn part(&self, places: Range<usize>) -> Self {
+        let (all, mut part) = (self.unpack(), Self::default());
+        for index in places {
+            match all.element(index) {
+                Some(element) => part.push(element),
+                None => part.push_null(),
+            }
+        }
+        part
+    }
+
     /// The elements again, as they were pushed (with a `jsonb` element's version byte).
     pub(crate) fn unpack(&self) -> Unpacked {
         Unpacked::from_body(self.count as usize, self.body.clone().freeze())
@@ -82,6 +95,20 @@ impl ToSql for Packed {
     }
 
     to_sql_checked!();
+}
+
+/// To be sent again as it was received.
+impl<'a> FromSql<'a> for Packed {
+    fn from_sql(ty: &Type, raw: &'a [u8]) -> Result<Self, Box<dyn StdError + Sync + Send>> {
+        let read = Unpacked::from_sql(ty, raw)?;
+        let count = u32::try_from(read.len())?;
+        let nulls = (0..read.len()).any(|index| read.element(index).is_none());
+        Ok(Self { count, nulls, body: BytesMut::from(&read.body[..]) })
+    }
+
+    fn accepts(ty: &Type) -> bool {
+        element_type(ty).is_some()
+    }
 }
 
 /// A one-dimensional array as received: one buffer, and where its elements are.
@@ -166,6 +193,10 @@ mod tests {
             let mut wire = BytesMut::new();
             packed.to_sql(&Type::BYTEA_ARRAY, &mut wire).unwrap();
             let read = Unpacked::from_sql(&Type::BYTEA_ARRAY, &wire).unwrap();
+            let again = Packed::from_sql(&Type::BYTEA_ARRAY, &wire).unwrap();
+            let mut sent = BytesMut::new();
+            again.to_sql(&Type::BYTEA_ARRAY, &mut sent).unwrap();
+            prop_assert!(elements.is_empty() || sent == wire);
             let unpacked = packed.unpack();
             prop_assert_eq!(read.len(), elements.len());
             for (index, element) in elements.iter().enumerate() {

@@ -1,9 +1,11 @@
 //! Parameters that know their types, so that a statement needs no round trip to learn them: where none
 //! can be kept prepared, types travel with each.
 
+use std::error::Error as StdError;
 use std::time::SystemTime;
 
-use tokio_postgres::types::{ToSql, Type};
+use bytes::BytesMut;
+use tokio_postgres::types::{IsNull, ToSql, Type, to_sql_checked};
 use uuid::Uuid;
 
 /// A parameter of a statement.
@@ -62,6 +64,32 @@ params! {
     String = TEXT, TEXT_ARRAY;
     Uuid = UUID, UUID_ARRAY;
     SystemTime = TIMESTAMPTZ, TIMESTAMPTZ_ARRAY;
+}
+
+/// A value whose type is not told by its own: an array in its packed form, or one that may be null.
+#[derive(Debug)]
+pub(crate) struct Typed<T>(pub(crate) T, pub(crate) Type);
+
+impl<T: ToSql> ToSql for Typed<T> {
+    fn to_sql(
+        &self,
+        ty: &Type,
+        out: &mut BytesMut,
+    ) -> Result<IsNull, Box<dyn StdError + Sync + Send>> {
+        self.0.to_sql(ty, out)
+    }
+
+    fn accepts(ty: &Type) -> bool {
+        T::accepts(ty)
+    }
+
+    to_sql_checked!();
+}
+
+impl<T: ToSql + Sync> Param for Typed<T> {
+    fn of_type(&self) -> Type {
+        self.1.clone()
+    }
 }
 
 /// The values alone.

@@ -150,10 +150,8 @@ async fn a_producer_that_repeats_its_batch_onto_the_same_id_hides_nothing() {
     sql.batch_execute(&append("x", 1)).await.unwrap();
     sql.batch_execute(&append("y", 2)).await.unwrap();
     // In hand all the time.
-    let old = [
-        next(&mut messages, &mut Vec::new()).await,
-        next(&mut messages, &mut Vec::new()).await,
-    ];
+    let old =
+        [next(&mut messages, &mut Vec::new()).await, next(&mut messages, &mut Vec::new()).await];
     assert_eq!(old.each_ref().map(|(text, _)| text.as_str()), ["x", "y"]);
     put_back(&server, &before).await;
 

@@ -14,6 +14,8 @@ mod bad_data;
 mod bad_input;
 /// Partitions by a rule of the sender's own.
 mod balancer;
+/// A bank whose parts are killed: the sums agree.
+mod bank;
 /// What is fetched ahead is bounded by bytes.
 mod bounded_reads;
 /// Consumers that get everything, each in a group of its own.
@@ -34,6 +36,8 @@ mod decode;
 mod dedup;
 /// A message with a dedup key is stored once, whoever sends it again.
 mod dedup_keys;
+/// Messages for later: when they are due, or not at all.
+mod delayed;
 /// Private Postgres servers: found, started, ended with their parent.
 mod embedded;
 /// Acknowledged in the user's own transaction, or not at all.
@@ -82,6 +86,8 @@ mod model;
 mod notifications;
 /// Nodes that some members reach, or nobody.
 mod out_of_reach;
+/// Messages that are published in a transaction.
+mod outbox;
 /// Where a password comes from, that it can be replaced, and that nobody shows it.
 mod passwords;
 /// Paused for longer than its messages are kept, a partition harms nobody and goes on.

@@ -13,7 +13,8 @@ use crate::support::reading::{next, text};
 use crate::support::stored::topic;
 use crate::support::{TestCluster, client, database, shared_server, within};
 
-const ALL: [Schema; 4] = [Schema::Control, Schema::Log, Schema::Node, Schema::Dedup];
+const ALL: [Schema; 5] =
+    [Schema::Control, Schema::Log, Schema::Outbox, Schema::Node, Schema::Dedup];
 const SOON: Duration = Duration::from_secs(10);
 
 /// A database without any of our schemas.
@@ -28,9 +29,14 @@ async fn empty(options: &str) -> String {
     server.url(&name)
 }
 
+/// The table that says which migrations were applied.
+fn history(schema: Schema) -> String {
+    let prefix = if schema == Schema::Outbox { "outbox_" } else { "" };
+    format!("{}.{prefix}migration", schema.name())
+}
+
 async fn applied(sql: &Client, schema: Schema) -> Vec<i32> {
-    let name = schema.name();
-    let text = format!("select version from {name}.migration order by version");
+    let text = format!("select version from {} order by version", history(schema));
     let rows = sql.query(&text, &[]).await.unwrap();
     rows.iter().map(|row| row.get(0)).collect()
 }
@@ -144,9 +150,9 @@ async fn a_schema_that_needs_a_newer_library_refuses_this_one_and_names_both() {
     let url = database(shared_server().await).await;
     let sql = client(&url).await;
     for schema in ALL {
-        let name = schema.name();
         // The log centre's schema may say it too.
-        let says = format!("update {name}.compatibility set min_library = '7.8.9'");
+        let table = history(schema).replace("migration", "compatibility");
+        let says = format!("update {table} set min_library = '7.8.9'");
         if sql.batch_execute(&says).await.is_err() {
             continue;
         }
@@ -180,8 +186,8 @@ async fn a_schema_that_a_newer_library_has_migrated_further_is_used_as_it_is() {
     let sql = client(&url).await;
     for schema in ALL {
         let further = format!(
-            "insert into {}.migration select 999, 'from_the_future', applied_on, '1' from {0}.migration limit 1",
-            schema.name()
+            "insert into {} select 999, 'from_the_future', applied_on, '1' from {0} limit 1",
+            history(schema)
         );
         sql.batch_execute(&further).await.unwrap();
         assert!(migrate(&url, schema).await.unwrap().is_empty());
@@ -259,4 +265,23 @@ async fn settings_of_the_database_do_not_matter() {
     }
     let test = within(SOON, "a cluster", TestCluster::of(vec![url])).await;
     round_trip(&test).await;
+}
+
+/// With an outbox of its own, and then as a node: publishing works before and after.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_database_with_an_outbox_becomes_a_node() {
+    let url = empty("").await;
+    assert!(!migrate(&url, Schema::Outbox).await.unwrap().is_empty());
+    assert!(migrate(&url, Schema::Outbox).await.unwrap().is_empty());
+    let sql = client(&url).await;
+    sql.batch_execute("select shardmq.publish('orders', 'before')").await.unwrap();
+    assert!(!migrate(&url, Schema::Node).await.unwrap().is_empty());
+    migrate(&url, Schema::Control).await.unwrap();
+    assert!(migrate(&url, Schema::Outbox).await.unwrap().is_empty());
+    sql.batch_execute("select shardmq.publish('orders', 'after')").await.unwrap();
+    let test = TestCluster::of(vec![url]).await;
+    let partitions = topic(&test, "orders", 1).await;
+    let _relay = crate::support::relays::Relay::start(&test, "orders").await;
+    let all = crate::support::relays::arrive(&sql, &partitions, 2).await;
+    assert_eq!(crate::support::relays::texts(&all), ["before", "after"]);
 }

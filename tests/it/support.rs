@@ -23,6 +23,7 @@ pub mod pgbouncer;
 pub mod proxy;
 pub mod put_back;
 pub mod reading;
+pub mod relays;
 pub mod said;
 pub mod signals;
 pub mod small_disk;

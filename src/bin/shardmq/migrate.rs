@@ -8,7 +8,7 @@ use shardmq::migrate::{Schema, migrate};
 
 use crate::context::Context;
 use crate::failure::Failure;
-use crate::output::Out;
+use crate::output::{Out, note};
 
 /// How many nodes are migrated at once.
 const AT_ONCE: usize = 8;
@@ -25,6 +25,10 @@ pub(crate) struct Args {
     /// `shardmq::dedup` needs.
     #[arg(long, value_name = "URL", conflicts_with = "node")]
     dedup: Option<String>,
+    /// A database that is to have an outbox, instead: messages can be published in its transactions. It is
+    /// registered in the control database where one is given, so that messages are relayed from it.
+    #[arg(long, value_name = "URL", conflicts_with_all = ["node", "dedup"])]
+    outbox: Option<String>,
 }
 
 /// What was done to one schema.
@@ -42,6 +46,11 @@ pub(crate) async fn run(context: &Context, args: Args) -> Result<(), Failure> {
         let applied = apply("database".to_owned(), &url, Schema::Dedup).await;
         return print(context, &mut out, applied).await;
     }
+    if let Some(url) = args.outbox {
+        let applied = apply("database".to_owned(), &url, Schema::Outbox).await;
+        print(context, &mut out, applied).await?;
+        return register(context, &url).await;
+    }
     if args.node.is_empty() {
         let url = context.url()?;
         for schema in [Schema::Control, Schema::Log] {
@@ -57,6 +66,20 @@ pub(crate) async fn run(context: &Context, args: Args) -> Result<(), Failure> {
     let nodes = args.node.into_iter().zip(1..);
     let nodes = nodes.map(|(url, number)| (format!("database {number}"), url));
     apply_to_nodes(context, &mut out, nodes).await
+}
+
+/// Tells all processes of a database with an outbox.
+async fn register(context: &Context, url: &str) -> Result<(), Failure> {
+    let Ok(control) = context.url() else {
+        note(
+            "no control database is given: who relays from it must be told (ClusterBuilder::outbox)",
+        );
+        return Ok(());
+    };
+    let cluster = Cluster::builder(control).upkeep(false).connect().await?;
+    let registered = cluster.add_outbox(url).await;
+    cluster.shutdown().await;
+    Ok(registered?)
 }
 
 /// Some at a time; what was done is printed in their order.

@@ -19,6 +19,8 @@ use crate::lines::{Line, Lines};
 use crate::output::{Out, counted, counter, note};
 use crate::signals::Interrupt;
 
+mod delayed;
+
 /// How many lines may be under way.
 const WINDOW: usize = 50_000;
 const READ_BYTES: usize = 256 << 10;
@@ -36,11 +38,15 @@ pub(crate) struct Args {
     key_field: Option<String>,
     /// Take the dedup key from this field of each line, which must be a JSON object: a message whose dedup
     /// key was sent to the topic in the last two days is not stored again, and has the id of the first.
-    #[arg(long, value_name = "FIELD")]
+    #[arg(long, value_name = "FIELD", conflicts_with = "delay")]
     dedup_key_field: Option<String>,
     /// Add a header to each message; may be repeated.
     #[arg(long, value_name = "NAME=VALUE", value_parser = parse_header)]
     header: Vec<(String, String)>,
+    /// Send each message after a while: 500ms, 30s, 5m, 2h, 3d, 1w. Until then it waits on a node; with
+    /// `--json` prints the id by which it can be taken back.
+    #[arg(long, value_name = "DURATION", value_parser = delayed::parse_delay)]
+    delay: Option<Duration>,
 }
 
 pub(crate) async fn run(context: &Context, args: Args) -> Result<(), Failure> {
@@ -48,8 +54,16 @@ pub(crate) async fn run(context: &Context, args: Args) -> Result<(), Failure> {
     let cluster = context.connect().await?;
     let producer = cluster.producer(&args.topic).build().await?;
     let stdin = BufReader::with_capacity(READ_BYTES, tokio::io::stdin());
+    let mut lines = Lines::new(stdin, DEFAULT_MAX_PAYLOAD_LEN);
+    if let Some(delay) = args.delay {
+        let out = context.json.then(Out::new);
+        let failed = delayed::run(&producer, &mut lines, (&args, delay), out, &mut interrupt).await;
+        let _ = producer.shutdown(SHUTDOWN).await;
+        cluster.shutdown().await;
+        return if failed? { Err(Failure::Reported) } else { Ok(()) };
+    }
     let mut session = Session {
-        lines: Lines::new(stdin, DEFAULT_MAX_PAYLOAD_LEN),
+        lines,
         producer,
         args,
         window: VecDeque::new(),
@@ -129,7 +143,7 @@ impl Session {
 
     async fn send(&self, line: Line) -> Pending {
         let number = line.number;
-        let answer = match self.message(line) {
+        let answer = match message(&self.args, line) {
             Ok(message) => match self.producer.enqueue(message).await {
                 Ok(receipt) => Answer::ToCome(receipt),
                 Err(error) => Answer::Here(Err(error.chain())),
@@ -137,29 +151,6 @@ impl Session {
             Err(why) => Answer::Here(Err(why)),
         };
         Pending { number, answer }
-    }
-
-    fn message(&self, line: Line) -> Result<Message, String> {
-        if line.len > line.bytes.len() {
-            let (len, limit) = (line.len, DEFAULT_MAX_PAYLOAD_LEN);
-            return Err(format!("payload has {len} bytes, the limit is {limit}"));
-        }
-        let text_of = |field: &Option<String>| {
-            field.as_deref().map(|field| key_of(&line.bytes, field)).transpose()
-        };
-        let key = text_of(&self.args.key_field)?;
-        let dedup_key = text_of(&self.args.dedup_key_field)?;
-        let mut message = Message::new(line.bytes);
-        if let Some(key) = key {
-            message = message.key(key);
-        }
-        if let Some(key) = dedup_key {
-            message = message.dedup_key(key);
-        }
-        for (name, value) in &self.args.header {
-            message = message.header(name, value);
-        }
-        Ok(message)
     }
 
     /// Waits for the first line under way, and takes all that are answered with it.
@@ -210,6 +201,28 @@ impl Session {
             note(&format!("{} failed", counted(self.failed, "line")));
         }
     }
+}
+
+fn message(args: &Args, line: Line) -> Result<Message, String> {
+    if line.len > line.bytes.len() {
+        let (len, limit) = (line.len, DEFAULT_MAX_PAYLOAD_LEN);
+        return Err(format!("payload has {len} bytes, the limit is {limit}"));
+    }
+    let text_of = |field: &Option<String>| {
+        field.as_deref().map(|field| key_of(&line.bytes, field)).transpose()
+    };
+    let (key, dedup_key) = (text_of(&args.key_field)?, text_of(&args.dedup_key_field)?);
+    let mut message = Message::new(line.bytes);
+    if let Some(key) = key {
+        message = message.key(key);
+    }
+    if let Some(key) = dedup_key {
+        message = message.dedup_key(key);
+    }
+    for (name, value) in &args.header {
+        message = message.header(name, value);
+    }
+    Ok(message)
 }
 
 /// Returns when the first line under way, if any, is answered. Cancel safe.

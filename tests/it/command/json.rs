@@ -76,6 +76,29 @@ async fn a_consumed_message_has_exactly_the_documented_fields() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn delayed_messages_have_ids_of_their_own_and_come_later() {
+    let test = TestCluster::new(1).await;
+    run(&test.control_url, "topic create orders --partitions 1").await.good();
+    let produce = "produce orders --json --delay 1s --key-field k";
+    let finished = run_with(&test.control_url, produce, b"{\"k\":1}\nno key\n{\"k\":2}\n").await;
+    assert_eq!(finished.code, Some(1));
+    let ids = finished.json();
+    assert_eq!(fields(&ids[0]), ["scheduled_id"]);
+    assert_eq!(fields(&ids[1]), ["error", "scheduled_id"]);
+    assert!(ids[0]["scheduled_id"].as_str().unwrap().starts_with("01-"), "{}", ids[0]);
+    assert!(run(&test.control_url, "consume orders --group g").await.good().json().is_empty());
+    let id: shardmq::ScheduledId = ids[0]["scheduled_id"].as_str().unwrap().parse().unwrap();
+    let _relay = crate::support::relays::Relay::start(&test, "orders").await;
+    let came = run(&test.control_url, "consume orders --group g --follow --count 2");
+    let came = came.await.good().json();
+    assert_eq!(came.iter().map(|line| &line["key"]).collect::<Vec<_>>(), ["1", "2"]);
+    assert!(!test.cluster.cancel(id).await.unwrap());
+    let refused = run_with(&test.control_url, "produce orders --delay 1y", b"").await;
+    assert_eq!(refused.code, Some(2));
+    assert!(refused.stderr.contains("500ms"), "{}", refused.stderr);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn peek_and_message_show_what_consume_shows_except_the_attempt() {
     let (test, ids) = with_two_messages().await;
     let peeked = run(&test.control_url, "peek orders --json").await.good().json();

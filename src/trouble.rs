@@ -6,19 +6,19 @@ use tokio::time::Instant;
 
 /// When it was said last, if there is any.
 #[derive(Debug)]
-pub(super) struct Trouble {
+pub(crate) struct Trouble {
     remind: Duration,
     said: Option<Instant>,
 }
 
 impl Trouble {
     /// None yet; to be said so often.
-    pub(super) fn new(remind: Duration) -> Self {
+    pub(crate) fn new(remind: Duration) -> Self {
         Self { remind, said: None }
     }
 
     /// There is trouble. True where that is to be said.
-    pub(super) fn meet(&mut self, now: Instant) -> bool {
+    pub(crate) fn meet(&mut self, now: Instant) -> bool {
         let due = self.said.is_none_or(|said| now.duration_since(said) >= self.remind);
         if due {
             self.said = Some(now);
@@ -27,7 +27,7 @@ impl Trouble {
     }
 
     /// All is well. True where there was trouble.
-    pub(super) fn end(&mut self) -> bool {
+    pub(crate) fn end(&mut self) -> bool {
         self.said.take().is_some()
     }
 }

@@ -1,0 +1,297 @@
+//! Moves what was published in transactions from outboxes into the log, and delayed messages when they are
+//! due: in any process that produces or consumes, in one at a time for each database.
+//!
+//! ```text
+//! publish ─> outbox ──┐                        ┌─> node 01
+//!                     ├─> frozen as batches ───┼─> node 02   each under an identity of its own,
+//! deliver ─> delayed ─┘   (one transaction)    └─> ..        repeated until it is there
+//! ```
+//!
+//! A lease in a row of the database says who relays: renewed every 2 s, over after 6. What is right does not
+//! rest on it: a step that takes messages out has a lock, and finds that the lease is its own; what is frozen
+//! may be appended by anybody, any number of times.
+//!
+//! [`seen`] says why no transaction that stays open delays another, [`holder`] what happens in which order.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use futures_util::future::BoxFuture;
+use futures_util::stream::{FuturesUnordered, StreamExt};
+use tokio::time::{Instant, sleep, timeout};
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+use crate::cluster::{Cache, ListenAt, Nodes};
+use crate::deadline::jitter;
+use crate::error::{ErrorKind, Result};
+use crate::id::NodeId;
+use crate::metrics as names;
+use crate::notifier::Notifier;
+use crate::store::connect::refused;
+use crate::store::node::{Connection, Node, PoolOptions};
+use crate::store::outbox::{self, Keep, Standing};
+use crate::store::{connect, control};
+use crate::trouble::Trouble;
+
+mod deliver;
+mod due;
+mod holder;
+mod lanes;
+mod listen;
+mod routes;
+mod seen;
+
+/// How long a lease lasts.
+const LEASE: Duration = Duration::from_secs(6);
+/// Between attempts to take it.
+const TRY: Duration = Duration::from_secs(5);
+/// Before it is tried again after a failure.
+const AGAIN: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
+/// The same, where there is no outbox, or only another cluster's.
+const NOT_HERE: Duration = Duration::from_mins(1);
+/// How often it is looked which databases there are.
+const LOOK: Duration = Duration::from_secs(1);
+/// How often trouble that lasts is told.
+const REMIND: Duration = Duration::from_mins(1);
+/// How long giving a lease up may take.
+const END: Duration = Duration::from_secs(1);
+
+/// Stops the relay at a place that has a name, for tests.
+pub(crate) type Failpoint = Arc<dyn Fn(&'static str) -> BoxFuture<'static, ()> + Send + Sync>;
+
+/// What relaying needs of a cluster.
+pub(crate) struct Context {
+    pub(crate) cluster: Uuid,
+    pub(crate) control: Arc<Node>,
+    pub(crate) nodes: Arc<Nodes>,
+    pub(crate) topology: Arc<Cache>,
+    pub(crate) notifier: Arc<dyn Notifier>,
+    pub(crate) options: PoolOptions,
+    /// Databases with an outbox that this process was told of.
+    pub(crate) outboxes: Vec<String>,
+    pub(crate) failpoint: Option<Failpoint>,
+}
+
+/// A database with an outbox.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+enum Place {
+    Node(NodeId),
+    Database(String),
+}
+
+/// A database from which this process relays, or would.
+struct Outlet {
+    context: Arc<Context>,
+    place: Place,
+    /// For logs.
+    name: String,
+    /// Of a database that is no node.
+    pool: Option<Node>,
+    /// Who it is, and who it was: each time that it begins anew it is another, so that nothing of before
+    /// that is under way yet has a part in what comes.
+    holder: Mutex<(Uuid, Uuid)>,
+    /// When the lease is over by this process's clock.
+    until: Mutex<Instant>,
+}
+
+/// Relays until the cluster is shut down.
+pub(crate) async fn run(context: Arc<Context>, shutdown: CancellationToken) {
+    let mut keepers = FuturesUnordered::new();
+    let mut kept: BTreeMap<Place, CancellationToken> = BTreeMap::new();
+    let (mut registered, mut seen) = (Vec::new(), None);
+    loop {
+        let version = context.topology.version();
+        if seen != Some(version)
+            && let Ok(found) = outboxes(&context).await
+        {
+            (registered, seen) = (found, Some(version));
+        }
+        let told = context.outboxes.iter().chain(&registered).cloned().map(Place::Database);
+        let places: Vec<Place> =
+            context.nodes.known().into_iter().map(Place::Node).chain(told).collect();
+        kept.retain(|place, token| {
+            let stays = places.contains(place);
+            if !stays {
+                token.cancel();
+            }
+            stays
+        });
+        for place in places {
+            if !kept.contains_key(&place) {
+                let token = shutdown.child_token();
+                kept.insert(place.clone(), token.clone());
+                keepers.push(keep(Arc::clone(&context), place, token));
+            }
+        }
+        tokio::select! {
+            Some(()) = keepers.next() => {}
+            () = sleep(LOOK) => {}
+            () = shutdown.cancelled() => break,
+        }
+    }
+    while keepers.next().await.is_some() {}
+}
+
+/// The databases that are registered.
+async fn outboxes(context: &Context) -> Result<Vec<String>> {
+    let found = control::outboxes(&context.control.get().await?).await;
+    found.map_err(|error| refused(error, "read which databases have an outbox"))
+}
+
+/// Takes its turn in relaying from a database, until it is told to end.
+async fn keep(context: Arc<Context>, place: Place, end: CancellationToken) {
+    let outlet = match Outlet::new(context, place) {
+        Ok(outlet) => Arc::new(outlet),
+        Err(error) => {
+            tracing::error!(error = %error.chain(), "an outbox is not relayed from");
+            return end.cancelled().await;
+        }
+    };
+    let turns = async {
+        let (mut trouble, mut backoff) = (Trouble::new(REMIND), AGAIN.0);
+        loop {
+            let pause = match outlet.turn().await {
+                Ok(pause) => {
+                    backoff = AGAIN.0;
+                    if trouble.end() {
+                        tracing::info!(outbox = outlet.name, "relaying goes on");
+                    }
+                    pause
+                }
+                Err(error) if error.kind() == ErrorKind::Incompatible => {
+                    tracing::debug!(outbox = outlet.name, error = %error.chain(), "no outbox");
+                    NOT_HERE
+                }
+                Err(error) => {
+                    if trouble.meet(Instant::now()) {
+                        tracing::warn!(
+                            outbox = outlet.name, error = %error.chain(),
+                            "relaying from an outbox failed, again soon"
+                        );
+                    }
+                    backoff = (backoff * 2).min(AGAIN.1);
+                    backoff
+                }
+            };
+            sleep(jitter(pause)).await;
+        }
+    };
+    tokio::select! {
+        () = turns => {}
+        () = end.cancelled() => {}
+    }
+    outlet.end().await;
+}
+
+impl Outlet {
+    fn new(context: Arc<Context>, place: Place) -> Result<Self> {
+        let (name, pool) = match &place {
+            Place::Node(node) => (format!("node {node}"), None),
+            Place::Database(url) => {
+                let name = connect::describe(&connect::parse(url)?.config);
+                (name, Some(Node::outbox(url, context.options)?))
+            }
+        };
+        let until = Mutex::new(Instant::now());
+        Ok(Self { context, place, name, pool, holder: Mutex::default(), until })
+    }
+
+    /// Asks for the lease, and relays while it has it. Returns how long to wait before the next time.
+    async fn turn(self: &Arc<Self>) -> Result<Duration> {
+        let began = Instant::now();
+        {
+            let mut holder = self.holder.lock().unwrap_or_else(PoisonError::into_inner);
+            *holder = (Uuid::new_v4(), holder.0);
+        }
+        let standing = outbox::keep(self.get().await?, &self.keep()).await;
+        match standing.map_err(|error| refused(error, &format!("relay from {}", self.name)))? {
+            Standing::Anothers => Ok(TRY),
+            Standing::OtherCluster => {
+                tracing::error!(outbox = self.name, "the outbox is another cluster's");
+                Ok(NOT_HERE)
+            }
+            Standing::Ours => {
+                self.renew(began);
+                holder::hold(self).await.map(|()| TRY)
+            }
+        }
+    }
+
+    /// Gives the lease up, so that another need not wait for its end.
+    async fn end(&self) {
+        let until = *self.until.lock().unwrap_or_else(PoisonError::into_inner);
+        if until <= Instant::now() {
+            return;
+        }
+        let ending = async {
+            if let Ok(connection) = self.get().await {
+                let _ = outbox::end(connection, self.holder()).await;
+            }
+        };
+        let _ = timeout(END, ending).await;
+    }
+
+    async fn get(&self) -> Result<Connection> {
+        match (&self.pool, &self.place) {
+            (Some(pool), _) => pool.get().await,
+            (None, Place::Node(node)) => self.context.nodes.node(*node).await?.get().await,
+            (None, Place::Database(_)) => Err(crate::error::Error::closed("the outbox")),
+        }
+    }
+
+    /// Where to listen, and whether no pooler need be looked for there.
+    async fn listen_at(&self) -> Result<(String, bool)> {
+        match &self.place {
+            Place::Database(url) => Ok((url.clone(), false)),
+            Place::Node(node) => Ok(match self.context.nodes.listen_at(*node).await? {
+                ListenAt::Node(url) => (url, false),
+                ListenAt::Given(url) => (url, true),
+            }),
+        }
+    }
+
+    fn holder(&self) -> Uuid {
+        self.holder.lock().unwrap_or_else(PoisonError::into_inner).0
+    }
+
+    fn keep(&self) -> Keep {
+        let (holder, before) = *self.holder.lock().unwrap_or_else(PoisonError::into_inner);
+        Keep {
+            holder,
+            before,
+            cluster: self.context.cluster,
+            is_node: matches!(self.place, Place::Node(_)),
+            lease_secs: LEASE.as_secs_f64(),
+        }
+    }
+
+    /// The lease was asked for at this time, and is ours.
+    fn renew(&self, asked: Instant) {
+        *self.until.lock().unwrap_or_else(PoisonError::into_inner) = asked + LEASE;
+    }
+
+    /// Whether the lease is ours, as far as is known here.
+    fn is_ours(&self) -> bool {
+        Instant::now() < *self.until.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A message was set aside.
+    fn buried(&self, topic: Option<&str>, why: &str) {
+        ::metrics::counter!(names::OUTBOX_DEAD).increment(1);
+        tracing::warn!(
+            outbox = self.name,
+            topic = topic.unwrap_or_default(),
+            error = why,
+            alert = "outbox",
+            "a published message is set aside: no partition takes it"
+        );
+    }
+
+    async fn failpoint(&self, name: &'static str) {
+        if let Some(hook) = &self.context.failpoint {
+            hook(name).await;
+        }
+    }
+}

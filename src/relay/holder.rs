@@ -1,0 +1,434 @@
+//! Relays from one database while this process has its lease.
+//!
+//! ```text
+//!  ┌─> look ─> route ─> freeze ─> lanes ─> append ─┐ (in tasks, several at once)
+//!  │                      ^                        v
+//!  │                      └── forget what is there ┘
+//!  └── nothing: arm the flag ─> look once more ─> sleep: until woken, something is due, or for 2 s
+//! ```
+
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use tokio::sync::Notify;
+use tokio::task::{JoinError, JoinSet};
+use tokio::time::{Instant, sleep_until};
+
+use super::deliver::{End, Outcome, Pause, deliver};
+use super::due::Due;
+use super::lanes::{Lanes, Next};
+use super::routes::{Routed, Routes, fitting};
+use super::seen::{Scope, Seen, Sight};
+use super::{LEASE, Outlet, listen};
+use crate::error::{Error, ErrorKind, Result};
+use crate::metrics as names;
+use crate::name::TopicName;
+use crate::store::connect::refused;
+use crate::store::outbox::{self, Asked, Looked, Standing, Stepped, Waiting};
+use crate::topology::Topology;
+
+/// Messages of a look.
+const LIMIT: i32 = 4_000;
+/// How often the lease is renewed, and the database looked at where nothing happens.
+const RENEW: Duration = Duration::from_secs(2);
+/// The same, while messages wait for their time: the clock may be moved.
+const PENDING: Duration = Duration::from_secs(1);
+/// Between looks for what may be committed any time.
+const BACKOFF: (Duration, Duration) = (Duration::from_millis(1), Duration::from_millis(50));
+/// When what is due and has to wait is looked at again.
+const WAITS: Duration = Duration::from_secs(1);
+/// How many batches are read of the table at once, in bytes beyond the first.
+const LOAD: i64 = 2 << 20;
+/// How often old calls are forgotten.
+const PRUNE: Duration = Duration::from_mins(5);
+
+/// What a task has found out.
+enum News {
+    Delivered(Outcome),
+    Topic(String, Result<Topology>),
+}
+
+/// See the module.
+struct Holder {
+    outlet: Arc<Outlet>,
+    woken: Arc<Notify>,
+    tasks: JoinSet<News>,
+    seen: Seen,
+    due: Due,
+    routes: Routes,
+    lanes: Lanes,
+    /// Batches that are there, and not forgotten yet.
+    done: Vec<i64>,
+    /// Whether the flag is armed; none while it is not known.
+    armed: Option<bool>,
+    renewed: Instant,
+    pruned: Instant,
+    started: Option<f64>,
+    topology: i64,
+    pause: Duration,
+}
+
+/// Relays until the lease is another's, or something fails. Dropped, it leaves everything to the next.
+pub(super) async fn hold(outlet: &Arc<Outlet>) -> Result<()> {
+    let woken = Arc::new(Notify::new());
+    let mut listening = JoinSet::new();
+    listening.spawn(listen::run(Arc::clone(outlet), Arc::clone(&woken)));
+    let now = Instant::now();
+    let mut holder = Holder {
+        woken,
+        tasks: JoinSet::new(),
+        seen: Seen::new(),
+        due: Due::new(now),
+        routes: Routes::default(),
+        lanes: Lanes::new(outlet.context.nodes.connections()),
+        done: Vec::new(),
+        armed: None,
+        renewed: now,
+        pruned: now,
+        started: None,
+        topology: outlet.context.topology.version(),
+        pause: BACKOFF.0,
+        outlet: Arc::clone(outlet),
+    };
+    holder.take_over().await?;
+    while holder.turn().await? {}
+    Ok(())
+}
+
+impl Holder {
+    /// Takes over what was frozen before, once nobody freezes any more who had the lease.
+    async fn take_over(&mut self) -> Result<()> {
+        loop {
+            let lanes = outbox::lanes(self.outlet.get().await?, self.outlet.holder()).await;
+            if let Some(lanes) = lanes.map_err(|error| self.refused(error))? {
+                for partition in lanes {
+                    self.lanes.has_more(partition);
+                }
+                return Ok(());
+            }
+            if !self.outlet.is_ours() {
+                let what = "take over an outbox: another relay is at work";
+                return Err(Error::new(ErrorKind::Unavailable, what));
+            }
+            tokio::time::sleep(BACKOFF.1).await;
+        }
+    }
+
+    /// One look, and what follows from it. False: the lease is another's.
+    async fn turn(&mut self) -> Result<bool> {
+        while let Some(news) = self.tasks.try_join_next() {
+            self.hear(news)?;
+        }
+        self.send_on().await?;
+        self.release();
+        let arms = self.pause == Duration::ZERO && self.armed != Some(true);
+        let Some((messages, moved)) = self.look(arms).await? else {
+            return Ok(false);
+        };
+        self.outlet.failpoint("looked").await;
+        if !messages.is_empty() && !self.take(&messages).await? {
+            return Ok(false);
+        }
+        if moved {
+            self.pause = BACKOFF.0;
+            if self.lanes.are_full() {
+                self.wait_for_news(None).await?;
+            }
+            return Ok(true);
+        }
+        self.rest().await?;
+        Ok(true)
+    }
+
+    /// Looks. Returns what is to be taken, in order, and whether to look again at once; none where the
+    /// lease is another's.
+    async fn look(&mut self, arms: bool) -> Result<Option<(Vec<Waiting>, bool)>> {
+        let scope = self.seen.scope();
+        let now = Instant::now();
+        let keep = self.outlet.keep();
+        let renews = now.duration_since(self.renewed) >= RENEW / 2;
+        let arm = if arms { Some(true) } else { self.armed.is_none().then_some(false) };
+        let asked = Asked {
+            arm,
+            keep: renews.then_some(&keep),
+            after: scope.after,
+            ranges: &scope.ranges,
+            draws: scope.draws,
+            due_after: self.due.after(now),
+            limit: LIMIT,
+        };
+        let looked = outbox::look(self.outlet.get().await?, &asked).await;
+        let looked = looked.map_err(|error| self.refused(error))?;
+        self.armed = arm.or(self.armed);
+        match looked.standing {
+            None => {}
+            Some(Standing::Ours) => {
+                self.renewed = now;
+                self.outlet.renew(now);
+            }
+            Some(_) => return Ok(None),
+        }
+        if self.started.is_some_and(|started| started.to_bits() != looked.started.to_bits())
+            || self.seen.is_ahead_of(looked.last_id)
+        {
+            let what =
+                "the outbox is on another server now, or was started again: from the beginning";
+            return Err(Error::new(ErrorKind::Unavailable, what));
+        }
+        self.started = Some(looked.started);
+        Ok(Some(self.see(&scope, looked, now)))
+    }
+
+    fn see(&mut self, scope: &Scope, looked: Looked, now: Instant) -> (Vec<Waiting>, bool) {
+        let limit = usize::try_from(LIMIT).unwrap_or(usize::MAX);
+        let (mut messages, mut due) = (looked.published, looked.due);
+        let is_cut = messages.len() >= limit;
+        messages.dedup_by_key(|message| message.id);
+        let fit = fitting(&messages);
+        let is_full = is_cut || fit < messages.len();
+        messages.truncate(fit);
+        let ids: Vec<i64> = messages.iter().map(|message| message.id).collect();
+        let sight = Sight {
+            snapshot: &looked.snapshot,
+            own: looked.own,
+            last_id: looked.last_id,
+            ids: &ids,
+            is_full,
+        };
+        let upto = self.seen.observe(scope, &sight);
+        messages.retain(|message| message.id <= upto);
+        let due_cut = due.len() >= limit;
+        let fit = fitting(&due);
+        let due_full = due_cut || fit < due.len();
+        due.truncate(fit);
+        let place = due.last().and_then(|last| Some((last.due_at?, last.id)));
+        self.due.looked(place, due_full, looked.next_due, now);
+        let moved =
+            !messages.is_empty() || !due.is_empty() || is_full || due_full || self.seen.is_due();
+        if !messages.is_empty() && self.armed == Some(true) {
+            // Whoever publishes more need not wake anybody.
+            self.armed = None;
+        }
+        messages.append(&mut due);
+        (messages, moved)
+    }
+
+    /// Takes messages: freezes what has somewhere to go. False: the lease is another's.
+    async fn take(&mut self, messages: &[Waiting]) -> Result<bool> {
+        let now = (Instant::now(), SystemTime::now());
+        let Routed { mut step, ask, due_waits } = self.routes.route(messages, &self.lanes, now);
+        for topic in ask {
+            self.ask(topic);
+        }
+        if due_waits {
+            self.due.look_from_the_start(now.0 + WAITS);
+        }
+        if step.targets.is_empty() && step.dead.is_empty() {
+            return Ok(true);
+        }
+        step.done = std::mem::take(&mut self.done);
+        let holder = self.outlet.holder();
+        loop {
+            let stepped = outbox::step(self.outlet.get().await?, holder, &step).await;
+            match stepped.map_err(|error| self.refused(error))? {
+                Stepped::NotOurs => return Ok(false),
+                Stepped::Locked => self.leave_locked(&mut step, now.0).await?,
+                Stepped::Did { frozen, buried } => {
+                    self.outlet.failpoint("frozen").await;
+                    let count: usize = frozen.iter().map(outbox::Frozen::len).sum();
+                    ::metrics::counter!(names::RELAYED).increment(count as u64);
+                    for frozen in frozen {
+                        self.lanes.push(frozen);
+                    }
+                    for (_, topic, why) in buried {
+                        self.outlet.buried(topic.as_deref(), &why);
+                    }
+                    return self.send_on().await.map(|()| true);
+                }
+            }
+        }
+    }
+
+    /// Leaves out of a step what somebody is about to take back.
+    async fn leave_locked(&mut self, step: &mut outbox::Step, now: Instant) -> Result<()> {
+        let targets = step.targets.iter().flat_map(|target| &target.messages).map(|m| m.0);
+        let ids: Vec<i64> = targets.chain(step.dead.iter().map(|dead| dead.0)).collect();
+        let free = outbox::unlocked(self.outlet.get().await?, &ids).await;
+        let mut free = free.map_err(|error| self.refused(error))?;
+        free.sort_unstable();
+        let is_free = |id: &i64| free.binary_search(id).is_ok();
+        for id in ids.iter().filter(|id| !is_free(id)) {
+            self.routes.wait_for_lock(*id, now);
+        }
+        self.due.look_from_the_start(now + WAITS);
+        for target in &mut step.targets {
+            target.messages.retain(|message| is_free(&message.0));
+        }
+        step.dead.retain(|dead| is_free(&dead.0));
+        Ok(())
+    }
+
+    /// Sends what lanes have ready, reading more of the table where they have none in memory.
+    async fn send_on(&mut self) -> Result<()> {
+        while let Some(next) = self.lanes.next(Instant::now()) {
+            match next {
+                Next::Load(partition, after) => {
+                    let connection = self.outlet.get().await?;
+                    let loaded = outbox::next(&connection, partition, after, LOAD).await;
+                    let loaded = loaded.map_err(|error| self.refused(error))?;
+                    self.lanes.loaded(partition, loaded);
+                }
+                Next::Send(frozen) => {
+                    let outlet = Arc::clone(&self.outlet);
+                    self.tasks
+                        .spawn(async move { News::Delivered(deliver(&outlet, *frozen).await) });
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Has the control database asked for a topic.
+    fn ask(&mut self, topic: String) {
+        let outlet = Arc::clone(&self.outlet);
+        self.tasks.spawn(async move {
+            let found = match TopicName::new(&topic) {
+                Ok(name) => outlet.context.topology.topic(&name).await,
+                Err(error) => Err(error),
+            };
+            News::Topic(topic, found)
+        });
+    }
+
+    fn hear(&mut self, news: Result<News, JoinError>) -> Result<()> {
+        let now = Instant::now();
+        if matches!(news, Ok(News::Topic(..))) {
+            // What is due may have waited for this.
+            self.due.look_from_the_start(now);
+        }
+        match news {
+            Ok(News::Delivered(Outcome { frozen, end })) => self.delivered(frozen, end, now),
+            Ok(News::Topic(_, Ok(topology))) => self.routes.learn(topology),
+            Ok(News::Topic(topic, Err(error))) if error.kind() == ErrorKind::NotFound => {
+                self.routes.is_missing(topic, error.to_string());
+            }
+            Ok(News::Topic(topic, Err(error))) => {
+                tracing::debug!(topic, error = %error.chain(), "a topic could not be looked up");
+                self.routes.is_away(topic, now);
+            }
+            // What it had is in the table still: all begins anew.
+            Err(error) => {
+                let what = "a task of the relay failed";
+                return Err(Error::with_source(ErrorKind::Database, what, error));
+            }
+        }
+        Ok(())
+    }
+
+    fn delivered(&mut self, frozen: outbox::Frozen, end: End, now: Instant) {
+        let (partition, node) = (frozen.partition, frozen.partition.node());
+        match end {
+            End::Done(day) => {
+                if let Some(day) = day {
+                    self.routes.set_day(partition, day);
+                }
+                self.done.push(frozen.id);
+                if self.lanes.done(partition, frozen.size(), true) {
+                    tracing::info!(%node, "messages are relayed to the node again");
+                }
+            }
+            End::Gone => self.lanes.gone(&frozen),
+            End::PutBack { full } => {
+                match full {
+                    Some(day) => self.routes.is_full(partition, day),
+                    None => self.routes.has_refused(&frozen.topic, partition, now),
+                }
+                for id in &frozen.ids {
+                    self.seen.again((*id, *id));
+                }
+                self.lanes.done(partition, frozen.size(), true);
+            }
+            End::Again(error, pause) => {
+                let of_node = (pause == Pause::Node).then_some(&error);
+                if self.lanes.failed(frozen, of_node, pause.long(), now) {
+                    tracing::warn!(
+                        %node, error = %error.chain(),
+                        "messages from an outbox wait for the node"
+                    );
+                } else {
+                    tracing::debug!(%partition, error = %error.chain(), "relaying failed, again later");
+                }
+            }
+        }
+    }
+
+    /// What waits for something that may be there now is looked at again.
+    fn release(&mut self) {
+        let version = self.outlet.context.topology.version();
+        if std::mem::replace(&mut self.topology, version) != version {
+            self.routes.forget_topics();
+        }
+        self.routes.settle(|partition| self.lanes.is_idle(partition));
+        for range in self.routes.released(Instant::now()) {
+            self.seen.again(range);
+        }
+    }
+
+    /// Nothing was there: arms the flag and looks once more, or waits.
+    async fn rest(&mut self) -> Result<()> {
+        let now = Instant::now();
+        if !self.done.is_empty() {
+            self.forget().await?;
+        }
+        if !self.seen.is_settled() {
+            // What was drawn may be committed any moment, by somebody who saw that the relay was awake.
+            self.pause = (self.pause * 2).clamp(BACKOFF.0, BACKOFF.1);
+            return self.wait_for_news(Some(now + self.pause)).await;
+        }
+        if self.armed != Some(true) {
+            self.pause = Duration::ZERO;
+            return Ok(());
+        }
+        if now.duration_since(self.pruned) >= PRUNE {
+            self.pruned = now;
+            let pruned = outbox::prune(self.outlet.get().await?).await;
+            pruned.map_err(|error| self.refused(error))?;
+        }
+        let next_due = self.due.next().map(|due| due.min(now + PENDING));
+        let (routes, lanes) = (self.routes.retry_at(), self.lanes.retry_at(now));
+        let times = [Some(self.renewed + RENEW), next_due, routes, lanes];
+        let until = times.into_iter().flatten().min();
+        self.outlet.failpoint("rests").await;
+        self.wait_for_news(until).await
+    }
+
+    /// Waits until the relay is woken, a task is through, or this time.
+    async fn wait_for_news(&mut self, until: Option<Instant>) -> Result<()> {
+        let until = until.unwrap_or_else(|| Instant::now() + RENEW / 2);
+        tokio::select! {
+            () = self.woken.notified() => {
+                // Until it rests again nobody need wake it.
+                self.armed = None;
+                self.pause = BACKOFF.0;
+            }
+            Some(news) = self.tasks.join_next() => self.hear(news)?,
+            () = sleep_until(until) => {}
+        }
+        Ok(())
+    }
+
+    /// Forgets batches that are there. Not durably: who finds one again finds it stored.
+    async fn forget(&mut self) -> Result<()> {
+        let done = std::mem::take(&mut self.done);
+        let forgotten = outbox::forget(self.outlet.get().await?, &done).await;
+        forgotten.map_err(|error| self.refused(error))?;
+        self.outlet.failpoint("forgotten").await;
+        Ok(())
+    }
+
+    fn refused(&self, error: tokio_postgres::Error) -> Error {
+        refused(error, &format!("relay from {}", self.outlet.name))
+    }
+}
+
+const _: () = assert!(RENEW.as_millis() * 3 <= LEASE.as_millis());

@@ -1,0 +1,9 @@
+-- Puts the messages of a withdrawn batch back into the outbox, under their ids. Primary keys.
+-- $1 id
+with gone as (
+    delete from shardmq.outbox_batch b where b.id = $1 and b.state = 'withdrawn'
+    returning b.topic, b.ids, b.keys, b.headers, b.payloads
+)
+insert into shardmq.outbox (id, topic, key, headers, payload, published_at)
+select m.id, g.topic, m.key, m.headers, m.payload, shardmq.clock()
+  from gone g, unnest(g.ids, g.keys, g.headers, g.payloads) m (id, key, headers, payload)

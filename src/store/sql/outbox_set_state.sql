@@ -1,0 +1,5 @@
+-- Says that a batch is divided, or being put back; not where it is the other. Primary key.
+-- $1 id  $2 state
+update shardmq.outbox_batch b set state = $2
+ where b.id = $1 and b.state in ('frozen', $2)
+returning b.id
