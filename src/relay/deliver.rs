@@ -185,7 +185,7 @@ impl Delivery<'_> {
             };
             let (day, today) = match self.attempt(connection, &append).await? {
                 Ok(Again::WrongDay { day, today }) => (day, today),
-                Ok(answer) => return self.read(answer),
+                Ok(answer) => return self.read(&answer),
                 Err(error) => return Ok(Said::Data(error)),
             };
             let day = if today <= day && last != day { day } else { self.roll().await? };
@@ -212,13 +212,13 @@ impl Delivery<'_> {
         }
     }
 
-    fn read(&self, answer: Again) -> Result<Said, End> {
+    fn read(&self, answer: &Again) -> Result<Said, End> {
         let never = |why| {
             Said::Never(Error::new(ErrorKind::Unavailable, format!("{}: {why}", self.what())))
         };
         // Where it may still name a later day, no fence holds: see the module.
         let settled = self.frozen.day == self.frozen.named;
-        Ok(match answer {
+        Ok(match *answer {
             Again::At(id) => Said::There(id.day()),
             Again::Full if settled => Said::Full(self.frozen.day),
             Again::Sealed if settled => never("it takes no messages any more"),

@@ -166,7 +166,7 @@ async fn bank(order: Order) {
     let url = test.node_urls[0].clone();
     let sql = test.sql(0).await;
     sql.batch_execute(SCHEMA).await.unwrap();
-    let open = "insert into account select n, $2 from generate_series(0, $1 - 1) n";
+    let open = "insert into account select n, $2::bigint from generate_series(0::bigint, $1::bigint - 1) n";
     sql.execute(open, &[&ACCOUNTS, &AT_FIRST]).await.unwrap();
     drop(sql);
 
