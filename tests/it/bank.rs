@@ -139,9 +139,9 @@ impl Killer {
         let share = i64::try_from(self.chance.below(40)).unwrap();
         let kill = "select count(pg_terminate_backend(pid)) from pg_stat_activity
                      where pid <> pg_backend_pid() and backend_type = 'client backend'
-                       and pid % 100 < $1";
-        let killed = sql.query_one(kill, &[&share]).await;
-        killed.map_or(0, |row| row.get::<_, i64>(0).unsigned_abs())
+                       and pid % 100 < $1::bigint";
+        let row = sql.query_one(kill, &[&share]).await;
+        row.map_or(0, |row| row.get::<_, i64>(0).unsigned_abs())
     }
 }
 
