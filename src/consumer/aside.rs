@@ -80,6 +80,9 @@ pub(super) enum Plan {
 impl Shared {
     /// What becomes of a message that failed; it is told of that attempt.
     pub(super) fn plan(&self, delivery: &mut Delivery, verdict: &Verdict) -> Plan {
+        if verdict.given_back {
+            return Plan::InPlace(Duration::ZERO);
+        }
         if verdict.dropped && !self.drop_said.swap(true, Ordering::Relaxed) {
             tracing::warn!(
                 group = %self.group, message = %delivery.id(), dropped = true,

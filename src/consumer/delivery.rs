@@ -40,8 +40,8 @@ impl fmt::Debug for Origin {
 
 /// A message in your hands: owned, `Send`, free to go to another task.
 ///
-/// Answer each: with [`ack`](Self::ack), with [`retry`](Self::retry), or with [`reject`](Self::reject). One
-/// that is dropped without an answer counts as failed, and comes again.
+/// Answer each: with [`ack`](Self::ack), with [`retry`](Self::retry), or with [`reject`](Self::reject); or
+/// [give it back](Self::give_back). One that is dropped without an answer counts as failed, and comes again.
 pub struct Delivery {
     origin: Arc<Origin>,
     index: u32,
@@ -72,11 +72,14 @@ pub(crate) struct Verdict {
     pub(super) after: Option<Duration>,
     /// Nobody has said so: it was dropped.
     pub(super) dropped: bool,
+    /// It has not failed.
+    pub(super) given_back: bool,
 }
 
 impl Verdict {
     pub(super) fn failed(error: impl Into<String>) -> Self {
-        Self { error: error.into(), dead: false, after: None, dropped: false }
+        let error = error.into();
+        Self { error, dead: false, after: None, dropped: false, given_back: false }
     }
 }
 
@@ -326,6 +329,12 @@ impl Delivery {
     /// [dead letters](crate::Cluster::dead_letters), and its partition or key goes on once it is there.
     pub fn reject(mut self, why: impl fmt::Display) {
         self.fail(Verdict { dead: true, ..Verdict::failed(why.to_string()) });
+    }
+
+    /// Gives the message back, which is not handled and has not failed: it comes again, and counts as if it had
+    /// not come. For a consumer that ends, say.
+    pub fn give_back(mut self) {
+        self.fail(Verdict { given_back: true, ..Verdict::failed("") });
     }
 
     fn fail(&mut self, verdict: Verdict) {

@@ -361,8 +361,10 @@ where
         let (mut asides, mut pause) = (Vec::new(), Duration::ZERO);
         for (mut delivery, verdict) in failed {
             let (id, attempt) = (delivery.id(), delivery.attempt());
-            ::metrics::counter!(names::HANDLER_FAILED).increment(1);
-            tracing::warn!(message = %id, attempt, error = verdict.error, "handler failed");
+            if !verdict.given_back {
+                ::metrics::counter!(names::HANDLER_FAILED).increment(1);
+                tracing::warn!(message = %id, attempt, error = verdict.error, "handler failed");
+            }
             self.failed.pin(delivery.origin());
             unit.pinned.push(Arc::clone(delivery.origin()));
             match shared.plan(&mut delivery, &verdict) {

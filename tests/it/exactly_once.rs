@@ -9,7 +9,7 @@ use std::time::{Duration, SystemTime};
 use shardmq::{ConsumerBuilder, Delivery, ErrorKind, Order};
 use tokio_postgres::Client;
 
-use crate::support::reading::{append_texts, cursor, cursors, next, seek, take, text};
+use crate::support::reading::{append_texts, cursor, cursors, next, next_text, seek, take, text};
 use crate::support::stored::{number, topic};
 use crate::support::{TestCluster, eventually, within};
 
@@ -141,7 +141,7 @@ async fn a_flush_takes_nothing_back_that_a_transaction_has_acknowledged() {
     drop(hand);
     messages.shutdown(SECOND).await.unwrap();
     let mut messages = consumer(&test).stream().await.unwrap();
-    assert_eq!(text(&next(&mut messages).await), "5");
+    assert_eq!(next_text(&mut messages).await, "5");
     messages.shutdown(SECOND).await.unwrap();
 }
 

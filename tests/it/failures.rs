@@ -154,6 +154,27 @@ async fn what_is_dropped_without_an_answer_comes_again() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_given_back_comes_as_if_it_had_not_come() {
+    for order in [Order::ByPartition, Order::ByKey, Order::Unordered] {
+        let (test, partition, sql) = ready().await;
+        append_keyed(&sql, partition, &["a1", "a2"]).await;
+        let policy = RetryPolicy::delays([]);
+        let mut messages = consumer(&test, order).retry_policy(policy).stream().await.unwrap();
+        next(&mut messages).await.give_back();
+        let mut seen = BTreeMap::new();
+        while seen.len() < 2 {
+            let delivery = next(&mut messages).await;
+            seen.insert(text(&delivery), (delivery.attempt(), delivery.failures().len()));
+            delivery.ack().unwrap();
+        }
+        let expected = ["a1", "a2"].map(|text| (text.to_owned(), (1, 0)));
+        assert_eq!(seen, BTreeMap::from(expected), "{order:?}");
+        messages.shutdown(SECOND).await.unwrap();
+        assert!(is_done(&sql, partition, 2).await && count(&sql, "retry").await == 0);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_stream_that_drops_all_it_gets_says_so_once() {
     let test = TestCluster::new(1).await;
     let partition = topic(&test, "orders", 1).await[0];

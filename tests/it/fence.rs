@@ -46,7 +46,7 @@ async fn ready(partitions: usize) -> (TestCluster, Client, Vec<shardmq::Partitio
 async fn renew(sql: &Client, member: Uuid, seconds: f64) {
     let known: Option<SystemTime> = None;
     let session: Option<&str> = None;
-    sql.query(RENEW, &[&member, &"g", &seconds, &known, &session]).await.unwrap();
+    sql.query(RENEW, &[&member, &"g", &seconds, &known, &session, &known]).await.unwrap();
 }
 
 /// Asks for all that there can be, or for the first so many that are free.
@@ -179,7 +179,7 @@ async fn a_dead_member_s_partitions_are_taken_before_its_lease_ends_unless_its_s
     let here = client(&format!("{}?application_name=shardmq_listen_here", test.node_urls[0])).await;
     for (member, session) in [(dead, "shardmq_listen_gone"), (well, "shardmq_listen_here")] {
         let known: Option<SystemTime> = None;
-        let renewed = sql.query(RENEW, &[&member, &"g", &10.0_f64, &known, &Some(session)]).await;
+        let renewed = sql.query(RENEW, &[&member, &"g", &10.0_f64, &known, &Some(session), &known]).await;
         renewed.unwrap();
     }
     renew(&sql, taker, 10.0).await;

@@ -13,7 +13,7 @@ use tokio::time::Instant;
 use tokio_postgres::Client;
 
 use crate::support::proxy::{Rule, cluster_behind_proxy};
-use crate::support::reading::{append_texts, next, text};
+use crate::support::reading::{append_texts, next, next_text, text};
 use crate::support::stored::topic;
 use crate::support::{TestCluster, eventually, prepared, within};
 
@@ -43,7 +43,7 @@ async fn listeners(sql: &Client) -> Vec<i32> {
 async fn ready(sql: &Client, messages: &mut Messages, producer: &shardmq::Producer) {
     eventually("somebody listens", SOON, async || listeners(sql).await.len() == 1).await;
     producer.send(Message::new("first")).await.unwrap();
-    assert_eq!(text(&next(messages).await), "first");
+    assert_eq!(next_text(messages).await, "first");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -58,7 +58,7 @@ async fn a_lone_message_comes_at_once_and_not_with_the_next_look() {
     for n in 0..40 {
         let began = Instant::now();
         producer.send(Message::new(n.to_string())).await.unwrap();
-        assert_eq!(text(&next(&mut messages).await), n.to_string());
+        assert_eq!(next_text(&mut messages).await, n.to_string());
         latencies.push(began.elapsed());
     }
     latencies.sort();
@@ -80,8 +80,8 @@ async fn a_killed_listener_comes_back_by_itself_and_misses_nothing() {
         // Nobody sends a hint for this one, and nobody may hear the next one's.
         append_texts(&sql, partition, [format!("silent {round}")]).await;
         producer.send(Message::new(format!("sent {round}"))).await.unwrap();
-        assert_eq!(text(&next(&mut messages).await), format!("silent {round}"));
-        assert_eq!(text(&next(&mut messages).await), format!("sent {round}"));
+        assert_eq!(next_text(&mut messages).await, format!("silent {round}"));
+        assert_eq!(next_text(&mut messages).await, format!("sent {round}"));
         eventually("it listens again", SOON, async || {
             let now = listeners(&sql).await;
             now.len() == 1 && now != before
@@ -90,7 +90,7 @@ async fn a_killed_listener_comes_back_by_itself_and_misses_nothing() {
     }
     let began = Instant::now();
     producer.send(Message::new("at once")).await.unwrap();
-    assert_eq!(text(&next(&mut messages).await), "at once");
+    assert_eq!(next_text(&mut messages).await, "at once");
     assert!(began.elapsed() < SECOND);
     messages.shutdown(Duration::ZERO).await.unwrap();
 }
@@ -110,7 +110,7 @@ async fn the_last_message_before_a_shutdown_comes_at_once_too() {
         producer.send(Message::new(n.to_string())).await.unwrap();
         producer.shutdown(SECOND).await.unwrap();
         other.shutdown().await;
-        assert_eq!(text(&next(&mut messages).await), n.to_string());
+        assert_eq!(next_text(&mut messages).await, n.to_string());
     }
     messages.shutdown(Duration::ZERO).await.unwrap();
 }
@@ -146,7 +146,7 @@ async fn with_all_hints_lost_messages_come_within_the_poll_interval() {
             result.unwrap();
         }
         for _ in 0..40 {
-            assert_eq!(text(&next(&mut messages).await), n.to_string());
+            assert_eq!(next_text(&mut messages).await, n.to_string());
         }
         // The interval, a fifth more, and what the machine takes.
         assert!(began.elapsed() < 3 * SECOND, "{:?}", began.elapsed());
@@ -165,7 +165,9 @@ async fn what_sql_users_append_without_a_hint_comes_with_the_next_look() {
     for partition in partitions {
         append_texts(&sql, partition, [partition]).await;
         let delivery = within(3 * SECOND, "the next look", messages.next()).await;
-        assert_eq!(text(&delivery.unwrap().unwrap()), partition.to_string());
+        let delivery = delivery.unwrap().unwrap();
+        assert_eq!(text(&delivery), partition.to_string());
+        delivery.ack().unwrap();
         if partition.table() > 4 {
             break;
         }
@@ -289,13 +291,13 @@ async fn a_listener_that_fell_silent_is_found_and_made_anew_and_looks_go_on_mean
     let mut messages = consume(&test.cluster, SECOND / 2).await;
     let producer = test.cluster.producer("orders").build().await.unwrap();
     producer.send(Message::new("heard")).await.unwrap();
-    assert_eq!(text(&next(&mut messages).await), "heard");
+    assert_eq!(next_text(&mut messages).await, "heard");
 
     link.to_client.set(Rule::Swallow);
     link.to_server.set(Rule::Swallow);
     let silent = Instant::now();
     producer.send(Message::new("polled")).await.unwrap();
-    assert_eq!(text(&next(&mut messages).await), "polled");
+    assert_eq!(next_text(&mut messages).await, "polled");
     let again = async { while hints.next().await != Some(Hint::Look) {} };
     within(15 * SECOND, "another connection listens", again).await;
     assert!(silent.elapsed() > SECOND, "it was not silent");

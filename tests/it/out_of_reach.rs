@@ -8,7 +8,7 @@ use shardmq::{Cluster, ConsumerBuilder};
 use tokio_postgres::Client;
 use uuid::Uuid;
 
-use crate::support::reading::{append_texts, next, text};
+use crate::support::reading::{append_texts, next_text};
 use crate::support::stored::topic;
 use crate::support::{TestCluster, client, database, eventually, own_server, shared_server};
 
@@ -99,7 +99,7 @@ async fn what_nobody_reaches_stays_where_it_is_and_goes_on_by_itself() {
     let sql = test.sql(0).await;
     append_texts(&sql, partitions[0], ["meanwhile"]).await;
     let owner = if by_node(&one).contains_key(&1) { &mut one } else { &mut two };
-    assert_eq!(text(&next(owner).await), "meanwhile");
+    assert_eq!(next_text(owner).await, "meanwhile");
     dying.start_server().await.unwrap();
     for member in [one.handle().member(), two.handle().member()] {
         let says = async || said(&control, member).await == (vec![], vec![]);
@@ -108,7 +108,7 @@ async fn what_nobody_reaches_stays_where_it_is_and_goes_on_by_itself() {
     let sql = test.sql(1).await;
     append_texts(&sql, partitions[2], ["back"]).await;
     let owner = if by_node(&one).contains_key(&2) { &mut one } else { &mut two };
-    assert_eq!(text(&next(owner).await), "back");
+    assert_eq!(next_text(owner).await, "back");
     assert_eq!((one.handle().partitions(), two.handle().partitions()), (held_one, held_two));
     // Computed anew for each that said something, and nothing else came of it.
     assert!(version(&control).await <= before + 8);

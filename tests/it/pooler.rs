@@ -17,7 +17,7 @@ use crate::support::pgbouncer::{
     PgBouncer, Unknown, cluster_through, cluster_with, left_in_session,
 };
 use crate::support::proxy::{Proxy, Rule};
-use crate::support::reading::{append_texts, next, take, text, texts_until};
+use crate::support::reading::{append_texts, next, next_text, take, text, texts_until};
 use crate::support::stored::{all_stored, assert_acknowledged, assert_dense, stored, topic};
 use crate::support::{TestCluster, eventually, shared_server, within};
 
@@ -391,10 +391,10 @@ async fn hints_are_heard_at_the_address_that_is_given_for_listening() {
     let listens = || async { sql.query_one(listens, &[]).await.unwrap().get::<_, i64>(0) == 1 };
     eventually("somebody listens", SOON, listens).await;
     producer.send(Message::new("first")).await.unwrap();
-    assert_eq!(text(&next(&mut messages).await), "first");
+    assert_eq!(next_text(&mut messages).await, "first");
     let began = Instant::now();
     producer.send(Message::new("at once")).await.unwrap();
-    assert_eq!(text(&next(&mut messages).await), "at once");
+    assert_eq!(next_text(&mut messages).await, "at once");
     assert!(began.elapsed() < SECOND);
     messages.shutdown(SECOND).await.unwrap();
 }
@@ -409,7 +409,7 @@ async fn without_one_messages_come_with_the_next_look_and_nobodys_session_listen
     let sql = test.sql(0).await;
     for n in 0..3 {
         append_texts(&sql, partition, [n]).await;
-        assert_eq!(text(&next(&mut messages).await), n.to_string());
+        assert_eq!(next_text(&mut messages).await, n.to_string());
     }
     assert!(left_in_session(&test.control_url).await.is_empty());
     assert_dense(&stored(&sql, partition).await);

@@ -6,9 +6,7 @@ use std::time::Duration;
 use shardmq::{ErrorKind, Messages, PartitionId};
 use tokio_postgres::Client;
 
-use crate::support::reading::{
-    append_texts, cursor, next, next_error, seek, take, text, texts_until,
-};
+use crate::support::reading::{append_texts, cursor, next, next_error, next_text, seek, take, text, texts_until};
 use crate::support::stored::topic;
 use crate::support::{TestCluster, eventually};
 
@@ -162,7 +160,7 @@ async fn a_seek_under_a_running_consumer_takes_it_along_and_no_late_flush_undoes
     // Without a flush the next renewal notices.
     seek(&sql, "g", partition, ids[8]).await;
     assert_eq!(next_error(&mut messages).await.kind(), ErrorKind::Reset);
-    assert_eq!(text(&next(&mut messages).await), "9");
+    assert_eq!(next_text(&mut messages).await, "9");
     messages.shutdown(Duration::ZERO).await.unwrap();
 }
 
@@ -176,7 +174,7 @@ async fn a_consumer_that_acknowledged_nothing_leaves_its_cursor_alone() {
     let before = cursor(&sql, "g", partition).await;
     assert_eq!((before.acked_id, before.member), (0, None));
     let mut messages = consume(&test, "g").await;
-    assert_eq!(text(&next(&mut messages).await), "0");
+    assert_eq!(next_text(&mut messages).await, "0");
     messages.shutdown(Duration::ZERO).await.unwrap();
     eventually("the partition is free", SECOND, async || {
         cursor(&sql, "g", partition).await.owner.is_none()

@@ -10,7 +10,7 @@ use tokio::time::Instant;
 use tokio_postgres::Client;
 
 use crate::support::proxy::{Proxy, Rule, cluster_behind_proxy};
-use crate::support::reading::{append_texts, cursor, cursors, next, take, text};
+use crate::support::reading::{append_texts, cursor, cursors, next, next_text, take, text};
 use crate::support::stored::topic;
 use crate::support::{TestCluster, database, eventually, own_server, shared_server, within};
 
@@ -265,7 +265,7 @@ async fn a_node_that_falls_silent_holds_nobody_up() {
     let began = Instant::now();
     for round in 0..40 {
         append_texts(&sql, *well[round % 20], ["well"]).await;
-        assert_eq!(text(&next(&mut messages).await), "well");
+        assert_eq!(next_text(&mut messages).await, "well");
     }
     assert!(began.elapsed() < 8 * SECOND, "{:?}", began.elapsed());
     let outcome = within(20 * SECOND, "the shutdown", messages.shutdown(Duration::ZERO)).await;

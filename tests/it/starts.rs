@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime};
 use shardmq::{Message, MessageId, Messages, PartitionId, Start};
 use tokio_postgres::Client;
 
-use crate::support::reading::{append_texts, cursor, next, take, text, texts_until};
+use crate::support::reading::{append_texts, cursor, next, next_text, take, text, texts_until};
 use crate::support::stored::{number, stored, topic};
 use crate::support::{TestCluster, database, eventually, own_server, shared_server, within};
 
@@ -198,7 +198,7 @@ async fn a_node_that_was_away_when_a_group_began_at_latest_starts_a_minute_befor
     away.stop_server(shardmq::embedded::StopMode::Immediate).await.unwrap();
     let mut messages = consume(&test, "g", Start::Latest).await;
     append_texts(&one, partitions[0], ["new"]).await;
-    assert_eq!(text(&next(&mut messages).await), "new");
+    assert_eq!(next_text(&mut messages).await, "new");
     away.start_server().await.unwrap();
     let two = test.sql(1).await;
     append_texts(&two, partitions[1], ["new"]).await;

@@ -169,10 +169,14 @@ impl Session {
         for delivery in &batch {
             self.out.json(&MessageLine::from(delivery))?;
         }
-        tokio::select! {
-            flushed = self.out.flush() => flushed?,
+        let flushed = tokio::select! {
+            flushed = self.out.flush() => flushed.map(|()| true),
             // The reader is stuck, and gets these lines again.
-            () = at_last(interrupt) => return Ok(()),
+            () = at_last(interrupt) => Ok(false),
+        };
+        if !matches!(flushed, Ok(true)) {
+            batch.into_iter().for_each(Delivery::give_back);
+            return flushed.map(drop);
         }
         self.counter.inc(batch.len() as u64);
         self.rest -= batch.len() as u64;

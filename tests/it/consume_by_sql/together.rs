@@ -7,7 +7,7 @@ use uuid::Uuid;
 
 use super::{Ready, SECOND, drain, give_back, pull, state, take, take_over, try_ack};
 use crate::support::eventually;
-use crate::support::reading::{append_texts, next, text, texts_until};
+use crate::support::reading::{append_texts, next, next_text, text, texts_until};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn each_partition_has_one_owner_and_goes_from_one_kind_to_the_other_and_back() {
@@ -100,7 +100,7 @@ async fn each_takes_over_what_the_other_held_when_its_lease_is_over() {
     assert_eq!(state(try_ack(sql, &before.token, first.0 + 2).await), "SMQ01");
     assert!(take(sql, next_one, 1).await.is_empty());
     append_texts(sql, partition, ["c"]).await;
-    assert_eq!(text(&next(&mut messages).await), "c");
+    assert_eq!(next_text(&mut messages).await, "c");
     // It hangs: nothing renews its lease.
     let hang = "alter table shardmq.member rename column session to away";
     sql.batch_execute(hang).await.unwrap();

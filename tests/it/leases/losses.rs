@@ -6,7 +6,7 @@ use shardmq::{ErrorKind, PartitionId};
 use tokio_postgres::Client;
 
 use super::{SECOND, SOON, consumer, owned};
-use crate::support::reading::{append_texts, cursor, next, next_error, take, text};
+use crate::support::reading::{append_texts, cursor, next, next_error, next_text, take};
 use crate::support::stored::{number, topic};
 use crate::support::{TestCluster, eventually, within};
 
@@ -150,7 +150,7 @@ async fn a_partition_taken_in_a_statement_whose_answer_was_lost_is_released() {
     .unwrap();
     append_texts(&sql, partitions[1], ["here"]).await;
     let mut other = consumer(&test.cluster).partitions([partitions[1]]).stream().await.unwrap();
-    assert_eq!(text(&next(&mut other).await), "here");
+    assert_eq!(next_text(&mut other).await, "here");
     one.shutdown(SECOND).await.unwrap();
     other.shutdown(Duration::ZERO).await.unwrap();
 }

@@ -38,6 +38,14 @@ pub async fn next(messages: &mut Messages) -> Delivery {
         .expect("a delivery")
 }
 
+/// The text of the next delivery, which is acknowledged.
+pub async fn next_text(messages: &mut Messages) -> String {
+    let delivery = next(messages).await;
+    let text = text(&delivery);
+    delivery.ack().unwrap();
+    text
+}
+
 /// The next error of the stream; what is delivered before is dropped.
 pub async fn next_error(messages: &mut Messages) -> shardmq::Error {
     loop {
