@@ -413,3 +413,6 @@ fn partition_of(topology: &Topology, slot: u16) -> Option<PartitionId> {
     let at = topology.slots.partition_point(|(_, last, _)| *last < slot);
     topology.slots.get(at).map(|(_, _, partition)| *partition)
 }
+
+#[cfg(test)]
+mod tests;
