@@ -160,6 +160,7 @@ impl Routes {
     /// The topology has changed: everything is looked up anew.
     pub(super) fn forget_topics(&mut self) {
         self.topics.retain(|_, known| matches!(known, Known::Asked(_)));
+        self.release_partitions();
     }
 
     /// What was stored last tells the day of a partition.
@@ -181,6 +182,7 @@ impl Routes {
 
     /// Nothing waits any more for these partitions.
     pub(super) fn settle(&mut self, is_idle: impl Fn(PartitionId) -> bool) {
+        let before = self.unsettled.len();
         self.unsettled.retain(|topic, partitions| {
             partitions.retain(|partition| !is_idle(*partition));
             if partitions.is_empty() {
@@ -189,6 +191,15 @@ impl Routes {
             }
             !partitions.is_empty()
         });
+        if self.unsettled.len() < before {
+            self.release_partitions();
+        }
+    }
+
+    /// A key may belong to another partition by now: what waits for one is looked at again together with
+    /// what comes after it.
+    fn release_partitions(&mut self) {
+        self.retries.retain(|what, _| !matches!(what, For::Partition(_)));
     }
 
     /// These wait for somebody who may take them back.
@@ -413,3 +424,6 @@ fn partition_of(topology: &Topology, slot: u16) -> Option<PartitionId> {
     let at = topology.slots.partition_point(|(_, last, _)| *last < slot);
     topology.slots.get(at).map(|(_, _, partition)| *partition)
 }
+
+#[cfg(test)]
+mod tests;

@@ -170,8 +170,9 @@ async fn a_call_whose_answer_was_lost_stores_nothing_twice() {
     // As if they were due, and relayed: only what is left of the call tells.
     let gone = "delete from shardmq.delayed where payload = 'x'";
     sql.batch_execute(gone).await.unwrap();
-    proxy.to_client(Rule::Pass);
+    // The answer is lost for good.
     proxy.cut();
+    proxy.to_client(Rule::Pass);
     let answers = later.await.unwrap();
     let numbers: Vec<i64> = answers.into_iter().map(|id| id.unwrap().number).collect();
     assert_eq!(numbers, [first.number + 1, first.number + 2]);
