@@ -34,7 +34,8 @@ struct Chance(u64);
 
 impl Chance {
     fn below(&mut self, bound: u64) -> u64 {
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        self.0 =
+            self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         (self.0 >> 33) % bound
     }
 }
@@ -79,7 +80,9 @@ async fn pay(url: String, producer: Producer, seed: u64, open: Arc<AtomicBool>) 
             sleep(SECOND / 20).await;
             continue;
         };
-        while open.load(Ordering::SeqCst) && transfer(&mut sql, &producer, &mut chance).await.is_ok() {}
+        while open.load(Ordering::SeqCst)
+            && transfer(&mut sql, &producer, &mut chance).await.is_ok()
+        {}
     }
 }
 

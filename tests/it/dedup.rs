@@ -8,7 +8,7 @@ use std::time::Duration;
 use shardmq::{Delivery, ErrorKind, Order, dedup};
 use tokio_postgres::Client;
 
-use crate::support::reading::{append_texts, cursors, next, take, text};
+use crate::support::reading::{append_texts, next, take, text};
 use crate::support::stored::topic;
 use crate::support::{TestCluster, client, database, eventually, shared_server, within};
 

@@ -179,7 +179,8 @@ async fn a_dead_member_s_partitions_are_taken_before_its_lease_ends_unless_its_s
     let here = client(&format!("{}?application_name=shardmq_listen_here", test.node_urls[0])).await;
     for (member, session) in [(dead, "shardmq_listen_gone"), (well, "shardmq_listen_here")] {
         let known: Option<SystemTime> = None;
-        let renewed = sql.query(RENEW, &[&member, &"g", &10.0_f64, &known, &Some(session), &known]).await;
+        let renewed =
+            sql.query(RENEW, &[&member, &"g", &10.0_f64, &known, &Some(session), &known]).await;
         renewed.unwrap();
     }
     renew(&sql, taker, 10.0).await;

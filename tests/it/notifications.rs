@@ -13,7 +13,7 @@ use tokio::time::Instant;
 use tokio_postgres::Client;
 
 use crate::support::proxy::{Rule, cluster_behind_proxy};
-use crate::support::reading::{append_texts, next, next_text, text};
+use crate::support::reading::{append_texts, next_text, text};
 use crate::support::stored::topic;
 use crate::support::{TestCluster, eventually, prepared, within};
 

@@ -17,7 +17,7 @@ use crate::support::pgbouncer::{
     PgBouncer, Unknown, cluster_through, cluster_with, left_in_session,
 };
 use crate::support::proxy::{Proxy, Rule};
-use crate::support::reading::{append_texts, next, next_text, take, text, texts_until};
+use crate::support::reading::{append_texts, next_text, take, text, texts_until};
 use crate::support::stored::{all_stored, assert_acknowledged, assert_dense, stored, topic};
 use crate::support::{TestCluster, eventually, shared_server, within};
 

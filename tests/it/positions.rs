@@ -6,7 +6,9 @@ use std::time::Duration;
 use shardmq::{ErrorKind, Messages, PartitionId};
 use tokio_postgres::Client;
 
-use crate::support::reading::{append_texts, cursor, next, next_error, next_text, seek, take, text, texts_until};
+use crate::support::reading::{
+    append_texts, cursor, next, next_error, next_text, seek, take, text, texts_until,
+};
 use crate::support::stored::topic;
 use crate::support::{TestCluster, eventually};
 
