@@ -17,7 +17,7 @@ use crate::support::{TestCluster, eventually, own_server, within};
 
 const SECOND: Duration = Duration::from_secs(1);
 /// How long it is broken, and how long it may take to come through afterwards.
-const BROKEN: Duration = Duration::from_secs(12);
+const BROKEN: Duration = Duration::from_secs(8);
 const LONG: Duration = Duration::from_secs(40);
 const ACCOUNTS: i64 = 20;
 const AT_FIRST: i64 = 1_000;

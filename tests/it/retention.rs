@@ -165,8 +165,13 @@ async fn a_reader_on_the_very_table_and_a_writer_of_the_next_go_on() {
     // What was fetched is handed out; then the reader finds the next day.
     loop {
         match within(5 * SECOND, "the next day", messages.next()).await.unwrap() {
-            Ok(delivery) if delivery.payload() == b"b1" => break,
-            Ok(delivery) => delivery.ack().unwrap(),
+            Ok(delivery) => {
+                let is_next_day = delivery.payload() == b"b1";
+                delivery.ack().unwrap();
+                if is_next_day {
+                    break;
+                }
+            }
             Err(error) => assert_eq!(error.kind(), ErrorKind::Missed),
         }
     }
