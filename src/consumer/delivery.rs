@@ -45,21 +45,30 @@ impl fmt::Debug for Origin {
 pub struct Delivery {
     origin: Arc<Origin>,
     index: u32,
-    /// What was tried before, where that is not what the origin says.
-    past: Option<Arc<Past>>,
     standing: Standing,
+    /// What only some have: most are moved often, and should be small.
+    more: Option<Box<More>>,
 }
 
 /// How a delivery counts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Standing {
     /// Handed out by the stream, which is told if it fails.
     Handed,
     /// Counted as handed out, and in the library's own hands.
-    Kept(Option<Arc<OnceLock<Verdict>>>),
+    Kept,
     /// What a handler has of one that is kept.
-    Twin(Arc<OnceLock<Verdict>>),
+    Twin,
     /// Not counted any more.
     Answered,
+}
+
+#[derive(Default)]
+struct More {
+    /// What was tried before, where that is not what the origin says.
+    past: Option<Arc<Past>>,
+    /// What the handler has said: of one that is kept, and of its twin.
+    answer: Option<Arc<OnceLock<Verdict>>>,
 }
 
 /// What is to become of a message that was not handled.
@@ -88,7 +97,7 @@ impl Delivery {
     #[inline]
     pub(super) fn kept(origin: &Arc<Origin>, id: i64) -> Self {
         let index = u32::try_from(id - origin.row.base_id).unwrap_or(0);
-        Self { origin: Arc::clone(origin), index, past: None, standing: Standing::Kept(None) }
+        Self { origin: Arc::clone(origin), index, standing: Standing::Kept, more: None }
     }
 
     /// The same, in a user's hands.
@@ -101,28 +110,26 @@ impl Delivery {
     /// The same message in other hands, which may answer it; this one is what counts.
     pub(super) fn twin(&mut self) -> Self {
         let answer = Arc::new(OnceLock::new());
-        self.standing = Standing::Kept(Some(Arc::clone(&answer)));
-        let standing = Standing::Twin(answer);
-        Self {
-            origin: Arc::clone(&self.origin),
-            index: self.index,
-            past: self.past.clone(),
-            standing,
-        }
+        let more = self.more.get_or_insert_default();
+        more.answer = Some(Arc::clone(&answer));
+        let more = More { past: more.past.clone(), answer: Some(answer) };
+        let (origin, index) = (Arc::clone(&self.origin), self.index);
+        Self { origin, index, standing: Standing::Twin, more: Some(Box::new(more)) }
     }
 
     /// What its twin has said of it.
     pub(super) fn verdict(&self) -> Option<Verdict> {
-        match &self.standing {
-            Standing::Kept(Some(answer)) => answer.get().cloned(),
-            _ => None,
-        }
+        self.more.as_ref()?.answer.as_ref()?.get().cloned()
+    }
+
+    fn known_past(&self) -> Option<&Arc<Past>> {
+        let own = self.more.as_ref().and_then(|more| more.past.as_ref());
+        own.or(self.origin.parked.as_ref().map(|parked| &parked.past))
     }
 
     /// What was tried with it up to now.
     pub(super) fn past(&self) -> Arc<Past> {
-        let known = self.past.as_ref().or(self.origin.parked.as_ref().map(|parked| &parked.past));
-        known.map_or_else(
+        self.known_past().map_or_else(
             || {
                 let first_seen = self.origin.read_at;
                 Arc::new(Past { attempts: 0, first_seen, failures: Vec::new() })
@@ -132,7 +139,7 @@ impl Delivery {
     }
 
     pub(super) fn set_past(&mut self, past: Arc<Past>) {
-        self.past = Some(past);
+        self.more.get_or_insert_default().past = Some(past);
     }
 
     /// Not in hand for a while: it is not counted until it is handed out again.
@@ -142,7 +149,7 @@ impl Delivery {
 
     /// Counted again.
     pub(super) fn take_up(&mut self) {
-        self.standing = Standing::Kept(None);
+        self.standing = Standing::Kept;
     }
 
     /// Whether it was acknowledged.
@@ -263,8 +270,7 @@ impl Delivery {
     /// Which attempt this is, from 1. Counted by the consumer that has the partition: where another takes it
     /// over, it begins anew with what was tried in place, and goes on with what was parked.
     pub fn attempt(&self) -> u32 {
-        let known = self.past.as_ref().or(self.origin.parked.as_ref().map(|parked| &parked.past));
-        known.map_or(1, |past| past.attempts.saturating_add(1))
+        self.known_past().map_or(1, |past| past.attempts.saturating_add(1))
     }
 
     /// When the group got it for the first time, counted like [`attempt`](Self::attempt).
@@ -341,12 +347,16 @@ impl Delivery {
         match std::mem::replace(&mut self.standing, Standing::Answered) {
             Standing::Handed => {
                 // It stays counted until its fate is known.
-                let standing = Standing::Kept(None);
-                let (origin, past) = (Arc::clone(&self.origin), self.past.clone());
-                let failed = Self { origin, index: self.index, past, standing };
+                let (origin, more) = (Arc::clone(&self.origin), self.more.take());
+                let failed = Self { origin, index: self.index, standing: Standing::Kept, more };
                 self.origin.holding.fail(failed, verdict);
             }
-            Standing::Twin(answer) => _ = answer.set(verdict),
+            Standing::Twin => {
+                if let Some(answer) = self.more.as_ref().and_then(|more| more.answer.as_ref()) {
+                    // The first word counts.
+                    let _ = answer.set(verdict);
+                }
+            }
             kept => self.standing = kept,
         }
     }
@@ -393,8 +403,8 @@ impl Delivery {
 
     fn leave(&mut self) {
         match std::mem::replace(&mut self.standing, Standing::Answered) {
-            Standing::Handed | Standing::Kept(_) => self.origin.holding.take_back(),
-            Standing::Twin(_) | Standing::Answered => {}
+            Standing::Handed | Standing::Kept => self.origin.holding.take_back(),
+            Standing::Twin | Standing::Answered => {}
         }
     }
 
@@ -411,8 +421,8 @@ impl Delivery {
 impl Drop for Delivery {
     fn drop(&mut self) {
         match self.standing {
-            Standing::Answered | Standing::Twin(_) => {}
-            Standing::Kept(_) => self.leave(),
+            Standing::Answered | Standing::Twin => {}
+            Standing::Kept => self.leave(),
             Standing::Handed => {
                 ::metrics::counter!(names::UNANSWERED).increment(1);
                 let verdict = Verdict::failed("dropped without an answer");
