@@ -82,7 +82,8 @@ pub enum Order {
     ByPartition,
     /// Two messages of one key. Those of different keys, and those without a key, go in parallel.
     ByKey,
-    /// Nothing: all go in parallel.
+    /// Nothing: all go in parallel. What fails is parked: a copy waits beside the log until its time comes, and
+    /// delays nothing.
     Unordered,
 }
 

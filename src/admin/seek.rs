@@ -48,6 +48,9 @@ impl Cluster {
     /// Each partition moves by itself, and stays moved where others fail: a call that failed may be
     /// made again. The same holds for a future that was dropped.
     ///
+    /// Messages that failed and are parked are no part of the position: they come all the same, besides what is
+    /// read again.
+    ///
     /// # Errors
     /// [`ErrorKind::NotFound`] where there is no such group, or a partition is not the topic's.
     /// [`ErrorKind::Timeout`] where another transaction had locked cursors for 5 s, such as one that

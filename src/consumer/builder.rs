@@ -174,7 +174,7 @@ impl ConsumerBuilder {
     /// cluster, topic, group and directory is started before others take its partitions, and the node's
     /// server was not started again meanwhile. Not when the machine dies. The directory is made if it is
     /// missing, and may be shared by consumers of other groups and topics. An acknowledgement costs a write
-    /// then, of some microseconds.
+    /// then, of some microseconds. Messages that were parked, after they had failed, are not in it.
     pub fn journal(mut self, directory: impl Into<PathBuf>) -> Self {
         self.options.journal = Some(directory.into());
         self

@@ -45,9 +45,9 @@ impl Messages {
     /// Where it returns an error, or panics, the message is handed to it again when the
     /// [policy](crate::ConsumerBuilder::retry_policy) says; after the last attempt it goes to the
     /// [dead letters](crate::Cluster::dead_letters). Ordered, its partition or key waits for that, others go
-    /// on; but by key nothing new is begun while the rows of what failed take as many bytes as may be
-    /// [fetched ahead](crate::ConsumerBuilder::prefetch_bytes). Unordered, and without a key, it is parked on
-    /// its node, and nothing waits. [`Delivery::attempt`] counts. What a handler says itself
+    /// on; but by key nothing new of a node is begun while the rows of what failed of it take as many bytes as may
+    /// be [fetched ahead](crate::ConsumerBuilder::prefetch_bytes). Unordered, and without a key, it is parked on
+    /// its node, and nothing waits while that is reached. [`Delivery::attempt`] counts. What a handler says itself
     /// ([`retry`](Delivery::retry), [`retry_after`](Delivery::retry_after), [`reject`](Delivery::reject),
     /// [`ack`](Delivery::ack)) goes before what it returns.
     ///
