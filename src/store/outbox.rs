@@ -436,9 +436,15 @@ pub(crate) async fn bury_parts(
     write(connection, Durability::Durable, sql::OUTBOX_BURY_PARTS, &params).await.map(drop)
 }
 
-/// Forgets old calls of [`deliver`].
-pub(crate) async fn prune(connection: Connection) -> Result<(), Error> {
-    write(connection, Durability::Relaxed, sql::OUTBOX_PRUNE, &[]).await.map(drop)
+/// How many old calls [`prune`] forgets at most.
+pub(crate) const PRUNED: i64 = 10_000;
+
+/// Forgets old calls of [`deliver`]; returns how many.
+pub(crate) async fn prune(connection: Connection) -> Result<i64, Error> {
+    let begin = format!("{}; set local synchronous_commit = off", sql::OUTBOX_BEGIN);
+    let limit: [&dyn Param; 1] = [&PRUNED];
+    let answers = write_all(connection, &begin, &[(sql::OUTBOX_PRUNE, &limit)]).await?;
+    Ok(answers.first().and_then(|rows| rows.first()).map_or(0, |row| row.get(0)))
 }
 
 /// The arrays of messages that were checked.

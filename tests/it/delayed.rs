@@ -8,7 +8,7 @@ use tokio::time::Instant;
 
 use crate::support::clocks::Clocks;
 use crate::support::proxy::{Rule, cluster_behind_proxy};
-use crate::support::relays::{Relay, arrive, texts};
+use crate::support::relays::{Relay, arrive, publish, texts};
 use crate::support::stored::{stored, topic};
 use crate::support::{TestCluster, client, eventually, own_server};
 
@@ -210,4 +210,27 @@ async fn limits_are_refused_before_anything_is_sent() {
     let thousand = (0..1_000).map(|n: i32| Message::new(n.to_string()));
     assert!(producer.deliver_all_after(HOUR * 24 * 365, thousand).await.iter().all(Result::is_ok));
     assert_eq!(pending(&sql).await, 1_002);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn calls_that_nobody_repeats_any_more_are_forgotten_however_many_they_are() {
+    let test = TestCluster::new(1).await;
+    let partitions = topic(&test, "orders", 1).await;
+    let sql = test.sql(0).await;
+    let call = "insert into shardmq.delayed_call
+                select gen_random_uuid(), array[n], now() - make_interval(hours => $1)
+                  from generate_series(1, $2::int) n";
+    sql.execute(call, &[&4, &25_000]).await.unwrap();
+    sql.execute(call, &[&2, &3]).await.unwrap();
+    // Somebody whose transaction stays open keeps the relay awake.
+    let mut other = test.sql(0).await;
+    let open = other.transaction().await.unwrap();
+    publish(&open, "orders", "open", Some("k")).await;
+    let _relay = Relay::start(&test, "orders").await;
+    publish(&sql, "orders", "meanwhile", Some("k")).await;
+    arrive(&sql, &partitions, 1).await;
+    let count = "select count(*) from shardmq.delayed_call";
+    let forgotten = async || sql.query_one(count, &[]).await.unwrap().get::<_, i64>(0) == 3;
+    eventually("old calls are forgotten", SOON, forgotten).await;
+    open.rollback().await.unwrap();
 }

@@ -10,7 +10,7 @@ use tracing::Level;
 use crate::support::relays::{Relay, arrive, publish, texts, through};
 use crate::support::said::said;
 use crate::support::stored::topic;
-use crate::support::{TestCluster, client, database, eventually, shared_server};
+use crate::support::{TestCluster, client, database, eventually, shared_server, within};
 
 const SOON: Duration = Duration::from_secs(15);
 
@@ -89,4 +89,19 @@ async fn a_database_that_one_process_was_told_of_is_relayed_from_by_it() {
     assert!(migrate(&test.control_url, Schema::Outbox).await.unwrap().is_empty());
     publish(&sql, "orders", "y", None).await;
     assert_eq!(texts(&arrive(&sql, &partitions, 2).await), ["x", "y"]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn relays_go_on_while_the_control_database_does_not_tell_which_outboxes_there_are() {
+    let test = TestCluster::new(1).await;
+    let partitions = topic(&test, "orders", 1).await;
+    let mut control = client(&test.control_url).await;
+    let silent = control.transaction().await.unwrap();
+    let lock = "lock table shardmq_control.outbox in access exclusive mode";
+    silent.batch_execute(lock).await.unwrap();
+    let relay = Relay::start(&test, "orders").await;
+    let sql = test.sql(0).await;
+    publish(&sql, "orders", "meanwhile", Some("k")).await;
+    arrive(&sql, &partitions, 1).await;
+    within(SOON, "a shutdown", relay.cluster.shutdown()).await;
 }
