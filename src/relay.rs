@@ -25,7 +25,7 @@ use uuid::Uuid;
 
 use crate::cluster::{Cache, ListenAt, Nodes};
 use crate::deadline::{in_time, jitter};
-use crate::error::{ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::id::NodeId;
 use crate::metrics as names;
 use crate::notifier::Notifier;
@@ -169,7 +169,7 @@ async fn keep(context: Arc<Context>, place: Place, end: CancellationToken) {
                     pause
                 }
                 Err(error) if error.kind() == ErrorKind::Incompatible => {
-                    tracing::debug!(outbox = outlet.name, error = %error.chain(), "no outbox");
+                    outlet.has_none(&error);
                     NOT_HERE
                 }
                 Err(error) => {
@@ -245,7 +245,7 @@ impl Outlet {
         match (&self.pool, &self.place) {
             (Some(pool), _) => pool.get().await,
             (None, Place::Node(node)) => self.context.nodes.node(*node).await?.get().await,
-            (None, Place::Database(_)) => Err(crate::error::Error::closed("the outbox")),
+            (None, Place::Database(_)) => Err(Error::closed("the outbox")),
         }
     }
 
@@ -266,13 +266,7 @@ impl Outlet {
 
     fn keep(&self) -> Keep {
         let (holder, before) = *self.holder.lock().unwrap_or_else(PoisonError::into_inner);
-        Keep {
-            holder,
-            before,
-            cluster: self.context.cluster,
-            is_node: matches!(self.place, Place::Node(_)),
-            lease_secs: LEASE.as_secs_f64(),
-        }
+        Keep { holder, before, cluster: self.context.cluster, lease_secs: LEASE.as_secs_f64() }
     }
 
     /// The lease was asked for at this time, and is ours.
@@ -283,6 +277,19 @@ impl Outlet {
     /// Whether the lease is ours, as far as is known here.
     fn is_ours(&self) -> bool {
         Instant::now() < *self.until.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// There is no outbox. A node may not be migrated yet; any other database was named for having one.
+    fn has_none(&self, error: &Error) {
+        let error = error.chain();
+        match self.place {
+            Place::Node(_) => tracing::debug!(outbox = self.name, error, "no outbox"),
+            Place::Database(_) => tracing::warn!(
+                outbox = self.name,
+                error,
+                "a database that is to be relayed from has no outbox, or none that fits"
+            ),
+        }
     }
 
     /// A message was set aside.

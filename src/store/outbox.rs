@@ -11,7 +11,7 @@ use crate::id::{Day, PartitionId};
 use crate::message::Message;
 use crate::name::TopicName;
 use crate::store::append::Arrays;
-use crate::store::node::{Connection, Durability, query, write, write_all};
+use crate::store::node::{Connection, Durability, query, query_one, write, write_all};
 use crate::store::packed::Packed;
 use crate::store::param::{Param, Typed, typed};
 use crate::store::sql;
@@ -99,13 +99,12 @@ pub(crate) struct Keep {
     /// Who it was before.
     pub(crate) before: Uuid,
     pub(crate) cluster: Uuid,
-    pub(crate) is_node: bool,
     pub(crate) lease_secs: f64,
 }
 
 impl Keep {
-    fn params(&self) -> [&dyn Param; 5] {
-        [&self.holder, &self.before, &self.cluster, &self.is_node, &self.lease_secs]
+    fn params(&self) -> [&dyn Param; 4] {
+        [&self.holder, &self.before, &self.cluster, &self.lease_secs]
     }
 }
 
@@ -434,6 +433,11 @@ pub(crate) async fn bury_parts(
     let errors: Vec<&str> = parts.iter().map(|part| part.1.as_str()).collect();
     let params: [&dyn Param; 3] = [&id, &places, &errors];
     write(connection, Durability::Durable, sql::OUTBOX_BURY_PARTS, &params).await.map(drop)
+}
+
+/// How many messages wait in a database for a relay, or for their time.
+pub(crate) async fn left(connection: &Connection) -> Result<i64, Error> {
+    query_one(connection, sql::OUTBOX_LEFT, &[]).await.map(|row| row.get(0))
 }
 
 /// How many old calls [`prune`] forgets at most.

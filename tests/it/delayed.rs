@@ -10,7 +10,7 @@ use crate::support::clocks::Clocks;
 use crate::support::proxy::{Rule, cluster_behind_proxy};
 use crate::support::relays::{Relay, arrive, publish, texts};
 use crate::support::stored::{stored, topic};
-use crate::support::{TestCluster, client, eventually, own_server};
+use crate::support::{TestCluster, client, database, eventually, own_server, shared_server};
 
 const SECOND: Duration = Duration::from_secs(1);
 const SOON: Duration = Duration::from_secs(15);
@@ -233,4 +233,40 @@ async fn calls_that_nobody_repeats_any_more_are_forgotten_however_many_they_are(
     let forgotten = async || sql.query_one(count, &[]).await.unwrap().get::<_, i64>(0) == 3;
     eventually("old calls are forgotten", SOON, forgotten).await;
     open.rollback().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_that_is_away_holds_up_no_messages_that_wait_on_others() {
+    let (test, proxy) = cluster_behind_proxy().await;
+    let other = database(shared_server().await).await;
+    test.cluster.add_node(NodeId::new(2).unwrap(), &other).await.unwrap();
+    topic(&test, "orders", 2).await;
+    let producer = test.cluster.producer("orders").build().await.unwrap();
+    let sql = client(&other).await;
+    proxy.refuse(true);
+    proxy.cut();
+    let keys: Vec<String> = (0..20).map(|n| n.to_string()).collect();
+    let there = keys.iter().filter(|key| shardmq::key_slot(key) >= shardmq::SLOTS / 2).count();
+    let messages: Vec<Message> = keys.iter().map(|key| Message::new("x").key(key)).collect();
+    let sent = tokio::spawn(async move { producer.deliver_all_after(HOUR, messages).await });
+    let stored = async || pending(&sql).await == i64::try_from(there).unwrap();
+    eventually("those of the other node are stored", SOON, stored).await;
+    assert!(there > 0 && there < 20 && !sent.is_finished());
+    proxy.refuse(false);
+    assert!(sent.await.unwrap().iter().all(Result::is_ok));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_on_which_messages_wait_is_not_removed() {
+    let test = TestCluster::new(2).await;
+    let node = NodeId::new(2).unwrap();
+    let sql = test.sql(1).await;
+    for publish in ["'orders', ''", "'orders', '', null, null, now() + interval '1 hour'"] {
+        sql.batch_execute(&format!("select shardmq.publish({publish})")).await.unwrap();
+    }
+    let error = test.cluster.remove_node(node).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Conflict);
+    assert!(error.to_string().contains("2 messages"), "{error}");
+    sql.batch_execute("delete from shardmq.outbox; delete from shardmq.delayed").await.unwrap();
+    test.cluster.remove_node(node).await.unwrap();
 }
