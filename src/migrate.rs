@@ -244,7 +244,7 @@ mod tests {
 
     #[test]
     fn every_schema_has_migrations_numbered_without_a_gap() {
-        for schema in [Schema::Node, Schema::Control, Schema::Log, Schema::Dedup] {
+        for schema in [Schema::Node, Schema::Control, Schema::Log, Schema::Dedup, Schema::Outbox] {
             let mut versions: Vec<_> =
                 schema.runner().get_migrations().iter().map(refinery::Migration::version).collect();
             versions.sort_unstable();

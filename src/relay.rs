@@ -18,14 +18,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use futures_util::future::BoxFuture;
-use futures_util::stream::{FuturesUnordered, StreamExt};
+use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use crate::cluster::{Cache, ListenAt, Nodes};
-use crate::deadline::jitter;
-use crate::error::{ErrorKind, Result};
+use crate::deadline::{in_time, jitter};
+use crate::error::{Error, ErrorKind, Result};
 use crate::id::NodeId;
 use crate::metrics as names;
 use crate::notifier::Notifier;
@@ -40,6 +40,7 @@ mod due;
 mod holder;
 mod lanes;
 mod listen;
+mod prune;
 mod routes;
 mod seen;
 
@@ -53,6 +54,8 @@ const AGAIN: (Duration, Duration) = (Duration::from_millis(100), Duration::from_
 const NOT_HERE: Duration = Duration::from_mins(1);
 /// How often it is looked which databases there are.
 const LOOK: Duration = Duration::from_secs(1);
+/// How long the control database may take to tell.
+const ASK: Duration = Duration::from_secs(5);
 /// How often trouble that lasts is told.
 const REMIND: Duration = Duration::from_mins(1);
 /// How long giving a lease up may take.
@@ -98,46 +101,51 @@ struct Outlet {
 
 /// Relays until the cluster is shut down.
 pub(crate) async fn run(context: Arc<Context>, shutdown: CancellationToken) {
-    let mut keepers = FuturesUnordered::new();
-    let mut kept: BTreeMap<Place, CancellationToken> = BTreeMap::new();
+    // Tasks of their own: none waits for another, nor for the control database.
+    let mut keepers = JoinSet::new();
+    let mut kept: BTreeMap<Place, (CancellationToken, AbortHandle)> = BTreeMap::new();
     let (mut registered, mut seen) = (Vec::new(), None);
     loop {
-        let version = context.topology.version();
-        if seen != Some(version)
-            && let Ok(found) = outboxes(&context).await
-        {
-            (registered, seen) = (found, Some(version));
-        }
         let told = context.outboxes.iter().chain(&registered).cloned().map(Place::Database);
         let places: Vec<Place> =
             context.nodes.known().into_iter().map(Place::Node).chain(told).collect();
-        kept.retain(|place, token| {
+        kept.retain(|place, (token, keeper)| {
             let stays = places.contains(place);
             if !stays {
                 token.cancel();
             }
-            stays
+            stays && !keeper.is_finished()
         });
+        while keepers.try_join_next().is_some() {}
         for place in places {
             if !kept.contains_key(&place) {
                 let token = shutdown.child_token();
-                kept.insert(place.clone(), token.clone());
-                keepers.push(keep(Arc::clone(&context), place, token));
+                let keeper = keep(Arc::clone(&context), place.clone(), token.clone());
+                kept.insert(place, (token, keepers.spawn(keeper)));
             }
         }
+        let version = context.topology.version();
+        let asks = seen != Some(version);
         tokio::select! {
-            Some(()) = keepers.next() => {}
-            () = sleep(LOOK) => {}
+            found = outboxes(&context), if asks => match found {
+                Ok(found) => (registered, seen) = (found, Some(version)),
+                Err(_) => sleep(LOOK).await,
+            },
+            () = sleep(LOOK), if !asks => {}
             () = shutdown.cancelled() => break,
         }
     }
-    while keepers.next().await.is_some() {}
+    while keepers.join_next().await.is_some() {}
 }
 
 /// The databases that are registered.
 async fn outboxes(context: &Context) -> Result<Vec<String>> {
-    let found = control::outboxes(&context.control.get().await?).await;
-    found.map_err(|error| refused(error, "read which databases have an outbox"))
+    let what = "read which databases have an outbox";
+    let asking = async {
+        let found = control::outboxes(&context.control.get().await?).await;
+        found.map_err(|error| refused(error, what))
+    };
+    in_time(ASK, what, asking).await
 }
 
 /// Takes its turn in relaying from a database, until it is told to end.
@@ -161,7 +169,7 @@ async fn keep(context: Arc<Context>, place: Place, end: CancellationToken) {
                     pause
                 }
                 Err(error) if error.kind() == ErrorKind::Incompatible => {
-                    tracing::debug!(outbox = outlet.name, error = %error.chain(), "no outbox");
+                    outlet.has_none(&error);
                     NOT_HERE
                 }
                 Err(error) => {
@@ -237,7 +245,7 @@ impl Outlet {
         match (&self.pool, &self.place) {
             (Some(pool), _) => pool.get().await,
             (None, Place::Node(node)) => self.context.nodes.node(*node).await?.get().await,
-            (None, Place::Database(_)) => Err(crate::error::Error::closed("the outbox")),
+            (None, Place::Database(_)) => Err(Error::closed("the outbox")),
         }
     }
 
@@ -258,13 +266,7 @@ impl Outlet {
 
     fn keep(&self) -> Keep {
         let (holder, before) = *self.holder.lock().unwrap_or_else(PoisonError::into_inner);
-        Keep {
-            holder,
-            before,
-            cluster: self.context.cluster,
-            is_node: matches!(self.place, Place::Node(_)),
-            lease_secs: LEASE.as_secs_f64(),
-        }
+        Keep { holder, before, cluster: self.context.cluster, lease_secs: LEASE.as_secs_f64() }
     }
 
     /// The lease was asked for at this time, and is ours.
@@ -275,6 +277,19 @@ impl Outlet {
     /// Whether the lease is ours, as far as is known here.
     fn is_ours(&self) -> bool {
         Instant::now() < *self.until.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// There is no outbox. A node may not be migrated yet; any other database was named for having one.
+    fn has_none(&self, error: &Error) {
+        let error = error.chain();
+        match self.place {
+            Place::Node(_) => tracing::debug!(outbox = self.name, error, "no outbox"),
+            Place::Database(_) => tracing::warn!(
+                outbox = self.name,
+                error,
+                "a database that is to be relayed from has no outbox, or none that fits"
+            ),
+        }
     }
 
     /// A message was set aside.

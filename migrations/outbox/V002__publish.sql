@@ -91,7 +91,8 @@ begin
 end $$;
 
 -- Puts messages that were set aside back into the outbox: of a topic, or with some text in the error;
--- without either, all. Under ids of their own, as if they were published now. Returns how many.
+-- without either, all. Under ids of their own, as if they were published now. What the outbox does not
+-- admit stays. Returns how many.
 create function shardmq.outbox_revive(topic text default null, error_like text default null)
     returns bigint
     language plpgsql volatile security definer
@@ -104,6 +105,10 @@ begin
         delete from shardmq.outbox_dead d
          where (outbox_revive.topic is null or d.topic = outbox_revive.topic)
            and (outbox_revive.error_like is null or d.error like outbox_revive.error_like)
+           and d.topic ~ '^[a-z0-9][a-z0-9._-]{0,99}$'
+           and (d.key is null or octet_length(d.key) <= 1024)
+           and (d.headers is null or shardmq.outbox_headers_fit(d.headers))
+           and octet_length(d.payload) <= 67108864
         returning d.id, d.topic, d.key, d.headers, d.payload
     )
     insert into shardmq.outbox (topic, key, headers, payload, published_at)
@@ -113,11 +118,10 @@ begin
     return revived;
 end $$;
 
--- Takes or keeps the relaying from here, for some seconds, also from who the holder was before: ours, another, or other_cluster. A node belongs
--- to its cluster, any other database to the first that relays from it. A time that no lease can have ended
--- at is that of a clock that was wrong.
-create function shardmq.keep_relaying(
-    p_holder uuid, p_before uuid, p_cluster uuid, p_is_node boolean, p_lease_secs float8)
+-- Takes or keeps the relaying from here, for some seconds, also from who the holder was before: ours,
+-- another, or other_cluster. A node belongs to its cluster, any other database to the first that relays
+-- from it. A time that no lease can have ended at is that of a clock that was wrong.
+create function shardmq.keep_relaying(p_holder uuid, p_before uuid, p_cluster uuid, p_lease_secs float8)
     returns text
     language plpgsql volatile security definer
     set search_path = pg_catalog, pg_temp
@@ -125,10 +129,15 @@ create function shardmq.keep_relaying(
 declare
     now timestamptz := shardmq.clock();
     lease interval := make_interval(secs => p_lease_secs);
-    r shardmq.outbox_relay;
+    belongs_to uuid;
 begin
-    select * into r from shardmq.outbox_relay;
-    if r.cluster <> p_cluster and not p_is_node then
+    if to_regclass('shardmq.identity') is not null then
+        select i.cluster into belongs_to from shardmq.identity i;
+    end if;
+    if belongs_to is null then
+        select r.cluster into belongs_to from shardmq.outbox_relay r;
+    end if;
+    if belongs_to <> p_cluster then
         return 'other_cluster';
     end if;
     update shardmq.outbox_relay x set cluster = p_cluster, holder = p_holder, until = now + lease
@@ -143,3 +152,10 @@ create function shardmq.end_relaying(p_holder uuid) returns void
     as $$
         update shardmq.outbox_relay set holder = null, until = '-infinity' where holder = p_holder
     $$;
+
+-- Whoever may use the schema may publish; what takes messages back, puts them back or relays is for the
+-- owner and whom it is granted to. Ids follow each other: they are no secret.
+revoke execute on function
+    shardmq.cancel(bigint), shardmq.outbox_revive(text, text),
+    shardmq.keep_relaying(uuid, uuid, uuid, float8), shardmq.end_relaying(uuid)
+    from public;

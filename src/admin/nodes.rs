@@ -7,9 +7,9 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::id::NodeId;
 use crate::migrate::{self, Schema};
 use crate::store::connect::{self, refused};
-use crate::store::node::{Durability, Node, Unfinished, write};
+use crate::store::node::{Connection, Durability, Node, Unfinished, write};
 use crate::store::param::{Param, typed};
-use crate::store::{control, sql};
+use crate::store::{control, outbox, sql};
 
 /// A node as the control database has it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -77,13 +77,17 @@ impl Cluster {
     ///
     /// # Errors
     /// [`ErrorKind::NotFound`] where there is no node of this number, [`ErrorKind::Conflict`] where it
-    /// has partitions; the message names their topics.
+    /// has partitions, or messages wait on it for their time or for a relay; the message names the topics,
+    /// or says how many wait. A node that can't be reached is not asked.
     pub async fn remove_node(&self, node: NodeId) -> Result<()> {
         self.refuse_unknown(node).await?;
         let what = format!("remove node {node}");
         let refused = |error| refused(error, &what);
         // While it is known: afterwards nobody finds it.
         let reached = self.inner.nodes.node(node).await?.get().await;
+        if let Ok(connection) = &reached {
+            refuse_waiting(connection, node).await?;
+        }
         let change = Unfinished::new(self.inner.control.get().await?);
         control::begin_change(change.connection()).await.map_err(refused)?;
         let topics = control::topics_on(change.connection(), node).await.map_err(refused)?;
@@ -154,9 +158,46 @@ impl Cluster {
         self.inner.nodes.refresh().await.map(drop)
     }
 
+    /// Forgets a database that has an outbox and is no node: nobody relays from it any more who was not
+    /// told of it otherwise. What waits in it stays. By the address that it was registered with.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] where no database is registered under this address.
+    pub async fn remove_outbox(&self, url: &str) -> Result<()> {
+        let address = connect::without_password(url)?;
+        let refused = |error| refused(error, "forget a database with an outbox");
+        let change = Unfinished::new(self.inner.control.get().await?);
+        control::begin_change(change.connection()).await.map_err(refused)?;
+        let was_there =
+            control::remove_outbox(change.connection(), &address).await.map_err(refused)?;
+        control::commit_change(change.connection()).await.map_err(refused)?;
+        change.finished();
+        if !was_there {
+            let what = "no outbox is registered under this address";
+            return Err(Error::new(ErrorKind::NotFound, what));
+        }
+        self.inner.nodes.refresh().await.map(drop)
+    }
+
     /// All nodes, by number.
     pub async fn nodes(&self) -> Result<Vec<NodeInfo>> {
         let nodes = self.inner.nodes.refresh().await?;
         Ok(nodes.into_iter().map(|(node, url)| NodeInfo { node, url }).collect())
     }
+}
+
+/// What waits on a node that is none any more is relayed by nobody.
+async fn refuse_waiting(connection: &Connection, node: NodeId) -> Result<()> {
+    let what = format!("look for messages that wait on node {node}");
+    let left = match outbox::left(connection).await {
+        Ok(left) => left,
+        // It was never migrated so far.
+        Err(error) if connect::kind_of(&error) == ErrorKind::Incompatible => 0,
+        Err(error) => return Err(refused(error, &what)),
+    };
+    if left == 0 {
+        return Ok(());
+    }
+    let why = format!("{left} messages wait on node {node}, to be relayed or for their time");
+    Err(Error::new(ErrorKind::Conflict, why))
 }

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, SystemTime};
 
+use futures_util::future::join_all;
 use tokio::time::{Instant, sleep, timeout};
 use tokio_postgres::GenericClient;
 use uuid::Uuid;
@@ -176,8 +177,11 @@ impl Producer {
             group.0.push(index);
             group.1.push(message);
         }
-        for (node, (indexes, messages)) in groups {
-            let answer = deliver_together(shared, node, due, &messages).await;
+        // At once: a node that is away holds up no other's.
+        let sends = groups.into_iter().map(|(node, (indexes, messages))| async move {
+            (indexes, deliver_together(shared, node, due, &messages).await)
+        });
+        for (indexes, answer) in join_all(sends).await {
             for (nth, index) in indexes.into_iter().enumerate() {
                 results[index] = match &answer {
                     Ok((node, ids)) => ids.get(nth).map_or_else(

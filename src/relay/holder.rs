@@ -19,7 +19,7 @@ use super::due::Due;
 use super::lanes::{Lanes, Next};
 use super::routes::{Routed, Routes, fitting};
 use super::seen::{Scope, Seen, Sight};
-use super::{LEASE, Outlet, listen};
+use super::{LEASE, Outlet, listen, prune};
 use crate::error::{Error, ErrorKind, Result};
 use crate::metrics as names;
 use crate::name::TopicName;
@@ -39,8 +39,6 @@ const BACKOFF: (Duration, Duration) = (Duration::from_millis(1), Duration::from_
 const WAITS: Duration = Duration::from_secs(1);
 /// How many batches are read of the table at once, in bytes beyond the first.
 const LOAD: i64 = 2 << 20;
-/// How often old calls are forgotten.
-const PRUNE: Duration = Duration::from_mins(5);
 
 /// What a task has found out.
 enum News {
@@ -62,7 +60,6 @@ struct Holder {
     /// Whether the flag is armed; none while it is not known.
     armed: Option<bool>,
     renewed: Instant,
-    pruned: Instant,
     started: Option<f64>,
     topology: i64,
     pause: Duration,
@@ -71,8 +68,9 @@ struct Holder {
 /// Relays until the lease is another's, or something fails. Dropped, it leaves everything to the next.
 pub(super) async fn hold(outlet: &Arc<Outlet>) -> Result<()> {
     let woken = Arc::new(Notify::new());
-    let mut listening = JoinSet::new();
-    listening.spawn(listen::run(Arc::clone(outlet), Arc::clone(&woken)));
+    let mut beside = JoinSet::new();
+    beside.spawn(listen::run(Arc::clone(outlet), Arc::clone(&woken)));
+    beside.spawn(prune::run(Arc::clone(outlet)));
     let now = Instant::now();
     let mut holder = Holder {
         woken,
@@ -84,7 +82,6 @@ pub(super) async fn hold(outlet: &Arc<Outlet>) -> Result<()> {
         done: Vec::new(),
         armed: None,
         renewed: now,
-        pruned: now,
         started: None,
         topology: outlet.context.topology.version(),
         pause: BACKOFF.0,
@@ -388,11 +385,6 @@ impl Holder {
         if self.armed != Some(true) {
             self.pause = Duration::ZERO;
             return Ok(());
-        }
-        if now.duration_since(self.pruned) >= PRUNE {
-            self.pruned = now;
-            let pruned = outbox::prune(self.outlet.get().await?).await;
-            pruned.map_err(|error| self.refused(error))?;
         }
         let next_due = self.due.next().map(|due| due.min(now + PENDING));
         let (routes, lanes) = (self.routes.retry_at(), self.lanes.retry_at(now));

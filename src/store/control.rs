@@ -40,6 +40,12 @@ pub(crate) async fn add_outbox(connection: &Connection, dsn: &str) -> Result<(),
     query(connection, sql::CONTROL_ADD_OUTBOX, &[&dsn]).await.map(drop)
 }
 
+/// Forgets such a database, inside a change; false where it was not known.
+pub(crate) async fn remove_outbox(connection: &Connection, dsn: &str) -> Result<bool, Error> {
+    let rows = query(connection, sql::CONTROL_REMOVE_OUTBOX, &[&dsn]).await?;
+    Ok(!rows.is_empty())
+}
+
 /// Records a node's address, inside a change.
 pub(crate) async fn add_node(
     connection: &Connection,

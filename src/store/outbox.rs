@@ -11,7 +11,7 @@ use crate::id::{Day, PartitionId};
 use crate::message::Message;
 use crate::name::TopicName;
 use crate::store::append::Arrays;
-use crate::store::node::{Connection, Durability, query, write, write_all};
+use crate::store::node::{Connection, Durability, query, query_one, write, write_all};
 use crate::store::packed::Packed;
 use crate::store::param::{Param, Typed, typed};
 use crate::store::sql;
@@ -99,13 +99,12 @@ pub(crate) struct Keep {
     /// Who it was before.
     pub(crate) before: Uuid,
     pub(crate) cluster: Uuid,
-    pub(crate) is_node: bool,
     pub(crate) lease_secs: f64,
 }
 
 impl Keep {
-    fn params(&self) -> [&dyn Param; 5] {
-        [&self.holder, &self.before, &self.cluster, &self.is_node, &self.lease_secs]
+    fn params(&self) -> [&dyn Param; 4] {
+        [&self.holder, &self.before, &self.cluster, &self.lease_secs]
     }
 }
 
@@ -436,9 +435,20 @@ pub(crate) async fn bury_parts(
     write(connection, Durability::Durable, sql::OUTBOX_BURY_PARTS, &params).await.map(drop)
 }
 
-/// Forgets old calls of [`deliver`].
-pub(crate) async fn prune(connection: Connection) -> Result<(), Error> {
-    write(connection, Durability::Relaxed, sql::OUTBOX_PRUNE, &[]).await.map(drop)
+/// How many messages wait in a database for a relay, or for their time.
+pub(crate) async fn left(connection: &Connection) -> Result<i64, Error> {
+    query_one(connection, sql::OUTBOX_LEFT, &[]).await.map(|row| row.get(0))
+}
+
+/// How many old calls [`prune`] forgets at most.
+pub(crate) const PRUNED: i64 = 10_000;
+
+/// Forgets old calls of [`deliver`]; returns how many.
+pub(crate) async fn prune(connection: Connection) -> Result<i64, Error> {
+    let begin = format!("{}; set local synchronous_commit = off", sql::OUTBOX_BEGIN);
+    let limit: [&dyn Param; 1] = [&PRUNED];
+    let answers = write_all(connection, &begin, &[(sql::OUTBOX_PRUNE, &limit)]).await?;
+    Ok(answers.first().and_then(|rows| rows.first()).map_or(0, |row| row.get(0)))
 }
 
 /// The arrays of messages that were checked.

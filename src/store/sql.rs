@@ -50,6 +50,7 @@ statements! {
     CONTROL_OUTBOXES = "control_outboxes";
     CONTROL_PARTITION_COUNTS = "control_partition_counts";
     CONTROL_PARTITIONS = "control_partitions";
+    CONTROL_REMOVE_OUTBOX = "control_remove_outbox";
     CONTROL_SLOTS = "control_slots";
     CONTROL_TELL_GROUP = "control_tell_group";
     CONTROL_TOPIC = "control_topic";
@@ -100,6 +101,7 @@ statements! {
     OUTBOX_HOLD = "outbox_hold";
     OUTBOX_KEEP = "outbox_keep";
     OUTBOX_LANES = "outbox_lanes";
+    OUTBOX_LEFT = "outbox_left";
     OUTBOX_LOCK = "outbox_lock";
     OUTBOX_LOOK = "outbox_look";
     OUTBOX_LOOK_DUE = "outbox_look_due";

@@ -8,9 +8,9 @@ use tokio::time::Instant;
 
 use crate::support::clocks::Clocks;
 use crate::support::proxy::{Rule, cluster_behind_proxy};
-use crate::support::relays::{Relay, arrive, texts};
+use crate::support::relays::{Relay, arrive, publish, texts};
 use crate::support::stored::{stored, topic};
-use crate::support::{TestCluster, client, eventually, own_server};
+use crate::support::{TestCluster, client, database, eventually, own_server, shared_server};
 
 const SECOND: Duration = Duration::from_secs(1);
 const SOON: Duration = Duration::from_secs(15);
@@ -210,4 +210,63 @@ async fn limits_are_refused_before_anything_is_sent() {
     let thousand = (0..1_000).map(|n: i32| Message::new(n.to_string()));
     assert!(producer.deliver_all_after(HOUR * 24 * 365, thousand).await.iter().all(Result::is_ok));
     assert_eq!(pending(&sql).await, 1_002);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn calls_that_nobody_repeats_any_more_are_forgotten_however_many_they_are() {
+    let test = TestCluster::new(1).await;
+    let partitions = topic(&test, "orders", 1).await;
+    let sql = test.sql(0).await;
+    let call = "insert into shardmq.delayed_call
+                select gen_random_uuid(), array[n], now() - make_interval(hours => $1)
+                  from generate_series(1, $2::int) n";
+    sql.execute(call, &[&4, &25_000]).await.unwrap();
+    sql.execute(call, &[&2, &3]).await.unwrap();
+    // Somebody whose transaction stays open keeps the relay awake.
+    let mut other = test.sql(0).await;
+    let open = other.transaction().await.unwrap();
+    publish(&open, "orders", "open", Some("k")).await;
+    let _relay = Relay::start(&test, "orders").await;
+    publish(&sql, "orders", "meanwhile", Some("k")).await;
+    arrive(&sql, &partitions, 1).await;
+    let count = "select count(*) from shardmq.delayed_call";
+    let forgotten = async || sql.query_one(count, &[]).await.unwrap().get::<_, i64>(0) == 3;
+    eventually("old calls are forgotten", SOON, forgotten).await;
+    open.rollback().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_that_is_away_holds_up_no_messages_that_wait_on_others() {
+    let (test, proxy) = cluster_behind_proxy().await;
+    let other = database(shared_server().await).await;
+    test.cluster.add_node(NodeId::new(2).unwrap(), &other).await.unwrap();
+    topic(&test, "orders", 2).await;
+    let producer = test.cluster.producer("orders").build().await.unwrap();
+    let sql = client(&other).await;
+    proxy.refuse(true);
+    proxy.cut();
+    let keys: Vec<String> = (0..20).map(|n| n.to_string()).collect();
+    let there = keys.iter().filter(|key| shardmq::key_slot(key) >= shardmq::SLOTS / 2).count();
+    let messages: Vec<Message> = keys.iter().map(|key| Message::new("x").key(key)).collect();
+    let sent = tokio::spawn(async move { producer.deliver_all_after(HOUR, messages).await });
+    let stored = async || pending(&sql).await == i64::try_from(there).unwrap();
+    eventually("those of the other node are stored", SOON, stored).await;
+    assert!(there > 0 && there < 20 && !sent.is_finished());
+    proxy.refuse(false);
+    assert!(sent.await.unwrap().iter().all(Result::is_ok));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_on_which_messages_wait_is_not_removed() {
+    let test = TestCluster::new(2).await;
+    let node = NodeId::new(2).unwrap();
+    let sql = test.sql(1).await;
+    for publish in ["'orders', ''", "'orders', '', null, null, now() + interval '1 hour'"] {
+        sql.batch_execute(&format!("select shardmq.publish({publish})")).await.unwrap();
+    }
+    let error = test.cluster.remove_node(node).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Conflict);
+    assert!(error.to_string().contains("2 messages"), "{error}");
+    sql.batch_execute("delete from shardmq.outbox; delete from shardmq.delayed").await.unwrap();
+    test.cluster.remove_node(node).await.unwrap();
 }

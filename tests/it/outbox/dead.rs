@@ -120,3 +120,21 @@ async fn a_sealed_partition_sends_its_messages_back_to_be_routed_anew() {
     assert_eq!(texts(&all), of_sealed);
     through(&sql).await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_fits_no_more_stays_aside_and_the_rest_is_put_back() {
+    let test = TestCluster::new(1).await;
+    let sql = test.sql(0).await;
+    sql.batch_execute(
+        "insert into shardmq.outbox_dead (id, topic, key, headers, payload, error, died_at) values
+             (1, 'orders', 'k', '{\"h\": \"v\"}', 'good', '', now()), (2, null, null, null, 'x', '', now()),
+             (3, 'orders', null, null, null, '', now()), (4, 'orders', null, '[]', 'x', '', now()),
+             (5, 'orders', repeat('k', 1025), null, 'x', '', now()), (6, 'O!', null, null, 'x', '', now()),
+             (7, 'orders', null, null, 'good too', '', now())",
+    )
+    .await
+    .unwrap();
+    let revive = "select shardmq.outbox_revive()";
+    assert_eq!(sql.query_one(revive, &[]).await.unwrap().get::<_, i64>(0), 2);
+    assert_eq!(dead(&sql).await.len(), 5);
+}

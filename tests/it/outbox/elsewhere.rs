@@ -10,7 +10,7 @@ use tracing::Level;
 use crate::support::relays::{Relay, arrive, publish, texts, through};
 use crate::support::said::said;
 use crate::support::stored::topic;
-use crate::support::{TestCluster, client, database, eventually, shared_server};
+use crate::support::{TestCluster, client, database, eventually, shared_server, within};
 
 const SOON: Duration = Duration::from_secs(15);
 
@@ -51,6 +51,14 @@ async fn a_database_that_is_registered_is_relayed_from_by_all() {
     arrive(&one, &partitions[..1], 20 - far).await;
     arrive(&two, &partitions[1..], far).await;
     through(&shop).await;
+    // Nobody relays from it any more once it is forgotten.
+    let held = "select holder is not null from shardmq.outbox_relay";
+    let is_held = async || shop.query_one(held, &[]).await.unwrap().get::<_, bool>(0);
+    assert!(is_held().await);
+    test.cluster.remove_outbox(&url).await.unwrap();
+    eventually("its relay ends", SOON, async || !is_held().await).await;
+    let error = test.cluster.remove_outbox(&url).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::NotFound);
     // It is nobody else's from now on.
     let node = database(shared_server().await).await;
     let draw = "update shardmq_control.cluster set id = gen_random_uuid()";
@@ -89,4 +97,33 @@ async fn a_database_that_one_process_was_told_of_is_relayed_from_by_it() {
     assert!(migrate(&test.control_url, Schema::Outbox).await.unwrap().is_empty());
     publish(&sql, "orders", "y", None).await;
     assert_eq!(texts(&arrive(&sql, &partitions, 2).await), ["x", "y"]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn relays_go_on_while_the_control_database_does_not_tell_which_outboxes_there_are() {
+    let test = TestCluster::new(1).await;
+    let partitions = topic(&test, "orders", 1).await;
+    let mut control = client(&test.control_url).await;
+    let silent = control.transaction().await.unwrap();
+    let lock = "lock table shardmq_control.outbox in access exclusive mode";
+    silent.batch_execute(lock).await.unwrap();
+    let relay = Relay::start(&test, "orders").await;
+    let sql = test.sql(0).await;
+    publish(&sql, "orders", "meanwhile", Some("k")).await;
+    arrive(&sql, &partitions, 1).await;
+    within(SOON, "a shutdown", relay.cluster.shutdown()).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_registered_database_whose_outbox_is_gone_is_told() {
+    let test = TestCluster::new(1).await;
+    topic(&test, "orders", 1).await;
+    let url = empty("closed").await;
+    migrate_outbox(&url, Some(&test.control_url)).await;
+    client(&url).await.batch_execute("drop schema shardmq cascade").await.unwrap();
+    let _relay = Relay::start(&test, "orders").await;
+    let (_, name) = url.split_once("127.0.0.1").unwrap();
+    let name = format!("127.0.0.1{name}");
+    let told = async || !said(Level::WARN, "outbox", &name).is_empty();
+    eventually("it is told", SOON, told).await;
 }
