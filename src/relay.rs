@@ -94,6 +94,8 @@ struct Outlet {
     holder: Mutex<(Uuid, Uuid)>,
     /// When the lease is over by this process's clock.
     until: Mutex<Instant>,
+    /// Held by whoever takes the relay's lock: who has the lease does not find it taken by itself.
+    working: tokio::sync::Mutex<()>,
 }
 
 /// Relays until the cluster is shut down.
@@ -195,7 +197,8 @@ impl Outlet {
             }
         };
         let until = Mutex::new(Instant::now());
-        Ok(Self { context, place, name, pool, holder: Mutex::default(), until })
+        let (holder, working) = (Mutex::default(), tokio::sync::Mutex::default());
+        Ok(Self { context, place, name, pool, holder, until, working })
     }
 
     /// Asks for the lease, and relays while it has it. Returns how long to wait before the next time.

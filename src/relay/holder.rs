@@ -229,7 +229,10 @@ impl Holder {
         step.done = std::mem::take(&mut self.done);
         let holder = self.outlet.holder();
         loop {
+            let outlet = Arc::clone(&self.outlet);
+            let working = outlet.working.lock().await;
             let stepped = outbox::step(self.outlet.get().await?, holder, &step).await;
+            drop(working);
             match stepped.map_err(|error| self.refused(error))? {
                 Stepped::NotOurs => return Ok(false),
                 Stepped::Locked => self.leave_locked(&mut step, now.0).await?,
@@ -337,15 +340,17 @@ impl Holder {
                     tracing::info!(%node, "messages are relayed to the node again");
                 }
             }
-            End::Gone => self.lanes.gone(&frozen),
+            End::Gone => {
+                // Its messages may be in the outbox again.
+                self.seen.again_all(&frozen.ids);
+                self.lanes.gone(&frozen);
+            }
             End::PutBack { full } => {
                 match full {
                     Some(day) => self.routes.is_full(partition, day),
                     None => self.routes.has_refused(&frozen.topic, partition, now),
                 }
-                for id in &frozen.ids {
-                    self.seen.again((*id, *id));
-                }
+                self.seen.again_all(&frozen.ids);
                 self.lanes.done(partition, frozen.size(), true);
             }
             End::Again(error, pause) => {

@@ -27,6 +27,9 @@ const LONG: i64 = 1_000;
 const MAX_GAPS: usize = 1_000;
 const MAX_IDS: i64 = 50_000;
 
+/// Ids that are to be looked at again become one range where there are fewer between them.
+const NEAR: i64 = 100;
+
 /// Ids from the first to the last.
 pub(super) type Range = (i64, i64);
 
@@ -111,6 +114,17 @@ impl Seen {
     /// These ids are to be looked at again.
     pub(super) fn again(&mut self, range: Range) {
         self.fresh.push(range);
+    }
+
+    /// The same of single ones. Those that lie near to each other become one range.
+    pub(super) fn again_all(&mut self, ids: &[i64]) {
+        let mut ids = ids.to_vec();
+        ids.sort_unstable();
+        for near in ids.chunk_by(|id, next| next - id <= NEAR) {
+            if let (Some(first), Some(last)) = (near.first(), near.last()) {
+                self.again((*first, *last));
+            }
+        }
     }
 
     /// Takes over what a look of this scope saw. Returns up to which id it is to be believed: what is above

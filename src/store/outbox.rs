@@ -22,6 +22,8 @@ mod snapshot;
 pub(crate) use frozen::{Frozen, State};
 pub(crate) use snapshot::Snapshot;
 
+const DAY: Duration = Duration::from_secs(86_400);
+
 /// Publishes a message in a transaction of the caller's; returns the row's id.
 pub(crate) async fn publish<C: GenericClient + Sync>(
     transaction: &C,
@@ -301,7 +303,8 @@ pub(crate) async fn step(
     let generations: Vec<i32> = step.targets.iter().map(|t| t.generation).collect();
     let producers: Vec<Uuid> = step.targets.iter().map(|_| Uuid::now_v7()).collect();
     let days: Vec<i32> = step.targets.iter().map(|t| t.day.as_i32()).collect();
-    let freeze: [&dyn Param; 11] = [
+    let first_days: Vec<i32> = step.targets.iter().map(|t| first_day(t.day).as_i32()).collect();
+    let freeze: [&dyn Param; 12] = [
         &now.0,
         &now.1,
         &now.2,
@@ -313,6 +316,7 @@ pub(crate) async fn step(
         &generations,
         &producers,
         &days,
+        &first_days,
     ];
     let of = |later: bool| -> Vec<i64> {
         step.dead.iter().filter(|dead| dead.1 == later).map(|dead| dead.0).collect()
@@ -347,6 +351,12 @@ pub(crate) async fn step(
     let frozen = if all_empty(&now, &later) { None } else { answers.pop() };
     let frozen = frozen.unwrap_or_default().iter().filter_map(Frozen::read).collect();
     Ok(Stepped::Did { frozen, buried })
+}
+
+/// Where a batch is looked for that is to be stored on a day. Another relay, whose clock is right, may store
+/// it earlier.
+fn first_day(day: Day) -> Day {
+    Day::of(day.start() - 2 * DAY).unwrap_or(day)
 }
 
 fn all_empty(now: &Places, later: &Places) -> bool {
@@ -403,25 +413,38 @@ pub(crate) async fn name_day(
 ) -> Result<Option<(Day, Day)>, Error> {
     let params: [&dyn Param; 2] = [&id, &day.as_i32()];
     let rows = write(connection, Durability::Durable, sql::OUTBOX_NAME_DAY, &params).await?;
-    let read = |row: &Row| Some((Day::from_i32(row.get(0)).ok()?, Day::from_i32(row.get(1)).ok()?));
-    Ok(rows.first().and_then(read))
+    Ok(rows.first().and_then(read_days))
 }
 
-/// Says what happens to a batch; false where it is gone, or something else does.
+fn read_days(row: &Row) -> Option<(Day, Day)> {
+    Some((Day::from_i32(row.get(0)).ok()?, Day::from_i32(row.get(1)).ok()?))
+}
+
+/// Says what happens to a batch; none where it is gone, or something else does. Returns the earliest day and
+/// the latest that attempts have named.
 pub(crate) async fn set_state(
     connection: Connection,
     id: i64,
     state: State,
-) -> Result<bool, Error> {
+) -> Result<Option<(Day, Day)>, Error> {
     let state = state.as_str();
     let params: [&dyn Param; 2] = [&id, &state];
     let rows = write(connection, Durability::Durable, sql::OUTBOX_SET_STATE, &params).await?;
-    Ok(!rows.is_empty())
+    Ok(rows.first().and_then(read_days))
 }
 
-/// Puts the messages of a withdrawn batch back into the outbox.
-pub(crate) async fn put_back(connection: Connection, id: i64) -> Result<(), Error> {
-    write(connection, Durability::Durable, sql::OUTBOX_PUT_BACK, &[&id]).await.map(drop)
+/// Puts the messages of a withdrawn batch back into the outbox, if this relay has the lock and the lease;
+/// false where it has not. A batch that is gone is back already.
+pub(crate) async fn put_back(
+    connection: Connection,
+    holder: Uuid,
+    id: i64,
+) -> Result<bool, Error> {
+    let (hold, batch): ([&dyn Param; 1], [&dyn Param; 1]) = ([&holder], [&id]);
+    let statements: [(&str, &[&dyn Param]); 3] =
+        [(sql::OUTBOX_LOCK, &[]), (sql::OUTBOX_HOLD, &hold), (sql::OUTBOX_PUT_BACK, &batch)];
+    let answers = write_all(connection, sql::OUTBOX_BEGIN, &statements).await?;
+    Ok(answers.get(1).and_then(|rows| rows.first()).is_some_and(|row| row.get(0)))
 }
 
 /// Ends a divided batch: sets the messages in these places, from 1, aside.
