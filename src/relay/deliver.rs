@@ -27,8 +27,10 @@ use crate::store::connect::refused;
 use crate::store::node::Connection;
 use crate::store::outbox::{self, Frozen, State};
 
-/// How long an attempt may take.
+/// How long an attempt may take, beyond the time for its bytes.
 const ATTEMPT: Duration = Duration::from_secs(2);
+/// What a slow connection takes in a second, in bytes.
+const SLOWEST: i32 = 1 << 20;
 /// How often days are found out before it is tried later.
 const DAYS: u32 = 4;
 /// Before a partition that is full, or whose clock is wrong, is tried again.
@@ -227,7 +229,7 @@ impl Delivery<'_> {
         append: &Append<'_>,
     ) -> Result<Result<Again, Error>, End> {
         let what = self.what();
-        match append::append_again(connection, append, ATTEMPT).await {
+        match append::append_again(connection, append, time_for(append.arrays.bytes)).await {
             Ok(answer) => Ok(Ok(answer)),
             Err(failure @ Failure::Data(_)) => Ok(Err(failure.into_error(&what))),
             Err(failure @ Failure::Locked(_)) => {
@@ -324,6 +326,11 @@ impl Delivery<'_> {
     fn what(&self) -> String {
         format!("relay to partition {}", self.frozen.partition)
     }
+}
+
+/// How long an attempt may take to append so many bytes.
+fn time_for(bytes: i32) -> Duration {
+    ATTEMPT + Duration::from_secs(1).mul_f64(f64::from(bytes.max(0)) / f64::from(SLOWEST))
 }
 
 impl Pause {

@@ -307,7 +307,7 @@ impl Holder {
         let now = Instant::now();
         if matches!(news, Ok(News::Topic(..))) {
             // What is due may have waited for this.
-            self.due.look_from_the_start(now);
+            self.due.begin_anew(now);
         }
         match news {
             Ok(News::Delivered(Outcome { frozen, end })) => self.delivered(frozen, end, now),
@@ -374,7 +374,8 @@ impl Holder {
             self.routes.forget_topics();
         }
         self.routes.settle(|partition| self.lanes.is_idle(partition));
-        for range in self.routes.released(Instant::now()) {
+        let is_looking = self.seen.is_looking_again();
+        for range in self.routes.released(Instant::now(), is_looking) {
             self.seen.again(range);
         }
     }

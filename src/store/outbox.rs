@@ -435,11 +435,7 @@ pub(crate) async fn set_state(
 
 /// Puts the messages of a withdrawn batch back into the outbox, if this relay has the lock and the lease;
 /// false where it has not. A batch that is gone is back already.
-pub(crate) async fn put_back(
-    connection: Connection,
-    holder: Uuid,
-    id: i64,
-) -> Result<bool, Error> {
+pub(crate) async fn put_back(connection: Connection, holder: Uuid, id: i64) -> Result<bool, Error> {
     let (hold, batch): ([&dyn Param; 1], [&dyn Param; 1]) = ([&holder], [&id]);
     let statements: [(&str, &[&dyn Param]); 3] =
         [(sql::OUTBOX_LOCK, &[]), (sql::OUTBOX_HOLD, &hold), (sql::OUTBOX_PUT_BACK, &batch)];
