@@ -18,6 +18,8 @@
 
 use std::time::{Duration, SystemTime};
 
+use tokio::time::timeout;
+
 use super::Outlet;
 use crate::deadline::in_time;
 use crate::error::{Error, ErrorKind, Result};
@@ -176,7 +178,9 @@ impl Delivery<'_> {
         self.outlet.failpoint("withdrawn").await;
         let _of_this_process = self.outlet.working.lock().await;
         let holder = self.outlet.holder();
-        let put_back = outbox::put_back(self.home().await?, holder, self.frozen.id).await;
+        let put_back = outbox::put_back(self.home().await?, holder, self.frozen.id);
+        let put_back = timeout(time_for(self.frozen.arrays.bytes), put_back).await;
+        let put_back = put_back.map_err(|_| self.later("its outbox does not answer"))?;
         if !put_back.map_err(|error| self.of_home(error))? {
             let error = Error::new(ErrorKind::Unavailable, "another relay is at work");
             return Err(End::Again(error, Pause::Short));

@@ -15,6 +15,11 @@ use crate::topology::{Topology, key_slot};
 
 /// When the control database is asked again that did not answer.
 const ASK_AGAIN: Duration = Duration::from_secs(2);
+/// So many topics are asked for at once, and when the next are looked at again.
+const MAX_ASKED: usize = 8;
+const ASK_NEXT: Duration = Duration::from_millis(100);
+/// Where more topics are known, those are forgotten that there are not.
+const MAX_TOPICS: usize = 10_000;
 /// How long nothing goes to a partition that has refused its messages.
 const CLOSED: Duration = Duration::from_secs(5);
 /// When a message is looked at again that somebody is about to take back.
@@ -199,7 +204,9 @@ impl Routes {
             }
             !partitions.is_empty()
         });
-        settled.iter().for_each(|topic| self.happened(topic));
+        for topic in &settled {
+            self.happened(topic);
+        }
         if !settled.is_empty() {
             self.release_partitions();
         }
@@ -235,18 +242,18 @@ impl Routes {
             self.is_released(what, now) && !(is_looking && self.is_tried_by_time(what))
         };
         let due: Vec<For> = self.waiting.keys().filter(|what| is_due(what)).cloned().collect();
-        due.into_iter().filter_map(|what| self.release(what)).collect()
+        due.iter().filter_map(|what| self.release(what)).collect()
     }
 
-    fn release(&mut self, what: For) -> Option<Range> {
-        let by_time = self.retries.remove(&what).is_some();
-        let waits = self.waiting.get_mut(&what)?;
+    fn release(&mut self, what: &For) -> Option<Range> {
+        let by_time = self.retries.remove(what).is_some();
+        let waits = self.waiting.get_mut(what)?;
         let (first, last) = waits.range;
-        if by_time && first < last && what != For::Locked {
+        if by_time && first < last && *what != For::Locked {
             (waits.range, waits.probe) = ((first + 1, last), Some(first));
             return Some((first, first));
         }
-        self.waiting.remove(&what).map(|waits| waits.range)
+        self.waiting.remove(what).map(|waits| waits.range)
     }
 
     /// Whether nothing is known to have happened; or the first is under way, and is to be heard of before.
@@ -296,6 +303,9 @@ impl Routes {
             Closed::Full(day) => *day >= today,
             Closed::Until(until) => *until > now.0,
         });
+        if self.topics.len() > MAX_TOPICS {
+            self.topics.retain(|_, known| !matches!(known, Known::Missing(..)));
+        }
         let mut asked: HashSet<String> = HashSet::new();
         for message in messages {
             let later = message.due_at.is_some();
@@ -341,8 +351,14 @@ impl Routes {
             // What is under way may be an answer of before it was published.
             Some(Known::Asked(_)) => Way::Wait(For::Topic(name.to_owned())),
             Some(Known::Away(_) | Known::Missing(..)) | None => {
-                ask.push(name.to_owned());
-                self.topics.insert(name.to_owned(), Known::Asked(Upto::default()));
+                let asked = |known: &&Known| matches!(known, Known::Asked(_));
+                let known = if self.topics.values().filter(asked).count() < MAX_ASKED {
+                    ask.push(name.to_owned());
+                    Known::Asked(Upto::default())
+                } else {
+                    Known::Away(now + ASK_NEXT)
+                };
+                self.topics.insert(name.to_owned(), known);
                 Way::Wait(For::Topic(name.to_owned()))
             }
         }

@@ -160,7 +160,9 @@ impl Seen {
     pub(super) fn again_all(&mut self, ids: &[i64]) {
         let mut ranges: Vec<Range> = ids.iter().map(|id| (*id, *id)).collect();
         ranges.sort_unstable();
-        joined(&ranges, NEAR).into_iter().for_each(|range| self.again(range));
+        for range in joined(&ranges, NEAR) {
+            self.again(range);
+        }
     }
 
     /// Takes over what a look of this scope saw. Returns up to which id it is to be believed: what is above

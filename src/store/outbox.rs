@@ -22,7 +22,7 @@ mod snapshot;
 pub(crate) use frozen::{Frozen, State};
 pub(crate) use snapshot::Snapshot;
 
-const DAY: Duration = Duration::from_secs(86_400);
+const DAY: Duration = Duration::from_hours(24);
 
 /// Publishes a message in a transaction of the caller's; returns the row's id.
 pub(crate) async fn publish<C: GenericClient + Sync>(
@@ -133,7 +133,8 @@ pub(crate) async fn end(connection: Connection, holder: Uuid) -> Result<(), Erro
 /// What a look reads.
 #[derive(Debug, Clone)]
 pub(crate) struct Asked<'a> {
-    /// Arms or disarms the flag, before anything is read.
+    pub(crate) holder: Uuid,
+    /// Arms or disarms the flag, before anything is read, if this relay has the lease.
     pub(crate) arm: Option<bool>,
     /// Keeps the lease with it.
     pub(crate) keep: Option<&'a Keep>,
@@ -179,7 +180,10 @@ impl Waiting {
 pub(crate) struct Looked {
     /// Where the lease was kept.
     pub(crate) standing: Option<Standing>,
-    pub(crate) snapshot: Snapshot,
+    /// What the flag was set to.
+    pub(crate) armed: Option<bool>,
+    /// None where it can't be read.
+    pub(crate) snapshot: Option<Snapshot>,
     /// The transaction id that was drawn.
     pub(crate) own: Option<u64>,
     /// The highest id that was drawn until then, at least.
@@ -201,22 +205,24 @@ pub(crate) async fn look(connection: Connection, asked: &Asked<'_>) -> Result<Lo
     let last: Vec<i64> = asked.ranges.iter().map(|range| range.1).collect();
     let ids: [&dyn Param; 5] = [&asked.after, &asked.limit, &first, &last, &asked.draws];
     let due: [&dyn Param; 3] = [&asked.due_after.0, &asked.due_after.1, &asked.limit];
-    let arm: [&dyn Param; 1] = [&flag];
+    let arm: [&dyn Param; 2] = [&flag, &asked.holder];
     let kept = asked.keep.map(Keep::params);
     let mut statements: Vec<(&str, &[&dyn Param])> = Vec::with_capacity(4);
-    if asked.arm.is_some() {
-        statements.push((sql::OUTBOX_ARM, &arm));
-    }
     if let Some(kept) = &kept {
         statements.push((sql::OUTBOX_KEEP, kept));
+    }
+    if asked.arm.is_some() {
+        statements.push((sql::OUTBOX_ARM, &arm));
     }
     statements.extend([(sql::OUTBOX_LOOK, &ids[..]), (sql::OUTBOX_LOOK_DUE, &due[..])]);
     let begin = format!("{}; set local synchronous_commit = off", sql::OUTBOX_BEGIN);
     let mut answers = write_all(connection, &begin, &statements).await?;
     let due = answers.pop().unwrap_or_default();
     let ids = answers.pop().unwrap_or_default();
+    let armed =
+        asked.arm.and_then(|arm| answers.pop().filter(|rows| !rows.is_empty()).map(|_| arm));
     let standing = kept.and(answers.pop()).map(|rows| standing(rows.first()));
-    Ok(read_look(standing, &ids, &due))
+    Ok(Looked { armed, ..read_look(standing, &ids, &due) })
 }
 
 fn read_look(standing: Option<Standing>, ids: &[Row], due: &[Row]) -> Looked {
@@ -226,7 +232,8 @@ fn read_look(standing: Option<Standing>, ids: &[Row], due: &[Row]) -> Looked {
     let is_due = |row: &Row| Waiting::read(row, [0, 1, 2, 3], row.get(4));
     Looked {
         standing,
-        snapshot: first.map(|row| Snapshot::parse(row.get(0))).unwrap_or_default(),
+        armed: None,
+        snapshot: first.and_then(|row| Snapshot::parse(row.get(0))),
         own,
         last_id: first.map_or(0, |row| row.get(2)),
         started: first.map_or(0.0, |row| row.get(3)),

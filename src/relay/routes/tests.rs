@@ -156,3 +156,26 @@ fn keyed_messages_wait_for_a_partition_that_has_refused_some_until_those_are_bac
     routes.forget_topics();
     assert_eq!(routes.released(Instant::now(), false), [(1, 5)]);
 }
+
+#[test]
+fn few_topics_are_asked_for_at_once_and_those_that_are_missing_are_not_all_kept() {
+    let (mut routes, stand) = (Routes::default(), Stand::default());
+    let all: Vec<Waiting> =
+        (1..=100).map(|id| message(id, &format!("unknown{id}"), None)).collect();
+    let (mut at, mut dead) = (Instant::now(), 0);
+    for _ in 0..100 {
+        let found = routes.route(&all, &stand, (at, SystemTime::now()));
+        assert!(found.ask.len() <= MAX_ASKED, "{:?}", found.ask);
+        dead = dead.max(found.step.dead.len());
+        for topic in found.ask {
+            routes.is_missing(topic, "there is none".to_owned());
+        }
+        at += ASK_NEXT;
+    }
+    assert_eq!(dead, 100);
+    for id in 0..=MAX_TOPICS {
+        routes.is_missing(format!("gone{id}"), "there is none".to_owned());
+    }
+    routes.route(&[], &stand, now());
+    assert!(routes.topics.is_empty());
+}
