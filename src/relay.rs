@@ -97,6 +97,8 @@ struct Outlet {
     holder: Mutex<(Uuid, Uuid)>,
     /// When the lease is over by this process's clock.
     until: Mutex<Instant>,
+    /// Held by whoever takes the relay's lock: who has the lease does not find it taken by itself.
+    working: tokio::sync::Mutex<()>,
 }
 
 /// Relays until the cluster is shut down.
@@ -118,11 +120,11 @@ pub(crate) async fn run(context: Arc<Context>, shutdown: CancellationToken) {
         });
         while keepers.try_join_next().is_some() {}
         for place in places {
-            if !kept.contains_key(&place) {
+            kept.entry(place.clone()).or_insert_with(|| {
                 let token = shutdown.child_token();
-                let keeper = keep(Arc::clone(&context), place.clone(), token.clone());
-                kept.insert(place, (token, keepers.spawn(keeper)));
-            }
+                let keeper = keep(Arc::clone(&context), place, token.clone());
+                (token, keepers.spawn(keeper))
+            });
         }
         let version = context.topology.version();
         let asks = seen != Some(version);
@@ -203,7 +205,8 @@ impl Outlet {
             }
         };
         let until = Mutex::new(Instant::now());
-        Ok(Self { context, place, name, pool, holder: Mutex::default(), until })
+        let (holder, working) = (Mutex::default(), tokio::sync::Mutex::default());
+        Ok(Self { context, place, name, pool, holder, until, working })
     }
 
     /// Asks for the lease, and relays while it has it. Returns how long to wait before the next time.

@@ -12,9 +12,13 @@
 //! append it, since its identity is its own. Putting it back is another matter: an attempt of the other's,
 //! late, must find it refused. The fence's row is there for the day on which it was left, and after that day
 //! an attempt that names it is turned away by it. So no attempt names a day that is not in the batch's row,
-//! and a batch that is withdrawn takes no other day.
+//! a batch that is withdrawn takes no other day, and none is fenced before the partition has come to the
+//! latest. And only who has the lease puts a batch back, under the relay's lock: whoever takes over looks for
+//! it afterwards.
 
 use std::time::{Duration, SystemTime};
+
+use tokio::time::timeout;
 
 use super::Outlet;
 use crate::deadline::in_time;
@@ -25,8 +29,10 @@ use crate::store::connect::refused;
 use crate::store::node::Connection;
 use crate::store::outbox::{self, Frozen, State};
 
-/// How long an attempt may take.
+/// How long an attempt may take, beyond the time for its bytes.
 const ATTEMPT: Duration = Duration::from_secs(2);
+/// What a slow connection takes in a second, in bytes.
+const SLOWEST: i32 = 1 << 20;
 /// How often days are found out before it is tried later.
 const DAYS: u32 = 4;
 /// Before a partition that is full, or whose clock is wrong, is tried again.
@@ -37,7 +43,7 @@ const LATER: Duration = Duration::from_secs(5);
 pub(super) enum End {
     /// It is there; the day tells of its partition.
     Done(Option<Day>),
-    /// Another relay has brought it to its end.
+    /// Another relay has brought it to its end, or is about to.
     Gone,
     /// It is in the outbox again; full, or refused for good.
     PutBack { full: Option<Day> },
@@ -109,13 +115,18 @@ impl Delivery<'_> {
                 self.set_state(State::Withdrawn).await?;
                 self.put_back(Some(day)).await
             }
-            Said::Never(error) => {
-                let (partition, topic) = (self.frozen.partition, &self.frozen.topic);
-                tracing::info!(%partition, %topic, error = %error.chain(), "a batch goes back to its outbox");
+            // Another relay's, which did not come to put it back; or of before the outbox was restored.
+            Said::Fenced => {
                 self.set_state(State::Withdrawn).await?;
                 self.put_back(None).await
             }
-            Said::Fenced => Ok(End::Gone),
+            Said::Never(error) => {
+                let (partition, topic) = (self.frozen.partition, &self.frozen.topic);
+                tracing::info!(%partition, %topic, error = %error.chain(), "a batch goes back to its outbox");
+                self.outlet.failpoint("refused").await;
+                self.set_state(State::Withdrawn).await?;
+                self.put_back(None).await
+            }
         }
     }
 
@@ -156,6 +167,7 @@ impl Delivery<'_> {
 
     /// Puts a batch back that is withdrawn, once its partition will never take it any more.
     async fn put_back(&mut self, full: Option<Day>) -> Result<End, End> {
+        self.reach_the_latest_day().await?;
         let connection = self.node().await?;
         let fenced = append::fence(connection, &self.frozen.append(), ATTEMPT).await;
         let found =
@@ -164,9 +176,28 @@ impl Delivery<'_> {
             return Ok(End::Done(Some(id.day())));
         }
         self.outlet.failpoint("withdrawn").await;
-        let put_back = outbox::put_back(self.home().await?, self.frozen.id).await;
-        put_back.map_err(|error| self.of_home(error))?;
+        let _of_this_process = self.outlet.working.lock().await;
+        let holder = self.outlet.holder();
+        let put_back = outbox::put_back(self.home().await?, holder, self.frozen.id);
+        let put_back = timeout(time_for(self.frozen.arrays.bytes), put_back).await;
+        let put_back = put_back.map_err(|_| self.later("its outbox does not answer"))?;
+        if !put_back.map_err(|error| self.of_home(error))? {
+            let error = Error::new(ErrorKind::Unavailable, "another relay is at work");
+            return Err(End::Again(error, Pause::Short));
+        }
         Ok(End::PutBack { full })
+    }
+
+    /// Waits until the partition stands on the latest day that an attempt may have named, or is gone: a fence
+    /// is forgotten at the end of its day.
+    async fn reach_the_latest_day(&self) -> Result<(), End> {
+        match self.rolled().await? {
+            Rolled::To(day) if day < self.frozen.named => {
+                Err(self.later("it is closed until the day that was named"))
+            }
+            Rolled::To(_) | Rolled::Unknown => Ok(()),
+            Rolled::Clock => Err(self.clock_is_wrong()),
+        }
     }
 
     /// Appends the whole or a part, on the day that the partition says it has.
@@ -202,7 +233,7 @@ impl Delivery<'_> {
         append: &Append<'_>,
     ) -> Result<Result<Again, Error>, End> {
         let what = self.what();
-        match append::append_again(connection, append, ATTEMPT).await {
+        match append::append_again(connection, append, time_for(append.arrays.bytes)).await {
             Ok(answer) => Ok(Ok(answer)),
             Err(failure @ Failure::Data(_)) => Ok(Err(failure.into_error(&what))),
             Err(failure @ Failure::Locked(_)) => {
@@ -233,20 +264,27 @@ impl Delivery<'_> {
     }
 
     async fn roll(&self) -> Result<Day, End> {
-        let partition = self.frozen.partition;
-        let rolled = append::roll(self.node().await?, partition, SystemTime::now()).await;
-        match rolled.map_err(|error| End::Again(error, Pause::Node))? {
+        match self.rolled().await? {
             Rolled::To(day) => Ok(day),
-            Rolled::Clock => {
-                tracing::error!(
-                    %partition, alert = "clock",
-                    "the server's clock is more than an hour ahead of this machine's"
-                );
-                Err(self.later("its clock is wrong, or this machine's"))
-            }
+            Rolled::Clock => Err(self.clock_is_wrong()),
             // Found out by the next attempt.
             Rolled::Unknown => Ok(self.frozen.day),
         }
+    }
+
+    async fn rolled(&self) -> Result<Rolled, End> {
+        let partition = self.frozen.partition;
+        let rolled = append::roll(self.node().await?, partition, SystemTime::now()).await;
+        rolled.map_err(|error| End::Again(error, Pause::Node))
+    }
+
+    fn clock_is_wrong(&self) -> End {
+        let partition = self.frozen.partition;
+        tracing::error!(
+            %partition, alert = "clock",
+            "the server's clock is more than an hour ahead of this machine's"
+        );
+        self.later("its clock is wrong, or this machine's")
     }
 
     /// Attempts name this day from now on.
@@ -259,9 +297,8 @@ impl Delivery<'_> {
 
     async fn set_state(&mut self, state: State) -> Result<(), End> {
         let set = outbox::set_state(self.home().await?, self.frozen.id, state).await;
-        if !set.map_err(|error| self.of_home(error))? {
-            return Err(End::Gone);
-        }
+        let (first, latest) = set.map_err(|error| self.of_home(error))?.ok_or(End::Gone)?;
+        (self.frozen.first_day, self.frozen.named) = (first, latest);
         self.frozen.state = state;
         self.outlet.failpoint(state.as_str()).await;
         Ok(())
@@ -293,6 +330,11 @@ impl Delivery<'_> {
     fn what(&self) -> String {
         format!("relay to partition {}", self.frozen.partition)
     }
+}
+
+/// How long an attempt may take to append so many bytes.
+fn time_for(bytes: i32) -> Duration {
+    ATTEMPT + Duration::from_secs(1).mul_f64(f64::from(bytes.max(0)) / f64::from(SLOWEST))
 }
 
 impl Pause {

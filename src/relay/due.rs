@@ -22,6 +22,8 @@ pub(super) struct Due {
     full_at: Instant,
     /// Whether the one under way does.
     is_full: bool,
+    /// Whether the last one left something behind its end.
+    has_more: bool,
     /// Whether somebody waits for that.
     is_wanted: bool,
     next: Option<Instant>,
@@ -32,12 +34,20 @@ const START: (SystemTime, i64) = (UNIX_EPOCH, 0);
 
 impl Due {
     pub(super) fn new(now: Instant) -> Self {
-        Self { place: START, full_at: now, is_full: false, is_wanted: false, next: None }
+        Self {
+            place: START,
+            full_at: now,
+            is_full: false,
+            has_more: false,
+            is_wanted: false,
+            next: None,
+        }
     }
 
     /// The place behind which the next look reads.
     pub(super) fn after(&mut self, now: Instant) -> (SystemTime, i64) {
-        self.is_full = now >= self.full_at;
+        // What waits is not looked at a second time before everything was at once.
+        self.is_full = now >= self.full_at && !self.has_more;
         if self.is_full { START } else { self.place }
     }
 
@@ -51,6 +61,7 @@ impl Due {
         began: Instant,
     ) {
         let now = Instant::now();
+        self.has_more = more;
         if self.is_full {
             self.full_at = now + FULL_EVERY.max((now - began) * SHARE);
             self.is_wanted = false;
@@ -70,9 +81,39 @@ impl Due {
         self.is_wanted = true;
     }
 
+    /// The same at once, since what waits may go now, and before what is behind it.
+    pub(super) fn begin_anew(&mut self, now: Instant) {
+        self.has_more = false;
+        self.look_from_the_start(now);
+    }
+
     /// When there is something to look at.
     pub(super) fn next(&self) -> Option<Instant> {
         let wanted = self.is_wanted.then_some(self.full_at);
         self.next.into_iter().chain(wanted).min()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_waits_is_not_looked_at_again_before_all_was_looked_at() {
+        let now = Instant::now();
+        let mut due = Due::new(now);
+        let place = |secs| (UNIX_EPOCH + Duration::from_secs(secs), 1);
+        assert_eq!(due.after(now), START);
+        due.looked(Some(place(1)), true, None, now);
+        due.look_from_the_start(now);
+        assert_eq!(due.after(now), place(1));
+        due.looked(Some(place(2)), true, None, now);
+        assert_eq!(due.after(now), place(2));
+        due.looked(Some(place(3)), false, None, now);
+        assert_eq!(due.after(now), START);
+        // Something that they waited for is there.
+        due.looked(Some(place(1)), true, None, now);
+        due.begin_anew(now);
+        assert_eq!(due.after(now), START);
     }
 }

@@ -20,6 +20,7 @@ use super::lanes::{Lanes, Next};
 use super::routes::{Routed, Routes, fitting};
 use super::seen::{Scope, Seen, Sight};
 use super::{LEASE, Outlet, listen, prune};
+use crate::deadline::in_time;
 use crate::error::{Error, ErrorKind, Result};
 use crate::metrics as names;
 use crate::name::TopicName;
@@ -39,6 +40,8 @@ const BACKOFF: (Duration, Duration) = (Duration::from_millis(1), Duration::from_
 const WAITS: Duration = Duration::from_secs(1);
 /// How many batches are read of the table at once, in bytes beyond the first.
 const LOAD: i64 = 2 << 20;
+/// How long the database may take to answer: a step may carry much.
+const SILENT: Duration = Duration::from_secs(LEASE.as_secs() * 2);
 
 /// What a task has found out.
 enum News {
@@ -146,6 +149,7 @@ impl Holder {
         let renews = now.duration_since(self.renewed) >= RENEW / 2;
         let arm = if arms { Some(true) } else { self.armed.is_none().then_some(false) };
         let asked = Asked {
+            holder: keep.holder,
             arm,
             keep: renews.then_some(&keep),
             after: scope.after,
@@ -154,9 +158,15 @@ impl Holder {
             due_after: self.due.after(now),
             limit: LIMIT,
         };
-        let looked = outbox::look(self.outlet.get().await?, &asked).await;
-        let looked = looked.map_err(|error| self.refused(error))?;
-        self.armed = arm.or(self.armed);
+        let looking = async {
+            let looked = outbox::look(self.outlet.get().await?, &asked).await;
+            looked.map_err(|error| self.refused(error))
+        };
+        let looked = self.in_time(looking).await?;
+        if arm.is_some() && looked.armed.is_none() {
+            return Ok(None);
+        }
+        self.armed = looked.armed.or(self.armed);
         match looked.standing {
             None => {}
             Some(Standing::Ours) => {
@@ -173,10 +183,13 @@ impl Holder {
             return Err(Error::new(ErrorKind::Unavailable, what));
         }
         self.started = Some(looked.started);
-        Ok(Some(self.see(&scope, looked, now)))
+        self.see(&scope, looked, now).map(Some)
     }
 
-    fn see(&mut self, scope: &Scope, looked: Looked, now: Instant) -> (Vec<Waiting>, bool) {
+    fn see(&mut self, scope: &Scope, looked: Looked, now: Instant) -> Result<(Vec<Waiting>, bool)> {
+        let Some(snapshot) = &looked.snapshot else {
+            return Err(Error::new(ErrorKind::Database, "the outbox's snapshot can't be read"));
+        };
         let limit = usize::try_from(LIMIT).unwrap_or(usize::MAX);
         let (mut messages, mut due) = (looked.published, looked.due);
         let is_cut = messages.len() >= limit;
@@ -185,13 +198,8 @@ impl Holder {
         let is_full = is_cut || fit < messages.len();
         messages.truncate(fit);
         let ids: Vec<i64> = messages.iter().map(|message| message.id).collect();
-        let sight = Sight {
-            snapshot: &looked.snapshot,
-            own: looked.own,
-            last_id: looked.last_id,
-            ids: &ids,
-            is_full,
-        };
+        let sight =
+            Sight { snapshot, own: looked.own, last_id: looked.last_id, ids: &ids, is_full };
         let upto = self.seen.observe(scope, &sight);
         messages.retain(|message| message.id <= upto);
         let due_cut = due.len() >= limit;
@@ -207,7 +215,7 @@ impl Holder {
             self.armed = None;
         }
         messages.append(&mut due);
-        (messages, moved)
+        Ok((messages, moved))
     }
 
     /// Takes messages: freezes what has somewhere to go. False: the lease is another's.
@@ -226,8 +234,15 @@ impl Holder {
         step.done = std::mem::take(&mut self.done);
         let holder = self.outlet.holder();
         loop {
-            let stepped = outbox::step(self.outlet.get().await?, holder, &step).await;
-            match stepped.map_err(|error| self.refused(error))? {
+            let outlet = Arc::clone(&self.outlet);
+            let working = outlet.working.lock().await;
+            let stepping = async {
+                let stepped = outbox::step(self.outlet.get().await?, holder, &step).await;
+                stepped.map_err(|error| self.refused(error))
+            };
+            let stepped = self.in_time(stepping).await?;
+            drop(working);
+            match stepped {
                 Stepped::NotOurs => return Ok(false),
                 Stepped::Locked => self.leave_locked(&mut step, now.0).await?,
                 Stepped::Did { frozen, buried } => {
@@ -270,9 +285,12 @@ impl Holder {
         while let Some(next) = self.lanes.next(Instant::now()) {
             match next {
                 Next::Load(partition, after) => {
-                    let connection = self.outlet.get().await?;
-                    let loaded = outbox::next(&connection, partition, after, LOAD).await;
-                    let loaded = loaded.map_err(|error| self.refused(error))?;
+                    let loading = async {
+                        let connection = self.outlet.get().await?;
+                        let loaded = outbox::next(&connection, partition, after, LOAD).await;
+                        loaded.map_err(|error| self.refused(error))
+                    };
+                    let loaded = self.in_time(loading).await?;
                     self.lanes.loaded(partition, loaded);
                 }
                 Next::Send(frozen) => {
@@ -301,7 +319,7 @@ impl Holder {
         let now = Instant::now();
         if matches!(news, Ok(News::Topic(..))) {
             // What is due may have waited for this.
-            self.due.look_from_the_start(now);
+            self.due.begin_anew(now);
         }
         match news {
             Ok(News::Delivered(Outcome { frozen, end })) => self.delivered(frozen, end, now),
@@ -334,15 +352,17 @@ impl Holder {
                     tracing::info!(%node, "messages are relayed to the node again");
                 }
             }
-            End::Gone => self.lanes.gone(&frozen),
+            End::Gone => {
+                // Its messages may be in the outbox again.
+                self.seen.again_all(&frozen.ids);
+                self.lanes.gone(&frozen);
+            }
             End::PutBack { full } => {
                 match full {
                     Some(day) => self.routes.is_full(partition, day),
                     None => self.routes.has_refused(&frozen.topic, partition, now),
                 }
-                for id in &frozen.ids {
-                    self.seen.again((*id, *id));
-                }
+                self.seen.again_all(&frozen.ids);
                 self.lanes.done(partition, frozen.size(), true);
             }
             End::Again(error, pause) => {
@@ -366,7 +386,8 @@ impl Holder {
             self.routes.forget_topics();
         }
         self.routes.settle(|partition| self.lanes.is_idle(partition));
-        for range in self.routes.released(Instant::now()) {
+        let is_looking = self.seen.is_looking_again();
+        for range in self.routes.released(Instant::now(), is_looking) {
             self.seen.again(range);
         }
     }
@@ -412,10 +433,18 @@ impl Holder {
     /// Forgets batches that are there. Not durably: who finds one again finds it stored.
     async fn forget(&mut self) -> Result<()> {
         let done = std::mem::take(&mut self.done);
-        let forgotten = outbox::forget(self.outlet.get().await?, &done).await;
-        forgotten.map_err(|error| self.refused(error))?;
+        let forgetting = async {
+            let forgotten = outbox::forget(self.outlet.get().await?, &done).await;
+            forgotten.map_err(|error| self.refused(error))
+        };
+        self.in_time(forgetting).await?;
         self.outlet.failpoint("forgotten").await;
         Ok(())
+    }
+
+    /// Whoever does not answer for so long as a lease is given up: all begins anew.
+    async fn in_time<T>(&self, doing: impl Future<Output = Result<T>>) -> Result<T> {
+        in_time(SILENT, &format!("relay from {}", self.outlet.name), doing).await
     }
 
     fn refused(&self, error: tokio_postgres::Error) -> Error {

@@ -47,6 +47,8 @@ impl Lane {
 #[derive(Debug)]
 struct Fare {
     busy: usize,
+    /// The partition that was served last: those behind it have their turn first.
+    served: Option<PartitionId>,
     failures: u32,
     retry_at: Option<Instant>,
     trouble: Trouble,
@@ -121,12 +123,17 @@ impl Lanes {
             });
             has && !lane.busy && is_due(lane.retry_at) && node_is
         };
-        let (partition, lane) = self.waiting.iter_mut().find(is_ready)?;
+        let turn = |(partition, _): &(&PartitionId, &mut Lane)| {
+            let served = nodes.get(&partition.node()).and_then(|node| node.served);
+            (served.is_some_and(|served| **partition <= served), **partition)
+        };
+        let (partition, lane) = self.waiting.iter_mut().filter(is_ready).min_by_key(turn)?;
         let Some(frozen) = lane.queue.pop_front() else {
             return Some(Next::Load(*partition, lane.last));
         };
         lane.busy = true;
-        self.nodes.entry(partition.node()).or_insert_with(Fare::new).busy += 1;
+        let node = self.nodes.entry(partition.node()).or_insert_with(Fare::new);
+        (node.busy, node.served) = (node.busy + 1, Some(*partition));
         Some(Next::Send(Box::new(frozen)))
     }
 
@@ -214,7 +221,7 @@ impl Lanes {
 
 impl Fare {
     fn new() -> Self {
-        Self { busy: 0, failures: 0, retry_at: None, trouble: Trouble::new(REMIND) }
+        Self { busy: 0, served: None, failures: 0, retry_at: None, trouble: Trouble::new(REMIND) }
     }
 }
 
@@ -231,3 +238,6 @@ impl Fares for Lanes {
 fn backoff(failures: u32) -> Duration {
     (BACKOFF.0 * 2_u32.saturating_pow(failures.min(10))).min(BACKOFF.1)
 }
+
+#[cfg(test)]
+mod tests;

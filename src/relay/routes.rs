@@ -15,6 +15,11 @@ use crate::topology::{Topology, key_slot};
 
 /// When the control database is asked again that did not answer.
 const ASK_AGAIN: Duration = Duration::from_secs(2);
+/// So many topics are asked for at once, and when the next are looked at again.
+const MAX_ASKED: usize = 8;
+const ASK_NEXT: Duration = Duration::from_millis(100);
+/// Where more topics are known, those are forgotten that there are not.
+const MAX_TOPICS: usize = 10_000;
 /// How long nothing goes to a partition that has refused its messages.
 const CLOSED: Duration = Duration::from_secs(5);
 /// When a message is looked at again that somebody is about to take back.
@@ -80,7 +85,7 @@ enum Closed {
 #[derive(Debug, Default)]
 pub(super) struct Routes {
     topics: HashMap<String, Known>,
-    waiting: HashMap<For, Range>,
+    waiting: HashMap<For, Waits>,
     retries: HashMap<For, Instant>,
     closed: HashMap<PartitionId, Closed>,
     /// Partitions whose refused batches are being put back: their topics wait, for the sake of order.
@@ -106,6 +111,14 @@ pub(super) struct Routed {
     pub(super) ask: Vec<String>,
     /// Whether something that is due waits in its table.
     pub(super) due_waits: bool,
+}
+
+/// Messages that wait for the same.
+#[derive(Debug)]
+struct Waits {
+    range: Range,
+    /// The first of all, which is looked at alone: if it does not have to wait again, neither have they.
+    probe: Option<i64>,
 }
 
 enum Way {
@@ -138,13 +151,13 @@ impl Routes {
     /// A topic as it is now.
     pub(super) fn learn(&mut self, topology: Topology) {
         let name = topology.topic.to_string();
-        self.retries.remove(&For::Topic(name.clone()));
+        self.happened(&For::Topic(name.clone()));
         self.topics.insert(name, Known::There(topology));
     }
 
     /// There is no such topic.
     pub(super) fn is_missing(&mut self, topic: String, why: String) {
-        self.retries.remove(&For::Topic(topic.clone()));
+        self.happened(&For::Topic(topic.clone()));
         let upto = match self.topics.get(&topic) {
             Some(Known::Asked(upto)) => *upto,
             _ => Upto::default(),
@@ -182,16 +195,19 @@ impl Routes {
 
     /// Nothing waits any more for these partitions.
     pub(super) fn settle(&mut self, is_idle: impl Fn(PartitionId) -> bool) {
-        let before = self.unsettled.len();
+        let mut settled = Vec::new();
         self.unsettled.retain(|topic, partitions| {
             partitions.retain(|partition| !is_idle(*partition));
             if partitions.is_empty() {
                 self.topics.remove(topic.as_str());
-                self.retries.remove(&For::Topic(topic.to_string()));
+                settled.push(For::Topic(topic.to_string()));
             }
             !partitions.is_empty()
         });
-        if self.unsettled.len() < before {
+        for topic in &settled {
+            self.happened(topic);
+        }
+        if !settled.is_empty() {
             self.release_partitions();
         }
     }
@@ -199,7 +215,18 @@ impl Routes {
     /// A key may belong to another partition by now: what waits for one is looked at again together with
     /// what comes after it.
     fn release_partitions(&mut self) {
-        self.retries.retain(|what, _| !matches!(what, For::Partition(_)));
+        let of_partitions = |what: &For| matches!(what, For::Partition(_));
+        self.retries.retain(|what, _| !of_partitions(what));
+        let waiting = self.waiting.iter_mut().filter(|(what, _)| of_partitions(what));
+        waiting.for_each(|(_, waits)| waits.probe = None);
+    }
+
+    /// What is waited for has happened: no time is, and none is tried alone.
+    fn happened(&mut self, what: &For) {
+        self.retries.remove(what);
+        if let Some(waits) = self.waiting.get_mut(what) {
+            waits.probe = None;
+        }
     }
 
     /// These wait for somebody who may take them back.
@@ -207,14 +234,32 @@ impl Routes {
         self.wait(For::Locked, id, now);
     }
 
-    /// Everything that waits for something which may be there now, to be looked at again.
-    pub(super) fn released(&mut self, now: Instant) -> Vec<Range> {
-        let due: Vec<For> =
-            self.waiting.keys().filter(|what| self.is_released(what, now)).cloned().collect();
-        for what in &due {
-            self.retries.remove(what);
+    /// What waits for something which may be there now, to be looked at again: all of it where that has
+    /// happened, the first where only time has passed, and not while there is something to look at anyhow
+    /// (`is_looking`). So what waits in large numbers is not read again and again.
+    pub(super) fn released(&mut self, now: Instant, is_looking: bool) -> Vec<Range> {
+        let is_due = |what: &For| {
+            self.is_released(what, now) && !(is_looking && self.is_tried_by_time(what))
+        };
+        let due: Vec<For> = self.waiting.keys().filter(|what| is_due(what)).cloned().collect();
+        due.iter().filter_map(|what| self.release(what)).collect()
+    }
+
+    fn release(&mut self, what: &For) -> Option<Range> {
+        let by_time = self.retries.remove(what).is_some();
+        let waits = self.waiting.get_mut(what)?;
+        let (first, last) = waits.range;
+        if by_time && first < last && *what != For::Locked {
+            (waits.range, waits.probe) = ((first + 1, last), Some(first));
+            return Some((first, first));
         }
-        due.iter().filter_map(|what| self.waiting.remove(what)).collect()
+        self.waiting.remove(what).map(|waits| waits.range)
+    }
+
+    /// Whether nothing is known to have happened; or the first is under way, and is to be heard of before.
+    fn is_tried_by_time(&self, what: &For) -> bool {
+        self.retries.contains_key(what)
+            || self.waiting.get(what).is_some_and(|waits| waits.probe.is_some())
     }
 
     fn is_released(&self, what: &For, now: Instant) -> bool {
@@ -258,6 +303,9 @@ impl Routes {
             Closed::Full(day) => *day >= today,
             Closed::Until(until) => *until > now.0,
         });
+        if self.topics.len() > MAX_TOPICS {
+            self.topics.retain(|_, known| !matches!(known, Known::Missing(..)));
+        }
         let mut asked: HashSet<String> = HashSet::new();
         for message in messages {
             let later = message.due_at.is_some();
@@ -297,16 +345,20 @@ impl Routes {
             return Way::Wait(For::Topic(name.to_owned()));
         }
         match self.topics.get(name) {
-            Some(Known::There(topology)) => {
-                self.place(topology, message.key.as_deref(), filling, fares)
-            }
+            Some(Known::There(topology)) => self.place(topology, message, filling, fares),
             Some(Known::Missing(why, upto)) if upto.has(message) => Way::Dead(why.clone()),
             Some(Known::Away(until)) if *until > now => Way::Wait(For::Topic(name.to_owned())),
             // What is under way may be an answer of before it was published.
             Some(Known::Asked(_)) => Way::Wait(For::Topic(name.to_owned())),
             Some(Known::Away(_) | Known::Missing(..)) | None => {
-                ask.push(name.to_owned());
-                self.topics.insert(name.to_owned(), Known::Asked(Upto::default()));
+                let asked = |known: &&Known| matches!(known, Known::Asked(_));
+                let known = if self.topics.values().filter(asked).count() < MAX_ASKED {
+                    ask.push(name.to_owned());
+                    Known::Asked(Upto::default())
+                } else {
+                    Known::Away(now + ASK_NEXT)
+                };
+                self.topics.insert(name.to_owned(), known);
                 Way::Wait(For::Topic(name.to_owned()))
             }
         }
@@ -315,14 +367,14 @@ impl Routes {
     fn place(
         &self,
         topology: &Topology,
-        key: Option<&str>,
+        message: &Waiting,
         filling: &mut Filling,
         fares: &impl Fares,
     ) -> Way {
-        if let Some(key) = key {
+        if let Some(key) = message.key.as_deref() {
             let partition = partition_of(topology, key_slot(key));
             return match partition {
-                Some(partition) if self.keyed_wait_for(partition) => {
+                Some(partition) if self.keyed_wait_for(partition, message) => {
                     Way::Wait(For::Partition(partition))
                 }
                 Some(partition) => Way::To(partition),
@@ -353,11 +405,13 @@ impl Routes {
         }
     }
 
-    /// Whether messages with a key have to wait for a partition: also while others do, for the sake of
+    /// Whether a message with a key has to wait for a partition: also while earlier ones do, for the sake of
     /// order.
-    fn keyed_wait_for(&self, partition: PartitionId) -> bool {
+    fn keyed_wait_for(&self, partition: PartitionId, message: &Waiting) -> bool {
+        let waits = || self.waiting.get(&For::Partition(partition));
+        let is_first = |waits: &Waits| message.due_at.is_none() && message.id < waits.range.0;
         matches!(self.closed.get(&partition), Some(Closed::Until(_)))
-            || self.waiting.contains_key(&For::Partition(partition))
+            || waits().is_some_and(|waits| !is_first(waits))
     }
 
     /// Adds a message to the batch for its partition.
@@ -403,9 +457,13 @@ impl Routes {
             For::Locked => LOCKED,
             For::Topic(_) | For::Partition(_) => ASK_AGAIN,
         };
-        self.retries.entry(what.clone()).or_insert(now + pause);
-        let range = self.waiting.entry(what).or_insert((id, id));
-        *range = (range.0.min(id), range.1.max(id));
+        let new = Waits { range: (id, id), probe: None };
+        let waits = self.waiting.entry(what.clone()).or_insert(new);
+        waits.range = (waits.range.0.min(id), waits.range.1.max(id));
+        waits.probe = waits.probe.filter(|probe| *probe != id);
+        if waits.probe.is_none() {
+            self.retries.entry(what).or_insert(now + pause);
+        }
     }
 }
 

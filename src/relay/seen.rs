@@ -15,7 +15,9 @@
 //!
 //! A look walks over the dead entries of the ranges that it reads, and while an old snapshot is held these
 //! are never cleaned up. So a short gap is looked at each time; a long one, as after a takeover, when nothing
-//! is known of what is below, only when one of its transactions has ended.
+//! is known of what is below, only when one of its transactions has ended. Where short gaps are too many,
+//! neighbours become a long one, which any of their transactions may fill: they were looked at already. And of
+//! one range a look reads so much that it ends soon.
 
 use std::collections::BTreeSet;
 
@@ -23,9 +25,14 @@ use crate::store::outbox::Snapshot;
 
 /// A gap of so many ids, and more, is long.
 const LONG: i64 = 1_000;
-/// So many gaps, or ids in short ones, become one long gap.
+/// Where there are more short gaps, or ids in them, neighbours are merged; and so are long ones.
 const MAX_GAPS: usize = 1_000;
 const MAX_IDS: i64 = 50_000;
+/// So many ids of a range are read at once.
+const SPAN: i64 = 200_000;
+
+/// Ids that are to be looked at again become one range where there are fewer between them.
+const NEAR: i64 = 100;
 
 /// Ids from the first to the last.
 pub(super) type Range = (i64, i64);
@@ -38,8 +45,18 @@ pub(super) struct Seen {
     /// To be looked at, by nobody knows whose transaction.
     fresh: Vec<Range>,
     gaps: Vec<Gap>,
-    /// A gap of more ids is long.
+    /// The last id that is to be looked at again.
+    again_upto: i64,
+    limits: Limits,
+}
+
+/// The constants above; smaller in tests.
+#[derive(Debug, Clone, Copy)]
+struct Limits {
     long: i64,
+    gaps: usize,
+    ids: i64,
+    span: i64,
 }
 
 /// Ids that were not there, and what may still bring them.
@@ -53,7 +70,18 @@ struct Gap {
 
 impl Gap {
     fn is_looked_at(&self, long: i64) -> bool {
-        self.due || self.range.1 - self.range.0 < long
+        self.due || !self.is_long(long)
+    }
+
+    fn is_long(&self, long: i64) -> bool {
+        self.range.1 - self.range.0 >= long
+    }
+
+    /// One gap in the place of two, the other above.
+    fn extend(&mut self, other: Self) {
+        self.range.1 = self.range.1.max(other.range.1);
+        self.open.extend(other.open);
+        self.due |= other.due;
     }
 }
 
@@ -81,16 +109,25 @@ pub(super) struct Sight<'a> {
 impl Seen {
     /// Nothing yet.
     pub(super) fn new() -> Self {
-        Self { next: 0, fresh: Vec::new(), gaps: Vec::new(), long: LONG }
+        let limits = Limits { long: LONG, gaps: MAX_GAPS, ids: MAX_IDS, span: SPAN };
+        Self { next: 0, fresh: Vec::new(), gaps: Vec::new(), again_upto: 0, limits }
     }
 
     /// What the next look has to read.
     pub(super) fn scope(&self) -> Scope {
-        let looked_at =
-            self.gaps.iter().filter(|gap| gap.is_looked_at(self.long)).map(|gap| gap.range);
-        let mut ranges: Vec<Range> = self.fresh.iter().copied().chain(looked_at).collect();
+        let mut ranges: Vec<Range> = self.looked_at().map(|range| self.begin(range)).collect();
         ranges.sort_unstable();
         Scope { after: self.next, ranges, draws: !self.fresh.is_empty() }
+    }
+
+    fn looked_at(&self) -> impl Iterator<Item = Range> {
+        let gaps = self.gaps.iter().filter(|gap| gap.is_looked_at(self.limits.long));
+        self.fresh.iter().copied().chain(gaps.map(|gap| gap.range))
+    }
+
+    /// What a look reads of a range.
+    fn begin(&self, (first, last): Range) -> Range {
+        (first, last.min(first.saturating_add(self.limits.span - 1)))
     }
 
     /// Whether no id is known that may still come.
@@ -111,14 +148,34 @@ impl Seen {
     /// These ids are to be looked at again.
     pub(super) fn again(&mut self, range: Range) {
         self.fresh.push(range);
+        self.again_upto = self.again_upto.max(range.1);
+    }
+
+    /// Whether something is left of what was to be looked at again.
+    pub(super) fn is_looking_again(&self) -> bool {
+        self.again_upto > 0
+    }
+
+    /// The same of single ones. Those that lie near to each other become one range.
+    pub(super) fn again_all(&mut self, ids: &[i64]) {
+        let mut ranges: Vec<Range> = ids.iter().map(|id| (*id, *id)).collect();
+        ranges.sort_unstable();
+        for range in joined(&ranges, NEAR) {
+            self.again(range);
+        }
     }
 
     /// Takes over what a look of this scope saw. Returns up to which id it is to be believed: what is above
     /// is left for the next look, which sees what is below it too.
     pub(super) fn observe(&mut self, scope: &Scope, sight: &Sight<'_>) -> i64 {
         let last = sight.ids.last().copied().unwrap_or(0);
-        let upto =
-            self.end_transactions(sight.snapshot).min(if sight.is_full { last } else { i64::MAX });
+        let is_cut = |range: &Range| self.begin(*range) != *range;
+        let cut = self.looked_at().filter(is_cut).map(|range| self.begin(range).1).min();
+        let full = if sight.is_full { last } else { i64::MAX };
+        let upto = self.end_transactions(sight.snapshot).min(cut.unwrap_or(i64::MAX)).min(full);
+        if upto >= self.again_upto {
+            self.again_upto = 0;
+        }
         let fresh = std::mem::take(&mut self.fresh);
         self.look_at_gaps(scope, sight.ids, upto);
         for range in fresh {
@@ -146,7 +203,7 @@ impl Seen {
     /// Notes which transactions are over. Returns up to which id the look is to be believed: what has ended
     /// may have been published, in a gap that was passed over, before something that was seen above.
     fn end_transactions(&mut self, snapshot: &Snapshot) -> i64 {
-        let (mut upto, long) = (i64::MAX, self.long);
+        let (mut upto, long) = (i64::MAX, self.limits.long);
         for gap in &mut self.gaps {
             let (passed_over, before) = (!gap.is_looked_at(long), gap.open.len());
             gap.open.retain(|xid| !snapshot.is_over(*xid));
@@ -162,7 +219,7 @@ impl Seen {
     fn look_at_gaps(&mut self, scope: &Scope, ids: &[i64], upto: i64) {
         let mut kept = Vec::new();
         for gap in std::mem::take(&mut self.gaps) {
-            if scope.ranges.binary_search(&gap.range).is_err() {
+            if scope.ranges.binary_search(&self.begin(gap.range)).is_err() {
                 kept.push(gap);
                 continue;
             }
@@ -177,19 +234,55 @@ impl Seen {
         self.gaps = kept;
     }
 
-    /// Where gaps are too many, one takes the place of all.
+    /// Where ranges are too many, neighbours become one. Nothing has to be looked at for that.
     fn merge(&mut self) {
-        let short = self.gaps.iter().filter(|gap| gap.range.1 - gap.range.0 < self.long);
-        let ids: i64 = short.map(|gap| gap.range.1 - gap.range.0 + 1).sum();
-        if self.fresh.len() + self.gaps.len() <= MAX_GAPS && ids <= MAX_IDS {
-            return;
+        let Limits { long, gaps: most, ids: most_ids, span } = self.limits;
+        let mut near = NEAR;
+        while self.fresh.len() > most {
+            self.fresh.sort_unstable();
+            self.fresh = joined(&self.fresh, near);
+            near = near.saturating_mul(8);
         }
-        let all = || self.fresh.iter().copied().chain(self.gaps.iter().map(|gap| gap.range));
-        let first = all().map(|range| range.0).min().unwrap_or(0);
-        let last = all().map(|range| range.1).max().unwrap_or(0);
-        self.gaps.clear();
-        self.fresh = vec![(first, last)];
+        let short = || self.gaps.iter().filter(|gap| !gap.is_long(long));
+        let ids: i64 = short().map(|gap| gap.range.1 - gap.range.0 + 1).sum();
+        if short().count() > most || ids > most_ids {
+            let fits = |last: &Gap, next: &Gap| {
+                !last.is_long(long) && !next.is_long(long) && next.range.1 - last.range.0 < span
+            };
+            self.merge_gaps(fits);
+        }
+        if self.gaps.iter().filter(|gap| gap.is_long(long)).count() > most {
+            let mut nth = 0_u32;
+            self.merge_gaps(|_, _| {
+                nth += 1;
+                nth % 2 == 1
+            });
+        }
     }
+
+    fn merge_gaps(&mut self, mut fits: impl FnMut(&Gap, &Gap) -> bool) {
+        let mut merged: Vec<Gap> = Vec::new();
+        self.gaps.sort_unstable_by_key(|gap| gap.range);
+        for gap in self.gaps.drain(..) {
+            match merged.last_mut() {
+                Some(last) if fits(last, &gap) => last.extend(gap),
+                _ => merged.push(gap),
+            }
+        }
+        self.gaps = merged;
+    }
+}
+
+/// Ranges in rising order, as one where they are near.
+fn joined(ranges: &[Range], near: i64) -> Vec<Range> {
+    let mut all: Vec<Range> = Vec::new();
+    for range in ranges {
+        match all.last_mut() {
+            Some(last) if range.0.saturating_sub(last.1) <= near => last.1 = last.1.max(range.1),
+            _ => all.push(*range),
+        }
+    }
+    all
 }
 
 /// The parts of a range up to an id, and above it.

@@ -22,6 +22,8 @@ mod snapshot;
 pub(crate) use frozen::{Frozen, State};
 pub(crate) use snapshot::Snapshot;
 
+const DAY: Duration = Duration::from_hours(24);
+
 /// Publishes a message in a transaction of the caller's; returns the row's id.
 pub(crate) async fn publish<C: GenericClient + Sync>(
     transaction: &C,
@@ -130,7 +132,8 @@ pub(crate) async fn end(connection: Connection, holder: Uuid) -> Result<(), Erro
 /// What a look reads.
 #[derive(Debug, Clone)]
 pub(crate) struct Asked<'a> {
-    /// Arms or disarms the flag, before anything is read.
+    pub(crate) holder: Uuid,
+    /// Arms or disarms the flag, before anything is read, if this relay has the lease.
     pub(crate) arm: Option<bool>,
     /// Keeps the lease with it.
     pub(crate) keep: Option<&'a Keep>,
@@ -176,7 +179,10 @@ impl Waiting {
 pub(crate) struct Looked {
     /// Where the lease was kept.
     pub(crate) standing: Option<Standing>,
-    pub(crate) snapshot: Snapshot,
+    /// What the flag was set to.
+    pub(crate) armed: Option<bool>,
+    /// None where it can't be read.
+    pub(crate) snapshot: Option<Snapshot>,
     /// The transaction id that was drawn.
     pub(crate) own: Option<u64>,
     /// The highest id that was drawn until then, at least.
@@ -198,22 +204,24 @@ pub(crate) async fn look(connection: Connection, asked: &Asked<'_>) -> Result<Lo
     let last: Vec<i64> = asked.ranges.iter().map(|range| range.1).collect();
     let ids: [&dyn Param; 5] = [&asked.after, &asked.limit, &first, &last, &asked.draws];
     let due: [&dyn Param; 3] = [&asked.due_after.0, &asked.due_after.1, &asked.limit];
-    let arm: [&dyn Param; 1] = [&flag];
+    let arm: [&dyn Param; 2] = [&flag, &asked.holder];
     let kept = asked.keep.map(Keep::params);
     let mut statements: Vec<(&str, &[&dyn Param])> = Vec::with_capacity(4);
-    if asked.arm.is_some() {
-        statements.push((sql::OUTBOX_ARM, &arm));
-    }
     if let Some(kept) = &kept {
         statements.push((sql::OUTBOX_KEEP, kept));
+    }
+    if asked.arm.is_some() {
+        statements.push((sql::OUTBOX_ARM, &arm));
     }
     statements.extend([(sql::OUTBOX_LOOK, &ids[..]), (sql::OUTBOX_LOOK_DUE, &due[..])]);
     let begin = format!("{}; set local synchronous_commit = off", sql::OUTBOX_BEGIN);
     let mut answers = write_all(connection, &begin, &statements).await?;
     let due = answers.pop().unwrap_or_default();
     let ids = answers.pop().unwrap_or_default();
+    let armed =
+        asked.arm.and_then(|arm| answers.pop().filter(|rows| !rows.is_empty()).map(|_| arm));
     let standing = kept.and(answers.pop()).map(|rows| standing(rows.first()));
-    Ok(read_look(standing, &ids, &due))
+    Ok(Looked { armed, ..read_look(standing, &ids, &due) })
 }
 
 fn read_look(standing: Option<Standing>, ids: &[Row], due: &[Row]) -> Looked {
@@ -223,7 +231,8 @@ fn read_look(standing: Option<Standing>, ids: &[Row], due: &[Row]) -> Looked {
     let is_due = |row: &Row| Waiting::read(row, [0, 1, 2, 3], row.get(4));
     Looked {
         standing,
-        snapshot: first.map(|row| Snapshot::parse(row.get(0))).unwrap_or_default(),
+        armed: None,
+        snapshot: first.and_then(|row| Snapshot::parse(row.get(0))),
         own,
         last_id: first.map_or(0, |row| row.get(2)),
         started: first.map_or(0.0, |row| row.get(3)),
@@ -300,7 +309,8 @@ pub(crate) async fn step(
     let generations: Vec<i32> = step.targets.iter().map(|t| t.generation).collect();
     let producers: Vec<Uuid> = step.targets.iter().map(|_| Uuid::now_v7()).collect();
     let days: Vec<i32> = step.targets.iter().map(|t| t.day.as_i32()).collect();
-    let freeze: [&dyn Param; 11] = [
+    let first_days: Vec<i32> = step.targets.iter().map(|t| first_day(t.day).as_i32()).collect();
+    let freeze: [&dyn Param; 12] = [
         &now.0,
         &now.1,
         &now.2,
@@ -312,6 +322,7 @@ pub(crate) async fn step(
         &generations,
         &producers,
         &days,
+        &first_days,
     ];
     let of = |later: bool| -> Vec<i64> {
         step.dead.iter().filter(|dead| dead.1 == later).map(|dead| dead.0).collect()
@@ -346,6 +357,12 @@ pub(crate) async fn step(
     let frozen = if all_empty(&now, &later) { None } else { answers.pop() };
     let frozen = frozen.unwrap_or_default().iter().filter_map(Frozen::read).collect();
     Ok(Stepped::Did { frozen, buried })
+}
+
+/// Where a batch is looked for that is to be stored on a day. Another relay, whose clock is right, may store
+/// it earlier.
+fn first_day(day: Day) -> Day {
+    Day::of(day.start() - 2 * DAY).unwrap_or(day)
 }
 
 fn all_empty(now: &Places, later: &Places) -> bool {
@@ -402,25 +419,34 @@ pub(crate) async fn name_day(
 ) -> Result<Option<(Day, Day)>, Error> {
     let params: [&dyn Param; 2] = [&id, &day.as_i32()];
     let rows = write(connection, Durability::Durable, sql::OUTBOX_NAME_DAY, &params).await?;
-    let read = |row: &Row| Some((Day::from_i32(row.get(0)).ok()?, Day::from_i32(row.get(1)).ok()?));
-    Ok(rows.first().and_then(read))
+    Ok(rows.first().and_then(read_days))
 }
 
-/// Says what happens to a batch; false where it is gone, or something else does.
+fn read_days(row: &Row) -> Option<(Day, Day)> {
+    Some((Day::from_i32(row.get(0)).ok()?, Day::from_i32(row.get(1)).ok()?))
+}
+
+/// Says what happens to a batch; none where it is gone, or something else does. Returns the earliest day and
+/// the latest that attempts have named.
 pub(crate) async fn set_state(
     connection: Connection,
     id: i64,
     state: State,
-) -> Result<bool, Error> {
+) -> Result<Option<(Day, Day)>, Error> {
     let state = state.as_str();
     let params: [&dyn Param; 2] = [&id, &state];
     let rows = write(connection, Durability::Durable, sql::OUTBOX_SET_STATE, &params).await?;
-    Ok(!rows.is_empty())
+    Ok(rows.first().and_then(read_days))
 }
 
-/// Puts the messages of a withdrawn batch back into the outbox.
-pub(crate) async fn put_back(connection: Connection, id: i64) -> Result<(), Error> {
-    write(connection, Durability::Durable, sql::OUTBOX_PUT_BACK, &[&id]).await.map(drop)
+/// Puts the messages of a withdrawn batch back into the outbox, if this relay has the lock and the lease;
+/// false where it has not. A batch that is gone is back already.
+pub(crate) async fn put_back(connection: Connection, holder: Uuid, id: i64) -> Result<bool, Error> {
+    let (hold, batch): ([&dyn Param; 1], [&dyn Param; 1]) = ([&holder], [&id]);
+    let statements: [(&str, &[&dyn Param]); 3] =
+        [(sql::OUTBOX_LOCK, &[]), (sql::OUTBOX_HOLD, &hold), (sql::OUTBOX_PUT_BACK, &batch)];
+    let answers = write_all(connection, sql::OUTBOX_BEGIN, &statements).await?;
+    Ok(answers.get(1).and_then(|rows| rows.first()).is_some_and(|row| row.get(0)))
 }
 
 /// Ends a divided batch: sets the messages in these places, from 1, aside.

@@ -3,6 +3,7 @@
 mod dead;
 mod elsewhere;
 mod interrupted;
+mod late;
 mod rights;
 mod waking;
 

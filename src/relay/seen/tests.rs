@@ -107,7 +107,7 @@ impl Model {
     }
 }
 
-fn check(acts: &[Act], gaps_are_long: bool) {
+fn check(acts: &[Act], gaps_are_long: bool, few: bool) {
     let mut model = Model {
         next_xid: 0,
         completed: 0,
@@ -120,7 +120,10 @@ fn check(acts: &[Act], gaps_are_long: bool) {
         seen: Seen::new(),
     };
     if gaps_are_long {
-        model.seen.long = 0;
+        model.seen.limits.long = 0;
+    }
+    if few {
+        model.seen.limits = Limits { long: 2, gaps: 2, ids: 3, span: 4 };
     }
     for act in acts {
         model.run(act);
@@ -128,7 +131,7 @@ fn check(acts: &[Act], gaps_are_long: bool) {
     while !model.open.is_empty() {
         model.end(0, true);
     }
-    for _ in 0..acts.len() + 10 {
+    for _ in 0..acts.len() * 2 + 10 {
         model.look(3);
     }
     assert!(model.seen.is_settled(), "{:?}", model.seen);
@@ -144,8 +147,9 @@ proptest! {
     fn what_is_committed_is_taken_once_and_in_order(
         acts in prop::collection::vec(act(), 0..120),
         gaps_are_long: bool,
+        few: bool,
     ) {
-        check(&acts, gaps_are_long);
+        check(&acts, gaps_are_long, few);
     }
 }
 
@@ -173,12 +177,52 @@ fn a_look_reads_nothing_of_a_long_gap_until_a_transaction_has_ended() {
     assert_eq!(scope.after, 5_000);
 }
 
-#[test]
-fn many_gaps_become_one() {
-    let mut seen = Seen::new();
+/// Every other id of so many, seen while a transaction is open that stays so.
+fn alternating(seen: &mut Seen, from: i64, to: i64) {
     let open = Snapshot { next: 11, open: vec![5] };
-    let ids: Vec<i64> = (1..=1_100).map(|n| n * 2).collect();
-    let sight = Sight { snapshot: &open, own: None, last_id: 2_201, ids: &ids, is_full: false };
-    seen.observe(&seen.scope(), &sight);
-    assert_eq!(seen.scope().ranges, [(1, 2_201)]);
+    let ids: Vec<i64> = (from..to).filter(|id| id % 2 == 0).collect();
+    let sight = |ids, own| Sight { snapshot: &open, own, last_id: to - 1, ids, is_full: false };
+    seen.observe(&seen.scope(), &sight(&ids, None));
+    while seen.is_due() {
+        seen.observe(&seen.scope(), &sight(&[], Some(11)));
+    }
+}
+
+#[test]
+fn many_gaps_become_long_ones_that_are_not_read_again_while_nothing_has_ended() {
+    let mut seen = Seen::new();
+    for nth in 0..50 {
+        alternating(&mut seen, 1 + nth * 2_200, 1 + (nth + 1) * 2_200);
+        let read: i64 = seen.scope().ranges.iter().map(|range| range.1 - range.0 + 1).sum();
+        assert!(read <= 3_300, "after {nth}: {read}");
+        assert!(!seen.is_settled());
+    }
+    let over = Snapshot { next: 12, open: vec![] };
+    let sight = Sight { snapshot: &over, own: None, last_id: 110_000, ids: &[], is_full: false };
+    while !seen.is_settled() {
+        seen.observe(&seen.scope(), &sight);
+    }
+}
+
+#[test]
+fn many_ranges_to_look_at_again_are_few_at_the_next_look() {
+    let mut seen = Seen::new();
+    seen.again_all(&(0..100_000).map(|n| n * 150).collect::<Vec<_>>());
+    let nothing = Snapshot { next: 11, open: vec![] };
+    let mut looks = 0;
+    while !seen.is_settled() {
+        let scope = seen.scope();
+        let sight = Sight {
+            snapshot: &nothing,
+            own: Some(11),
+            last_id: 20_000_000,
+            ids: &[],
+            is_full: false,
+        };
+        seen.observe(&scope, &sight);
+        looks += 1;
+        assert!(looks == 1 || scope.ranges.len() <= MAX_GAPS, "{}", scope.ranges.len());
+        assert!(looks < 200);
+        assert!(scope.ranges.iter().all(|range| range.1 - range.0 < SPAN));
+    }
 }

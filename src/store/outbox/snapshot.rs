@@ -10,14 +10,14 @@ pub(crate) struct Snapshot {
 }
 
 impl Snapshot {
-    /// Of the form `xmin:xmax:a,b,c`. What can't be read is a snapshot in which nothing is over.
-    pub(crate) fn parse(text: &str) -> Self {
+    /// Of the form `xmin:xmax:a,b,c`; none where it is not.
+    pub(crate) fn parse(text: &str) -> Option<Self> {
         let mut parts = text.split(':');
-        let next = parts.nth(1).and_then(|next| next.parse().ok()).unwrap_or(0);
-        let open = parts.next().unwrap_or_default().split(',');
-        let mut open: Vec<u64> = open.filter_map(|xid| xid.parse().ok()).collect();
+        let next = parts.nth(1)?.parse().ok()?;
+        let open = parts.next()?.split(',').filter(|xid| !xid.is_empty());
+        let mut open: Vec<u64> = open.map(|xid| xid.parse().ok()).collect::<Option<_>>()?;
         open.sort_unstable();
-        Self { next, open }
+        Some(Self { next, open })
     }
 
     /// Whether this transaction was over.
@@ -38,14 +38,16 @@ mod tests {
 
     #[test]
     fn a_snapshot_tells_what_is_over() {
-        let snapshot = Snapshot::parse("10:20:10,14,15");
+        let snapshot = Snapshot::parse("10:20:10,14,15").unwrap();
         assert_eq!(
             [9, 10, 11, 19, 20].map(|xid| snapshot.is_over(xid)),
             [true, false, true, true, false]
         );
         assert_eq!(snapshot.open_before(22).collect::<Vec<_>>(), [10, 14, 15, 20, 21]);
         assert_eq!(snapshot.open_before(12).collect::<Vec<_>>(), [10]);
-        assert_eq!(Snapshot::parse("7:7:").open_before(7).count(), 0);
-        assert!(!Snapshot::parse("nonsense").is_over(1));
+        assert_eq!(Snapshot::parse("7:7:").unwrap().open_before(7).count(), 0);
+        for nonsense in ["", "nonsense", "1:2", "1:x:", "1:2:a", "1:2:1,,x"] {
+            assert_eq!(Snapshot::parse(nonsense), None, "{nonsense}");
+        }
     }
 }

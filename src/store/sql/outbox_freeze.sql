@@ -4,6 +4,7 @@
 -- Of the outbox: $1 ids  $2 the batch of each, from 1  $3 its place
 -- Of those for later: $4 ids  $5 batches  $6 places
 -- Batches: $7 partitions  $8 topics  $9 generations  $10 producers  $11 days
+-- $12 the first days on which they are looked for
 with published as (
     delete from shardmq.outbox o
      where o.id = any($1::bigint[]) and current_setting('shardmq.relay', true) = 'true'
@@ -30,7 +31,7 @@ with published as (
 insert into shardmq.outbox_batch as b
        (id, partition, topic, generation, producer, first_day, day, count, bytes, ids, keys, headers, payloads)
 select nextval('shardmq.outbox_batch_id'), ($7::int[])[g.batch], ($8::text[])[g.batch],
-       ($9::int[])[g.batch], ($10::uuid[])[g.batch], ($11::int[])[g.batch], ($11::int[])[g.batch],
+       ($9::int[])[g.batch], ($10::uuid[])[g.batch], ($12::int[])[g.batch], ($11::int[])[g.batch],
        g.count, coalesce(g.bytes, 0), g.ids, g.keys, g.headers, g.payloads
   from gathered g
  order by g.batch

@@ -17,14 +17,18 @@ select s.snapshot, s.own, s.last_id, s.started, m.id, m.topic, m.key, m.bytes
                        lateral (select x.id, x.topic, x.key,
                                        coalesce(octet_length(x.payload), 0)
                                            + coalesce(octet_length(x.key), 0)
-                                           + coalesce(pg_column_size(x.headers), 0) as bytes
+                                           + case when pg_column_compression(x.headers) is null
+                            then coalesce(pg_column_size(x.headers), 0)
+                            else octet_length(x.headers::text) end as bytes
                                   from shardmq.outbox x
                                  where x.id between r.first and r.last
                                  order by x.id limit $2::int) o)
                union all
                (select y.id, y.topic, y.key,
                        coalesce(octet_length(y.payload), 0) + coalesce(octet_length(y.key), 0)
-                           + coalesce(pg_column_size(y.headers), 0)
+                           + case when pg_column_compression(y.headers) is null
+                            then coalesce(pg_column_size(y.headers), 0)
+                            else octet_length(y.headers::text) end
                   from shardmq.outbox y
                  where y.id > $1::bigint
                  order by y.id limit $2::int)) a

@@ -9,7 +9,9 @@ select m.id, m.topic, m.key, m.bytes, m.due_at, n.secs
   left join (
        select d.id, d.topic, d.key, d.due_at,
               coalesce(octet_length(d.payload), 0) + coalesce(octet_length(d.key), 0)
-                  + coalesce(pg_column_size(d.headers), 0) as bytes
+                  + case when pg_column_compression(d.headers) is null
+                            then coalesce(pg_column_size(d.headers), 0)
+                            else octet_length(d.headers::text) end as bytes
          from shardmq.delayed d
         where (d.due_at, d.id) > ($1::timestamptz, $2::bigint)
           and d.due_at <= (select shardmq.clock())

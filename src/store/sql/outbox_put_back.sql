@@ -1,7 +1,9 @@
--- Puts the messages of a withdrawn batch back into the outbox, under their ids. Primary keys.
+-- Puts the messages of a withdrawn batch back into the outbox, under their ids. Under the relay's lock only:
+-- whoever takes over looks at them after that. Primary keys.
 -- $1 id
 with gone as (
     delete from shardmq.outbox_batch b where b.id = $1 and b.state = 'withdrawn'
+       and current_setting('shardmq.relay', true) = 'true'
     returning b.topic, b.ids, b.keys, b.headers, b.payloads
 )
 insert into shardmq.outbox (id, topic, key, headers, payload, published_at)
