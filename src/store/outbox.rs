@@ -12,14 +12,13 @@ use crate::message::Message;
 use crate::name::TopicName;
 use crate::store::append::Arrays;
 use crate::store::node::{Connection, Durability, query, query_one, write, write_all};
-use crate::store::packed::Packed;
 use crate::store::param::{Param, Typed, typed};
 use crate::store::sql;
 
 mod frozen;
 mod snapshot;
 
-pub(crate) use frozen::{Frozen, State};
+pub(crate) use frozen::{Frozen, State, arrays_of};
 pub(crate) use snapshot::Snapshot;
 
 const DAY: Duration = Duration::from_hours(24);
@@ -475,29 +474,4 @@ pub(crate) async fn prune(connection: Connection) -> Result<i64, Error> {
     let limit: [&dyn Param; 1] = [&PRUNED];
     let answers = write_all(connection, &begin, &[(sql::OUTBOX_PRUNE, &limit)]).await?;
     Ok(answers.first().and_then(|rows| rows.first()).map_or(0, |row| row.get(0)))
-}
-
-/// The arrays of messages that were checked.
-pub(crate) fn arrays_of(messages: &[Message]) -> Arrays {
-    let mut arrays = Arrays::default();
-    let count = u32::try_from(messages.len()).unwrap_or(u32::MAX);
-    let any_key = messages.iter().any(|message| message.key.is_some());
-    let any_header = messages.iter().any(|message| !message.headers.is_empty());
-    let (mut keys, mut headers) = (Packed::default(), Packed::default());
-    for message in messages {
-        arrays.payloads.push(&message.payload);
-        match &message.key {
-            Some(key) => keys.push(key.as_bytes()),
-            None => keys.push_null(),
-        }
-        if message.headers.is_empty() {
-            headers.push_null();
-        } else {
-            headers.push_json(&serde_json::to_vec(&message.headers).unwrap_or_default());
-        }
-    }
-    arrays.count = i32::try_from(count).unwrap_or(i32::MAX);
-    arrays.keys = any_key.then_some(keys);
-    arrays.headers = any_header.then_some(headers);
-    arrays
 }

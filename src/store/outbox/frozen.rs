@@ -4,6 +4,7 @@ use tokio_postgres::Row;
 use uuid::Uuid;
 
 use crate::id::{Day, PartitionId};
+use crate::message::Message;
 use crate::name::TopicName;
 use crate::store::append::{Append, Arrays};
 use crate::store::packed::Packed;
@@ -130,4 +131,29 @@ impl Frozen {
             dedup_keys: None,
         }
     }
+}
+
+/// The arrays of messages that were checked.
+pub(crate) fn arrays_of(messages: &[Message]) -> Arrays {
+    let mut arrays = Arrays::default();
+    let count = u32::try_from(messages.len()).unwrap_or(u32::MAX);
+    let any_key = messages.iter().any(|message| message.key.is_some());
+    let any_header = messages.iter().any(|message| !message.headers.is_empty());
+    let (mut keys, mut headers) = (Packed::default(), Packed::default());
+    for message in messages {
+        arrays.payloads.push(&message.payload);
+        match &message.key {
+            Some(key) => keys.push(key.as_bytes()),
+            None => keys.push_null(),
+        }
+        if message.headers.is_empty() {
+            headers.push_null();
+        } else {
+            headers.push_json(&serde_json::to_vec(&message.headers).unwrap_or_default());
+        }
+    }
+    arrays.count = i32::try_from(count).unwrap_or(i32::MAX);
+    arrays.keys = any_key.then_some(keys);
+    arrays.headers = any_header.then_some(headers);
+    arrays
 }
