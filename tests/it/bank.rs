@@ -185,7 +185,8 @@ async fn bank(order: Order) {
     let (until, killed) = (Instant::now() + BROKEN, AtomicU64::new(0));
     let half = Instant::now() + BROKEN / 2;
     let mut restarted = false;
-    while Instant::now() < until {
+    // Until enough has happened for this to mean something.
+    while Instant::now() < until || killed.load(Ordering::SeqCst) < 50 {
         sleep(SECOND / 5).await;
         killed.fetch_add(killer.backends().await, Ordering::SeqCst);
         if killer.chance.below(5) == 0 {
@@ -211,8 +212,7 @@ async fn bank(order: Order) {
     }
     let (sum, wrong, transfers) = audit(&sql).await;
     assert_eq!((sum, wrong), (goal, 0), "of {transfers} transfers");
-    // Enough has happened for this to mean something.
-    assert!(transfers > 100 && killed.load(Ordering::SeqCst) > 50, "{transfers}, {killed:?}");
+    assert!(transfers > 100, "{transfers}");
     server.stop().await.unwrap();
 }
 

@@ -68,7 +68,9 @@ async fn its_day_may_be_dropped_meanwhile() {
         test.cluster.create_topic("orders", options).await.unwrap().partitions[0].partition;
     let (sql, clocks) = (test.sql(0).await, Clocks::of(&test).await);
     append_texts(&sql, partition, 1..=3).await;
-    let mut messages = consumer(&test, Order::Unordered).stream().await.unwrap();
+    // That the clock was moved is seen when the lease is renewed.
+    let builder = consumer(&test, Order::Unordered).lease(SECOND);
+    let mut messages = builder.stream().await.unwrap();
     let first = next(&mut messages).await;
     let id = first.id();
     first.retry_after(4 * 24 * 3600 * SECOND, "in four days");
