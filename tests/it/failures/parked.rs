@@ -75,6 +75,8 @@ async fn its_day_may_be_dropped_meanwhile() {
     let id = first.id();
     first.retry_after(4 * 24 * 3600 * SECOND, "in four days");
     texts_until(&mut messages, "3").await;
+    // Its time counts from when it is parked.
+    eventually("it is parked", SOON, async || count(&sql, "retry").await == 1).await;
     messages.flush().await.unwrap();
     clocks.move_server("3 days").await;
     append_texts(&sql, partition, 4..=4).await;
