@@ -68,7 +68,7 @@ pub(super) struct Failed {
     /// How many are of each key.
     held: HashMap<(Uuid, Arc<str>), usize>,
     keys: Keys,
-    /// Acquisitions of which something was held back.
+    /// Acquisitions of which something was held back since there was none.
     held_back: HashSet<(PartitionId, Uuid)>,
     /// Acquisitions that can't go on since too much is kept.
     blocked: HashSet<Uuid>,
@@ -111,6 +111,9 @@ impl Failed {
 
     /// A message failed: what must wait for it does from now on.
     pub(super) fn hold(&mut self, failed: &Resting) {
+        if self.is_empty() {
+            self.held_back.clear();
+        }
         self.count += 1;
         if !matches!(failed.hold, Hold::Nothing) {
             let Origin { holding, .. } = &*failed.origin;
@@ -203,9 +206,9 @@ impl Failed {
         self.keys.turn(owner);
     }
 
-    /// Of which acquisitions something was held back.
+    /// Of which acquisitions something may be held back.
     pub(super) fn held_back(&self) -> impl Iterator<Item = (PartitionId, Uuid)> {
-        self.held_back.iter().copied()
+        self.held_back.iter().copied().filter(|_| !self.is_empty())
     }
 
     pub(super) fn clear(&mut self) {

@@ -188,12 +188,13 @@ impl Shared {
         // What is dropped by the time limit is the statement, and none of the requests.
         let put = self.in_time(node, &fresh, self.put(node, &fresh, false)).await;
         let mut outcome = self.take_note(fresh, put, left);
-        for one in stuck {
-            let one = [one];
-            let put = self.in_time(node, &one, self.put(node, &one, true)).await;
-            let noted = self.take_note(one.into(), put, left);
-            outcome = outcome.and(noted);
-        }
+        // One partition at a time, so that what is new elsewhere waits for one at most.
+        let first = stuck.first().map(|request| request.delivery.partition());
+        let (stuck, others): (Vec<Request>, Vec<Request>) =
+            stuck.into_iter().partition(|request| Some(request.delivery.partition()) == first);
+        left.extend(others);
+        let put = self.in_time(node, &stuck, self.put(node, &stuck, true)).await;
+        outcome = outcome.and(self.take_note(stuck, put, left));
         let settled = self.in_time(node, &parked, self.settle(node, &parked)).await;
         let settled = self.take_note(parked, settled, left);
         outcome.and(settled)

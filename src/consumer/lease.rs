@@ -40,7 +40,7 @@ impl Member {
             secs,
             self.incarnation,
             session,
-            self.parked.since,
+            self.parked.since(),
         )
         .await
         .map_err(|error| refused(error, &format!("renew the lease on node {}", self.node)))?;
@@ -56,7 +56,7 @@ impl Member {
         }
         self.renewed = Some(asked);
         self.expiry.put_off(asked + lease);
-        self.expect_parked(renewed.parked_secs);
+        self.parked.expect(renewed.parked_secs);
         self.reconcile(renewed.owned).await?;
         // Not since the start: the node may have been away, and nothing taken there as yet.
         if let Some(journal) = &shared.journal
@@ -117,7 +117,7 @@ impl Member {
         let acquired = self.acquire(&lacking).await?;
         if !acquired.is_empty() {
             // Something may be parked there.
-            self.look_for_parked();
+            self.parked.look_at_all();
         }
         for acquired in acquired {
             self.begin(acquired).await;

@@ -211,13 +211,13 @@ impl Member {
                 () = sleep_until(self.pace.due()) => {
                     self.attempt(Work::Flush).await;
                 }
-                () = sleep_until(self.parked.at.unwrap_or(renew_at)),
-                    if self.parked.at.is_some() && self.fetching.is_empty() =>
+                () = sleep_until(self.parked.at().unwrap_or(renew_at)),
+                    if self.parked.at().is_some() && self.fetching.is_empty() =>
                 {
                     self.begin_to_fetch();
                 }
-                Some(Ok(fetched)) = self.fetching.join_next() => self.fetched(fetched),
-                () = waker.notified() => self.look_for_parked(),
+                Some(Ok(fetched)) = self.fetching.join_next() => self.fetched(&fetched),
+                () = waker.notified() => self.parked.look_at_all(),
                 () = sleep_until(look_at) => {
                     self.attempt(Work::Look).await;
                     look_at = Instant::now() + jitter(poll);
@@ -416,7 +416,7 @@ impl Member {
                 }
                 self.stop = Some((until, reply));
             }
-            Command::Parked { secs } => self.expect_parked(Some(secs)),
+            Command::Parked { secs } => self.parked.expect(Some(secs)),
             // Those who sleep are woken by any command, and who works does this anyway.
             Command::Rebalance | Command::Renew | Command::Probe => {}
         }

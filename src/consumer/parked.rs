@@ -171,26 +171,91 @@ impl Holding {
     }
 }
 
-/// What a member knows of what is parked on its node.
+/// What a member knows of what is parked on its node. Pure.
+///
+/// Whatever is asked for while a fetch is under way is for the next one: that one may not have seen it.
 #[derive(Debug)]
 pub(super) struct Expected {
     /// When something is due.
-    pub(super) at: Option<Instant>,
+    at: Option<Instant>,
     /// What was due before is known, by the node's clock.
-    pub(super) since: Option<SystemTime>,
+    since: Option<SystemTime>,
+    /// Everything is to be looked at, whenever it was due.
+    all: bool,
     looked_at_all: Instant,
 }
 
 impl Default for Expected {
     fn default() -> Self {
-        Self { at: None, since: None, looked_at_all: Instant::now() }
+        Self { at: None, since: None, all: true, looked_at_all: Instant::now() }
+    }
+}
+
+impl Expected {
+    /// When a fetch is due.
+    pub(super) fn at(&self) -> Option<Instant> {
+        self.at
+    }
+
+    /// From when on a look is worth its while: from the beginning where there is no time.
+    pub(super) fn since(&self) -> Option<SystemTime> {
+        self.since.filter(|_| !self.all)
+    }
+
+    /// Something is due in so many seconds.
+    pub(super) fn expect(&mut self, secs: Option<f64>) {
+        let Some(secs) = secs else { return };
+        let wait = Duration::try_from_secs_f64(secs.clamp(0.0, 1e9)).unwrap_or_default();
+        let at = Instant::now() + wait;
+        self.at = Some(self.at.map_or(at, |before| before.min(at)));
+    }
+
+    /// All that is due is to be looked at, whenever it was.
+    pub(super) fn look_at_all(&mut self) {
+        self.all = true;
+        self.expect(Some(0.0));
+    }
+
+    /// A fetch begins; returns from when on it looks.
+    fn begin(&mut self) -> Option<SystemTime> {
+        self.at = None;
+        self.all |= self.looked_at_all.elapsed() > FULL_LOOK;
+        let since = self.since();
+        if since.is_none() {
+            self.looked_at_all = Instant::now();
+        }
+        self.all = false;
+        since
+    }
+
+    /// It has ended; none where it failed.
+    fn end(&mut self, fetched: Option<&Fetched>) {
+        let was_all = fetched.is_none_or(|fetched| fetched.since.is_none());
+        match fetched {
+            Some(fetched) if fetched.complete => self.since = fetched.complete_to,
+            // What it has left out may have been due long ago.
+            _ => self.all |= was_all,
+        }
+        match fetched {
+            Some(fetched) => {
+                self.expect(fetched.next_secs);
+                self.expect(fetched.more.then_some(MORE));
+            }
+            None => self.expect(Some(1.0)),
+        }
     }
 }
 
 /// How a fetch went.
+#[derive(Debug)]
 pub(super) struct Fetched {
     next_secs: Option<f64>,
+    /// From when on it has looked.
     since: Option<SystemTime>,
+    /// By the node's clock: what was due before is known, if it is complete.
+    complete_to: Option<SystemTime>,
+    /// Nothing was left out.
+    complete: bool,
     more: bool,
 }
 
@@ -226,9 +291,9 @@ impl Shared {
             due.await.map_err(|error| refused(error, &what()))
         };
         let late = || Error::new(ErrorKind::Unavailable, format!("node {node}: no answer in time"));
-        let due: Due = timeout(FETCH_TIME, asking).await.map_err(|_| late())??;
+        let mut due: Due = timeout(FETCH_TIME, asking).await.map_err(|_| late())??;
         let more = !due.parked.is_empty();
-        for parked in due.parked {
+        for parked in std::mem::take(&mut due.parked) {
             let holding = held.iter().find(|holding| holding.partition == parked.partition);
             let Some(claim) = holding.and_then(|holding| holding.claim(parked.id)) else {
                 continue;
@@ -240,55 +305,85 @@ impl Shared {
             let (row, again) = (Arc::new(row), Again { claim, past });
             self.send(Event::Parked { holding, row, again, room });
         }
-        let since = due.complete_to.filter(|_| all && !more);
-        Ok(Fetched { next_secs: due.next_secs, since, more })
+        let Due { next_secs, complete_to, .. } = due;
+        Ok(Fetched { next_secs, since, complete_to, complete: all && !more, more })
     }
 }
 
 impl Member {
-    /// Something parked is due in so many seconds.
-    pub(super) fn expect_parked(&mut self, secs: Option<f64>) {
-        let Some(secs) = secs else { return };
-        let wait = Duration::try_from_secs_f64(secs.clamp(0.0, 1e9)).unwrap_or_default();
-        let at = Instant::now() + wait;
-        self.parked.at = Some(self.parked.at.map_or(at, |before| before.min(at)));
-    }
-
-    /// All that is due is to be looked at, whenever it was.
-    pub(super) fn look_for_parked(&mut self) {
-        self.parked.since = None;
-        self.expect_parked(Some(0.0));
-    }
-
     /// Begins to fetch what is due, beside all else: a large message over a slow line takes long.
     pub(super) fn begin_to_fetch(&mut self) {
-        self.parked.at = None;
-        let held: Vec<_> =
-            self.holdings.values().filter(|holding| holding.is_held()).cloned().collect();
-        if held.is_empty() {
-            return;
-        }
-        if self.parked.looked_at_all.elapsed() > FULL_LOOK {
-            self.parked.since = None;
-        }
-        if self.parked.since.is_none() {
-            self.parked.looked_at_all = Instant::now();
-        }
-        let shared = Arc::clone(&self.shared);
-        self.fetching.spawn(shared.fetch_parked(self.node, held, self.parked.since));
+        let since = self.parked.begin();
+        let held = self.holdings.values().filter(|holding| holding.is_held());
+        let (shared, held) = (Arc::clone(&self.shared), held.cloned().collect());
+        self.fetching.spawn(shared.fetch_parked(self.node, held, since));
     }
 
-    pub(super) fn fetched(&mut self, fetched: Result<Fetched>) {
-        match fetched {
-            Ok(fetched) => {
-                self.parked.since = fetched.since.or(self.parked.since);
-                self.expect_parked(fetched.next_secs);
-                self.expect_parked(fetched.more.then_some(MORE));
-            }
-            Err(error) => {
-                tracing::debug!(node = %self.node, error = %error.chain(), "parked messages later");
-                self.expect_parked(Some(1.0));
-            }
+    pub(super) fn fetched(&mut self, fetched: &Result<Fetched>) {
+        if let Err(error) = fetched {
+            tracing::debug!(node = %self.node, error = %error.chain(), "parked messages later");
         }
+        self.parked.end(fetched.as_ref().ok());
     }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn at(secs: u64) -> SystemTime {
+        SystemTime::UNIX_EPOCH + Duration::from_secs(secs)
+    }
+
+    fn fetched(since: Option<SystemTime>, complete: bool) -> Fetched {
+        let complete_to = Some(at(100));
+        Fetched { next_secs: None, since, complete_to, complete, more: false }
+    }
+
+    #[tokio::test]
+    async fn what_is_asked_for_while_a_fetch_is_under_way_is_for_the_next_one() {
+        let mut expected = Expected::default();
+        let since = expected.begin();
+        assert_eq!(since, None);
+        // Another partition was taken, say, of which the fetch knows nothing.
+        expected.look_at_all();
+        expected.end(Some(&fetched(since, true)));
+        assert!(expected.at().is_some());
+        assert_eq!((expected.since(), expected.begin()), (None, None));
+        expected.end(Some(&fetched(None, true)));
+        assert_eq!((expected.since(), expected.begin()), (Some(at(100)), Some(at(100))));
+    }
+
+    #[tokio::test]
+    async fn a_look_at_all_that_left_something_out_or_failed_is_made_again() {
+        for ended in [Some(fetched(None, false)), None] {
+            let mut expected = Expected::default();
+            expected.begin();
+            expected.end(Some(&fetched(None, true)));
+            expected.look_at_all();
+            assert_eq!(expected.begin(), None);
+            expected.end(ended.as_ref());
+            assert_eq!(expected.begin(), None, "{ended:?}");
+        }
+        // One that began later is no worse than before.
+        let mut expected = Expected::default();
+        expected.begin();
+        expected.end(Some(&fetched(None, true)));
+        let since = expected.begin();
+        expected.end(Some(&fetched(since, false)));
+        assert_eq!(expected.begin(), Some(at(100)));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn now_and_then_all_is_looked_at() {
+        let mut expected = Expected::default();
+        expected.begin();
+        expected.end(Some(&fetched(None, true)));
+        tokio::time::advance(FULL_LOOK + MS).await;
+        assert_eq!(expected.begin(), None);
+        expected.end(Some(&fetched(None, true)));
+        assert_eq!(expected.begin(), Some(at(100)));
+    }
+
+    const MS: Duration = Duration::from_millis(1);
 }
