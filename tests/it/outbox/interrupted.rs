@@ -56,10 +56,13 @@ async fn stopping(test: &TestCluster, place: &'static str) -> (Relay, Arc<Atomic
     (relay, stopped)
 }
 
-async fn stops_at(place: &'static str) {
-    let test = TestCluster::new(1).await;
-    let partitions = topic(&test, "orders", 3).await;
-    let sql = test.sql(0).await;
+/// What is published on node 01 is for partitions of this node.
+async fn stops_at(place: &'static str, target: u8) {
+    let test = TestCluster::new(target).await;
+    let options = TopicOptions::partitions(3).nodes([NodeId::new(target).unwrap()]);
+    let made = test.cluster.create_topic("orders", options).await.unwrap();
+    let partitions: Vec<PartitionId> = made.partitions.iter().map(|p| p.partition).collect();
+    let (sql, there) = (test.sql(0).await, test.sql(usize::from(target) - 1).await);
     publish_all(&sql, 0, 100).await;
     let (relay, stopped) = stopping(&test, place).await;
     let has_stopped = async || stopped.load(Ordering::SeqCst);
@@ -68,24 +71,27 @@ async fn stops_at(place: &'static str) {
     let _next = Relay::start(&test, "orders").await;
     publish_all(&sql, 100, 200).await;
     relay.cluster.shutdown().await;
-    check(&arrive(&sql, &partitions, 200).await, 200);
+    check(&arrive(&there, &partitions, 200).await, 200);
     through(&sql).await;
 }
 
 macro_rules! stops {
-    ($($test:ident = $place:literal;)*) => {$(
+    ($($test:ident = $place:literal, $target:literal;)*) => {$(
         #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
         async fn $test() {
-            stops_at($place).await;
+            stops_at($place, $target).await;
         }
     )*};
 }
 
 stops! {
-    a_relay_that_stops_after_a_look_is_replaced = "looked";
-    a_relay_that_stops_after_freezing_is_replaced = "frozen";
-    a_relay_that_stops_after_appending_is_replaced = "appended";
-    a_relay_that_stops_after_forgetting_is_replaced = "forgotten";
+    a_relay_that_stops_after_a_look_is_replaced = "looked", 1;
+    a_relay_that_stops_after_freezing_is_replaced = "frozen", 1;
+    a_relay_that_stops_after_appending_is_replaced = "appended", 1;
+    a_relay_that_stops_after_forgetting_is_replaced = "forgotten", 1;
+    a_relay_to_another_node_that_stops_after_freezing_is_replaced = "frozen", 2;
+    a_relay_to_another_node_that_stops_after_appending_is_replaced = "appended", 2;
+    a_relay_to_another_node_that_stops_after_forgetting_is_replaced = "forgotten", 2;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
