@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, SystemTime};
 
-use shardmq::{ConsumerBuilder, Delivery, ErrorKind, Order};
+use shardmq::{ConsumerBuilder, Delivery, ErrorKind, Messages, Order, PartitionId, RetryPolicy};
 use tokio_postgres::Client;
 
 use crate::support::reading::{append_texts, cursor, cursors, next, next_text, seek, take, text};
@@ -151,13 +151,25 @@ async fn leased_until(sql: &Client) -> SystemTime {
     sql.query_one(latest, &[]).await.unwrap().get(0)
 }
 
+/// The next of a partition; those of others are dropped, and come again.
+async fn next_of(messages: &mut Messages, partition: PartitionId) -> Delivery {
+    loop {
+        let delivery = next(messages).await;
+        if delivery.partition() == partition {
+            return delivery;
+        }
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_transaction_that_stays_open_keeps_nobody_from_a_lease() {
     let test = TestCluster::new(1).await;
     let partitions = topic(&test, "orders", 2).await;
     let (mut sql, watch) = (test.sql(0).await, test.sql(0).await);
     append_texts(&watch, partitions[0], ["held", "after"]).await;
-    let builder = || consumer(&test).lease(SECOND).drain_timeout(SECOND / 2);
+    // What is dropped comes again soon, however often it was.
+    let policy = || RetryPolicy::fixed(SECOND / 10).for_ever();
+    let builder = || consumer(&test).lease(SECOND).drain_timeout(SECOND / 2).retry_policy(policy());
     let mut messages = builder().stream().await.unwrap();
     let mut held = next(&mut messages).await;
     let transaction = sql.transaction().await.unwrap();
@@ -168,13 +180,7 @@ async fn a_transaction_that_stays_open_keeps_nobody_from_a_lease() {
     let mut sent = 0;
     while leased_until(&watch).await < until + 3 * SECOND {
         append_texts(&watch, partitions[1], [sent]).await;
-        loop {
-            let delivery = next(&mut messages).await;
-            if delivery.partition() == partitions[1] {
-                delivery.ack().unwrap();
-                break;
-            }
-        }
+        next_of(&mut messages, partitions[1]).await.ack().unwrap();
         sent += 1;
         let committed = async || {
             let now = cursor(&watch, "g", partitions[1]).await;
@@ -184,7 +190,7 @@ async fn a_transaction_that_stays_open_keeps_nobody_from_a_lease() {
         eventually("the other partition is committed", SOON, committed).await;
     }
     append_texts(&watch, partitions[1], ["held too"]).await;
-    let mut held_too = next(&mut messages).await;
+    let mut held_too = next_of(&mut messages, partitions[1]).await;
     let mut other_sql = test.sql(0).await;
     let other_transaction = other_sql.transaction().await.unwrap();
     let acknowledged_too = held_too.commit_in(&other_transaction).await.unwrap();

@@ -28,6 +28,7 @@ pub mod said;
 pub mod signals;
 pub mod small_disk;
 pub mod stored;
+mod watchdog;
 
 /// The runtime of what outlives a test: each test has a runtime of its own.
 static BACKGROUND: LazyLock<tokio::runtime::Runtime> = LazyLock::new(|| {
@@ -40,7 +41,7 @@ const TEMPLATE: &str = "shardmq_template";
 
 /// The Postgres that tests share. They must not restart it, nor change its settings.
 pub async fn shared_server() -> &'static Server {
-    logs();
+    set_up();
     SHARED
         .get_or_init(|| async {
             BACKGROUND
@@ -51,8 +52,10 @@ pub async fn shared_server() -> &'static Server {
         .await
 }
 
-/// Shows what the library logs where `RUST_LOG` asks for it, and keeps what it says of trouble.
-fn logs() {
+/// Sees to it that a test that hangs is ended. Shows what the library logs where `RUST_LOG` asks for it, and
+/// keeps what it says of trouble.
+fn set_up() {
+    watchdog::watched();
     let shown = tracing_subscriber::fmt::layer().with_test_writer();
     let shown = shown.with_filter(tracing_subscriber::EnvFilter::from_default_env());
     let kept = said::Keep.with_filter(LevelFilter::INFO);
@@ -66,7 +69,7 @@ pub async fn own_server() -> Server {
 
 /// Starts a server and makes the migrated template in it.
 pub async fn prepared(builder: shardmq::embedded::ServerBuilder) -> Server {
-    logs();
+    set_up();
     let server = builder.start().await.unwrap();
     prepare(&server).await;
     server
@@ -74,6 +77,7 @@ pub async fn prepared(builder: shardmq::embedded::ServerBuilder) -> Server {
 
 /// Makes the migrated template.
 pub async fn prepare(server: &Server) {
+    watchdog::serves(server.url("postgres"));
     server.create_database(TEMPLATE).await.unwrap();
     let url = server.url(TEMPLATE);
     for schema in [Schema::Control, Schema::Log, Schema::Node, Schema::Dedup] {
@@ -84,6 +88,7 @@ pub async fn prepare(server: &Server) {
 /// A migrated database, not yet a node of any cluster. Returns its URL.
 pub async fn database(server: &Server) -> String {
     static NEXT: AtomicU32 = AtomicU32::new(1);
+    set_up();
     let name = format!("t{}_{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
     let admin = client(&server.url("postgres")).await;
     admin.batch_execute(&format!("create database {name} template {TEMPLATE}")).await.unwrap();

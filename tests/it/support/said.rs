@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Debug;
-use std::sync::Mutex;
+use std::sync::{Mutex, PoisonError};
 
 use tracing::field::{Field, Visit};
 use tracing::{Event, Level, Subscriber};
@@ -40,6 +40,12 @@ impl Visit for Said {
 pub fn said(level: Level, field: &str, value: &str) -> Vec<Said> {
     let all = SAID.lock().unwrap();
     all.iter().filter(|said| said.level <= level && said.has(field, value)).cloned().collect()
+}
+
+/// The last that the library said of trouble, the latest first.
+pub fn last(count: usize) -> Vec<Said> {
+    let all = SAID.lock().unwrap_or_else(PoisonError::into_inner);
+    all.iter().rev().filter(|said| said.level <= Level::WARN).take(count).cloned().collect()
 }
 
 /// Keeps what is said.
