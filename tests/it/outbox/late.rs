@@ -21,7 +21,7 @@ struct Stopped {
 }
 
 impl Stopped {
-    /// `wholly`: it looks no more, and loses its lease without knowing.
+    /// `wholly`: after one more look it does nothing, and loses its lease without knowing.
     async fn new(test: &TestCluster, wholly: bool) -> Self {
         let new = || Arc::new(Semaphore::new(0));
         let (refused, looked, rests, on) = (new(), new(), new(), new());
@@ -39,7 +39,7 @@ impl Stopped {
                     come.add_permits(1);
                     if name == "refused" {
                         let _ = on.acquire().await;
-                    } else if wholly {
+                    } else if wholly && name == "looked" {
                         std::future::pending::<()>().await;
                     }
                 })
