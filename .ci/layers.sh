@@ -31,8 +31,9 @@ forbid 'a notification inside the appending transaction' 'pg_notify|\bnotify [a-
     "src/[^:]*\.rs|$notifying"
 forbid 'a connection that is opened elsewhere' 'tokio_postgres::connect|\bconfig\.connect\(|NoTls' \
     'src/store/(target|tls)\.rs'
-forbid 'a crate of the command in the library' '\b(clap|comfy_table|indicatif|jiff|axum|redis)::' \
+forbid 'a crate of the command in the library' '\b(clap|comfy_table|indicatif|jiff|axum)::' \
     'src/bin/'
+forbid 'Redis outside of its notifier' '\bredis::' 'src/notifier/redis(\.rs|/)|src/notifier\.rs'
 
 # Without features the library brings no command line, no web server, no Redis, no TLS.
 unwanted='clap|comfy-table|indicatif|jiff|tempfile|tracing-subscriber|axum|hyper|redis|rustls|openssl|native-tls'

@@ -21,12 +21,14 @@ use crate::topology::{even_slots, interleave, spread};
 mod dead;
 mod groups;
 mod nodes;
+mod notifier;
 mod partitions;
 mod seek;
 
 pub use dead::{DeadLetter, DeadLetterFilter, DeadLetterId, DeadLetters, DeadLettersMoved};
 pub use groups::{CursorState, GroupInfo, GroupPartition, GroupSummary, MemberInfo};
 pub use nodes::NodeInfo;
+pub use notifier::NotifierSetting;
 pub use seek::Sought;
 
 /// The most partitions of a cluster: 99 nodes of 99.

@@ -16,7 +16,7 @@ use crate::consumer::ConsumerBuilder;
 use crate::error::Result;
 use crate::id::NodeId;
 use crate::name::TopicName;
-use crate::notifier::{Notifier, PostgresNotifier};
+use crate::notifier::{Notifier, NotifierKind};
 use crate::producer::ProducerBuilder;
 use crate::relay;
 use crate::store::connect;
@@ -27,11 +27,16 @@ use crate::upkeep;
 
 mod cache;
 mod follow;
+mod hints;
 mod nodes;
 mod presence;
 mod topology_file;
 
 pub(crate) use cache::Cache;
+#[cfg(feature = "redis")]
+pub(crate) use hints::prefix;
+use hints::{Means, Told};
+pub(crate) use hints::{NOTIFIER, REDIS_URL};
 pub(crate) use nodes::{ListenAt, Nodes};
 pub(crate) use presence::{Place, Presence};
 use topology_file::TopologyFile;
@@ -63,7 +68,7 @@ pub struct ClusterBuilder {
     url: String,
     pools: PoolOptions,
     listen_urls: HashMap<NodeId, String>,
-    notifier: Option<Arc<dyn Notifier>>,
+    told: Told,
     upkeep: bool,
     outboxes: Vec<String>,
     relay_failpoint: Option<relay::Failpoint>,
@@ -135,9 +140,25 @@ impl ClusterBuilder {
         self
     }
 
-    /// Takes another notifier than Postgres' `LISTEN/NOTIFY`.
+    /// Takes a notifier of the caller's own. [`Cluster::shutdown`] shuts it down too.
     pub fn notifier(mut self, notifier: impl Notifier) -> Self {
-        self.notifier = Some(Arc::new(notifier));
+        self.told.own = Some(Arc::new(notifier));
+        self
+    }
+
+    /// Which notifier this process has, whatever the environment (`SHARDMQ_NOTIFIER`) or the cluster
+    /// ([`Cluster::set_notifier`]) say. Where none of them says, Postgres.
+    pub fn notifier_kind(mut self, kind: NotifierKind) -> Self {
+        self.told.kind = Some(kind);
+        self
+    }
+
+    /// Where the Redis is through which hints go, whatever the environment (`SHARDMQ_REDIS_URL`) or the
+    /// cluster say: see [`RedisNotifier::new`](crate::notifier::RedisNotifier::new). Where a process is told of
+    /// one and of no notifier, it uses that one, with Postgres or without it as the cluster does. Needs
+    /// feature `redis`.
+    pub fn redis_url(mut self, url: &str) -> Self {
+        self.told.redis_url = Some(url.to_owned());
         self
     }
 
@@ -163,7 +184,8 @@ impl ClusterBuilder {
     ///
     /// # Errors
     /// [`Unavailable`](crate::ErrorKind::Unavailable) where the control database can't be reached and no
-    /// [topology file](Self::topology_file) was kept before.
+    /// [topology file](Self::topology_file) was kept before; [`Invalid`](crate::ErrorKind::Invalid) where the
+    /// notifier needs a Redis that nobody has named, or that is no address.
     pub async fn connect(self) -> Result<Cluster> {
         for url in self.listen_urls.values().chain(&self.outboxes) {
             connect::parse(url)?;
@@ -179,7 +201,7 @@ impl ClusterBuilder {
         nodes.learn(start.version, start.nodes.clone().into_iter().collect())?;
         let nodes = Arc::new(nodes);
         let (shutdown, tasks) = (CancellationToken::new(), TaskTracker::new());
-        let id = start.cluster;
+        let (id, settings) = (start.cluster, start.settings.clone());
         let (known, there) = (Arc::clone(&control), Arc::clone(&nodes));
         let topology = Arc::new(Cache::new(start, known, there, file, tasks.clone()));
         topology.keep();
@@ -188,10 +210,9 @@ impl ClusterBuilder {
         tasks.spawn(shutdown.child_token().run_until_cancelled_owned(follow));
         let close_idle = nodes::close_idle(Arc::clone(&nodes), self.idle_timeout);
         tasks.spawn(shutdown.child_token().run_until_cancelled_owned(close_idle));
-        let notifier = self.notifier.unwrap_or_else(|| {
-            let nodes = Arc::clone(&nodes);
-            Arc::new(PostgresNotifier::new(nodes, shutdown.child_token(), tasks.clone()))
-        });
+        let (known, stop) = (Arc::clone(&nodes), shutdown.child_token());
+        let means = Means { cluster: id, nodes: known, shutdown: stop, tasks: tasks.clone() };
+        let notifier = self.told.make(&settings, means)?;
         let relay = Arc::new(relay::Context {
             cluster: id,
             control: Arc::clone(&control),
@@ -237,7 +258,7 @@ impl Cluster {
             url: url.to_owned(),
             pools: PoolOptions { connections: CONNECTIONS, prepared_statements },
             listen_urls: HashMap::new(),
-            notifier: None,
+            told: Told::default(),
             upkeep: true,
             outboxes: Vec::new(),
             relay_failpoint: None,
@@ -274,6 +295,7 @@ impl Cluster {
     pub async fn shutdown(&self) {
         self.inner.shutdown.cancel();
         self.inner.tasks.close();
+        self.inner.notifier.shutdown().await;
         let _ = tokio::time::timeout(Duration::from_secs(5), self.inner.tasks.wait()).await;
         self.inner.nodes.close();
         self.inner.control.close();

@@ -26,6 +26,7 @@ mod journal;
 mod keys;
 mod lanes;
 mod lease;
+mod looks;
 mod member;
 mod messages;
 mod parked;
@@ -36,6 +37,7 @@ mod roster;
 mod runner;
 mod shared;
 pub(crate) mod start;
+mod status;
 mod transaction;
 mod wanted;
 
@@ -51,6 +53,7 @@ pub use messages::Messages;
 use parked::Again;
 pub use retry::RetryPolicy;
 use shared::Shared;
+pub use status::{ConsumerEvent, ConsumerEvents, ConsumerPartition, ConsumerStatus, NodeHints};
 pub use transaction::Acknowledged;
 
 /// Where a group starts that has not consumed the topic before, or where a [seek](crate::Cluster::seek) moves it

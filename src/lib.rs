@@ -11,6 +11,7 @@ pub mod dedup;
 #[cfg(feature = "embedded")]
 pub mod embedded;
 mod error;
+mod events;
 mod failure;
 mod id;
 mod message;
@@ -21,6 +22,8 @@ pub mod notifier;
 mod producer;
 mod relay;
 mod store;
+#[cfg(feature = "testing")]
+pub mod testing;
 mod topology;
 mod trouble;
 mod upkeep;
@@ -29,16 +32,19 @@ pub mod verify;
 
 pub use admin::{
     CursorState, DeadLetter, DeadLetterFilter, DeadLetterId, DeadLetters, DeadLettersMoved,
-    GroupInfo, GroupPartition, GroupSummary, MAX_PARTITIONS, MemberInfo, NodeInfo, PartitionInfo,
-    PartitionLag, Retention, Sought, StoredMessage, TopicInfo, TopicOptions, TopicSummary,
+    GroupInfo, GroupPartition, GroupSummary, MAX_PARTITIONS, MemberInfo, NodeInfo, NotifierSetting,
+    PartitionInfo, PartitionLag, Retention, Sought, StoredMessage, TopicInfo, TopicOptions,
+    TopicSummary,
 };
 pub use cluster::{Cluster, ClusterBuilder};
 pub use codec::{Codec, Json};
 pub use consumer::{
-    Acknowledged, ConsumerBuilder, ConsumerHandle, Delivery, Filter, Messages, Order, RetryPolicy,
+    Acknowledged, ConsumerBuilder, ConsumerEvent, ConsumerEvents, ConsumerHandle,
+    ConsumerPartition, ConsumerStatus, Delivery, Filter, Messages, NodeHints, Order, RetryPolicy,
     Start,
 };
 pub use error::{Error, ErrorKind, Result};
+pub use events::Events;
 pub use failure::FailedAttempt;
 pub use id::{Day, MAX_NUMBER, MAX_SEQUENCE, MessageId, NodeId, PartitionId, ScheduledId, Uid};
 pub use message::{

@@ -34,6 +34,10 @@ pub const UNWRITTEN: &str = "shardmq_unwritten_acks_total";
 pub const LEASE_LOST: &str = "shardmq_lost_partitions_total";
 /// Hints that could not be sent.
 pub const NOTIFY_FAILED: &str = "shardmq_notify_failed_total";
+/// How long canaries took through a notifier, in seconds, from their sending to their arrival at the sender.
+pub const NOTIFIER_ROUND_TRIP: &str = "shardmq_notifier_round_trip_seconds";
+/// How hints of a node arrive at a consumer: 0 they do, 1 the notifier reconnects, 2 it is polled.
+pub const NOTIFIER_STATE: &str = "shardmq_notifier_state";
 /// Listening connections lost.
 pub const LISTENER_LOST: &str = "shardmq_listener_lost_total";
 /// Days dropped by retention.
@@ -51,7 +55,7 @@ pub const OUTBOX_DEAD: &str = "shardmq_outbox_dead_messages_total";
 
 /// Describes all of them to the installed recorder.
 pub fn describe() {
-    use ::metrics::{Unit, describe_counter};
+    use ::metrics::{Unit, describe_counter, describe_gauge, describe_histogram};
     let counters = [
         (SENT, "messages that are on disk"),
         (SEND_FAILED, "messages that were refused or given up"),
@@ -81,4 +85,6 @@ pub fn describe() {
     for (name, text) in counters {
         describe_counter!(name, Unit::Count, text);
     }
+    describe_histogram!(NOTIFIER_ROUND_TRIP, Unit::Seconds, "round trips of canaries");
+    describe_gauge!(NOTIFIER_STATE, "hints arrive: 0; the notifier reconnects: 1; it is polled: 2");
 }

@@ -302,7 +302,7 @@ impl Producer {
     /// What happens to the producer from now on. Who does not read misses what is older than the last
     /// 256 events. Ends with the producer.
     pub fn events(&self) -> ProducerEvents {
-        ProducerEvents::new(self.handle.shared.events.subscribe())
+        self.handle.shared.events.listen()
     }
 
     /// The topic's name.

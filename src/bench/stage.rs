@@ -8,9 +8,9 @@ use crate::bench::payloads::Payloads;
 use crate::bench::{Bench, Hints, Options};
 use crate::cluster::Cluster;
 use crate::error::{ErrorKind, Result};
-use crate::id::{NodeId, PartitionId};
+use crate::id::NodeId;
 use crate::name::TopicName;
-use crate::notifier::{self, Hint, Notifier};
+use crate::notifier::NoNotifier;
 use crate::topology::Topology;
 
 /// How many connections the floor has.
@@ -82,7 +82,7 @@ async fn connect(url: &str, options: &Options) -> Result<Cluster> {
         builder = builder.connections_per_node(connections);
     }
     if options.notifier == Hints::None {
-        builder = builder.notifier(Mute);
+        builder = builder.notifier(NoNotifier::new());
     }
     builder.connect().await
 }
@@ -96,17 +96,4 @@ async fn make(
     let options = TopicOptions::partitions(partitions).nodes(nodes.iter().copied());
     cluster.create_topic(name, options).await?;
     cluster.topology(&TopicName::new(name)?).await
-}
-
-/// No hints at all.
-#[derive(Debug)]
-struct Mute;
-
-impl Notifier for Mute {
-    fn publish(&self, _: &[PartitionId]) {}
-
-    fn subscribe(&self, _: &[PartitionId]) -> notifier::Hints {
-        use futures_util::{StreamExt, stream};
-        Box::pin(stream::once(async { Hint::Look }).chain(stream::pending()))
-    }
 }

@@ -28,6 +28,8 @@ pub(crate) struct Cache {
     /// The control database, as `host:port/database`.
     address: String,
     cluster: Uuid,
+    /// As they were at the start.
+    settings: BTreeMap<String, String>,
     control: Arc<Node>,
     nodes: Arc<Nodes>,
     /// The topics that this process uses.
@@ -73,8 +75,9 @@ async fn read_all(control: &Node, address: String) -> Result<Snapshot> {
     // The version first: what is read after it is of that version, or of a later one.
     let (cluster, version) = control::cluster(&connection).await.map_err(|e| refused(e, what))?;
     let nodes = control::nodes(&connection).await.map_err(|e| refused(e, what))?;
+    let settings = control::settings(&connection).await.map_err(|e| refused(e, what))?;
     let (nodes, topics) = (nodes.into_iter().collect(), BTreeMap::new());
-    Ok(Snapshot { control: address, cluster, version, nodes, topics })
+    Ok(Snapshot { control: address, cluster, version, nodes, settings, topics })
 }
 
 impl Cache {
@@ -87,8 +90,8 @@ impl Cache {
         tasks: TaskTracker,
     ) -> Self {
         let (version, topics) = (AtomicI64::new(start.version), Mutex::default());
-        let (address, cluster, kept) = (start.control, start.cluster, start.topics);
-        Self { address, cluster, control, nodes, topics, kept, version, file, tasks }
+        let Snapshot { control: address, cluster, settings, topics: kept, .. } = start;
+        Self { address, cluster, settings, control, nodes, topics, kept, version, file, tasks }
     }
 
     /// A topic as the control database has it now; while that can't be reached, as it was known last.
@@ -182,6 +185,7 @@ impl Cache {
             cluster: self.cluster,
             version,
             nodes,
+            settings: self.settings.clone(),
             topics: self.lock().clone(),
         }
     }

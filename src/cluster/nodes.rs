@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use tokio::sync::Notify;
+use tokio::sync::{Notify, OwnedMutexGuard};
 use tokio::time::sleep;
 use uuid::Uuid;
 
@@ -49,6 +49,8 @@ pub(crate) struct Nodes {
     /// Some address is another now.
     changed: Notify,
     presence: Arc<Presence>,
+    /// Held by whoever of this process looks at a node for messages.
+    turns: Mutex<HashMap<NodeId, Arc<tokio::sync::Mutex<()>>>>,
 }
 
 impl Nodes {
@@ -61,12 +63,19 @@ impl Nodes {
     ) -> Self {
         let (known, version) = (Mutex::default(), AtomicI64::new(0));
         let changed = Notify::new();
-        Self { cluster, pools, listen_urls, control, known, version, changed, presence }
+        let turns = Mutex::default();
+        Self { cluster, pools, listen_urls, control, known, version, changed, presence, turns }
     }
 
     /// Where this process listens.
     pub(crate) fn presence(&self) -> &Presence {
         &self.presence
+    }
+
+    /// A turn to look at a node for messages: one at a time of this process; none while somebody has it.
+    pub(crate) fn turn(&self, id: NodeId) -> Option<OwnedMutexGuard<()>> {
+        let mut turns = self.turns.lock().unwrap_or_else(PoisonError::into_inner);
+        Arc::clone(turns.entry(id).or_default()).try_lock_owned().ok()
     }
 
     /// How many data connections each node's pool has.

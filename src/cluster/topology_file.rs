@@ -29,6 +29,9 @@ pub(super) struct Snapshot {
     pub(super) version: i64,
     /// The nodes' addresses, without passwords.
     pub(super) nodes: BTreeMap<NodeId, String>,
+    /// The settings of the cluster.
+    #[serde(default)]
+    pub(super) settings: BTreeMap<String, String>,
     pub(super) topics: BTreeMap<TopicName, Topology>,
 }
 
@@ -42,6 +45,7 @@ impl Snapshot {
         if before.version > self.version {
             self.version = before.version;
             self.nodes = before.nodes;
+            self.settings = before.settings;
         }
         for (name, topology) in before.topics {
             self.topics.entry(name).or_insert(topology);
@@ -160,6 +164,7 @@ mod tests {
             cluster: Uuid::nil(),
             version,
             nodes: BTreeMap::from([(node, format!("postgresql://db/v{version}"))]),
+            settings: BTreeMap::from([("notifier".to_owned(), format!("v{version}"))]),
             topics: topics
                 .iter()
                 .map(|name| (TopicName::new(name).unwrap(), topology(name)))

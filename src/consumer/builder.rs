@@ -25,6 +25,7 @@ use crate::consumer::{
 #[cfg(doc)]
 use crate::error::ErrorKind;
 use crate::error::{Error, Result};
+use crate::events::Teller;
 use crate::id::PartitionId;
 use crate::name::{GroupName, TopicName};
 use crate::topology::Topology;
@@ -130,8 +131,9 @@ impl ConsumerBuilder {
         self
     }
 
-    /// How often to look for messages without a hint: every 5 s by default, give or take a fifth; 10 ms
-    /// to 1 h.
+    /// How often to look for messages without a hint, at the latest: every 5 s by default, 10 ms to 1 h.
+    /// While hints do not arrive ([`ConsumerStatus::notifier`](crate::ConsumerStatus::notifier)), every 50 ms
+    /// where some came lately, and less often up to this where none did.
     pub fn poll_interval(mut self, interval: Duration) -> Self {
         self.options.poll_interval =
             interval.clamp(Duration::from_millis(10), Duration::from_hours(1));
@@ -230,6 +232,7 @@ impl ConsumerBuilder {
         let (events, receiver) = mpsc::unbounded_channel();
         let (failures, failed) = mpsc::unbounded_channel();
         let shared = Arc::new(Shared {
+            told: Teller::new(),
             budget: Budget::new(self.options.prefetch_bytes),
             failures: Mutex::new(Some(failures)),
             aside: Aside::default(),

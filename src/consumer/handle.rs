@@ -1,5 +1,6 @@
 //! What can be done with a running consumer from anywhere.
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -10,9 +11,10 @@ use tokio::time::{Instant, timeout};
 use uuid::Uuid;
 
 use crate::consumer::member::Command;
+use crate::consumer::status::{ConsumerEvents, ConsumerPartition, ConsumerStatus, NodeHints};
 use crate::consumer::{Shared, check_known};
 use crate::error::{Error, ErrorKind, Result};
-use crate::id::PartitionId;
+use crate::id::{NodeId, PartitionId};
 
 /// How much longer than its deadline a shutdown may take, where nodes don't answer.
 pub(super) const GRACE: Duration = Duration::from_secs(6);
@@ -127,10 +129,25 @@ impl ConsumerHandle {
         held
     }
 
-    /// Bytes that are fetched, or about to be, and not yet handed out: for tests.
-    #[doc(hidden)]
-    pub fn prefetched_bytes(&self) -> usize {
-        self.shared.budget.taken()
+    /// How the consumer stands.
+    pub fn status(&self) -> ConsumerStatus {
+        let held = self.partitions();
+        let nodes: BTreeSet<NodeId> = held.iter().map(|(partition, _)| partition.node()).collect();
+        let health = |node| self.shared.cluster.inner.notifier.health(node);
+        let hints = |node| NodeHints { node, health: health(node) };
+        let owned = |(partition, paused)| ConsumerPartition { partition, paused };
+        ConsumerStatus {
+            partitions: held.into_iter().map(owned).collect(),
+            notifier: nodes.into_iter().map(hints).collect(),
+            prefetched_bytes: self.shared.budget.taken(),
+            is_shutting_down: self.is_shutting_down(),
+        }
+    }
+
+    /// What happens to the consumer from now on. Who is slow misses events beyond 256. Ends when the
+    /// consumer and its handles are dropped.
+    pub fn events(&self) -> ConsumerEvents {
+        self.shared.told.listen()
     }
 
     /// Whether a shutdown has begun, also by dropping the stream: nothing is handed out any more.

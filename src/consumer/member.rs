@@ -26,10 +26,12 @@ use crate::consumer::Shared;
 use crate::consumer::commit::Pace;
 use crate::consumer::expiry::Expiry;
 use crate::consumer::holding::Holding;
+use crate::consumer::looks::Looks;
 use crate::consumer::parked::{Expected, Fetched};
-use crate::deadline::jitter;
+use crate::consumer::status::ConsumerEvent;
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::{NodeId, PartitionId};
+use crate::metrics as names;
 use crate::notifier::{Hint, Hints};
 use crate::store::connect::refused;
 use crate::store::{fetch, group};
@@ -98,6 +100,7 @@ pub(super) struct Member {
     /// Since when something is wanted that is not held.
     lacking_since: Option<Instant>,
     trouble: Trouble,
+    looks: Looks,
     stop: Option<(Instant, oneshot::Sender<Result<()>>)>,
 }
 
@@ -109,6 +112,7 @@ pub(crate) async fn run(
     mut commands: mpsc::UnboundedReceiver<Command>,
 ) {
     let pace = Pace::new(shared.options.flush_interval);
+    let looks = Looks::new(shared.options.poll_interval, Instant::now());
     let mut member = Member {
         partitions,
         shared,
@@ -127,6 +131,7 @@ pub(crate) async fn run(
         lacks: false,
         lacking_since: None,
         trouble: Trouble::new(REMIND),
+        looks,
         stop: None,
     };
     let cluster_ends = member.shared.cluster.inner.shutdown.clone();
@@ -189,10 +194,9 @@ impl Member {
 
     /// Until nothing is wanted and nothing held, or the consumer stops.
     async fn work(&mut self, commands: &mut mpsc::UnboundedReceiver<Command>, mut hints: Hints) {
-        let poll = self.shared.options.poll_interval;
         let mut renew_at = Instant::now();
         let (mut acquire_at, mut balanced_at) = (Instant::now(), Instant::now());
-        let mut look_at = Instant::now() + jitter(poll);
+        self.looks = Looks::new(self.shared.options.poll_interval, Instant::now());
         let cluster_ends = self.shared.cluster.inner.shutdown.clone();
         let mut places = self.shared.cluster.inner.nodes.presence().changes();
         let mut listening = self.is_listening();
@@ -218,10 +222,7 @@ impl Member {
                 }
                 Some(Ok(fetched)) = self.fetching.join_next() => self.fetched(&fetched),
                 () = waker.notified() => self.parked.look_at_all(),
-                () = sleep_until(look_at) => {
-                    self.attempt(Work::Look).await;
-                    look_at = Instant::now() + jitter(poll);
-                }
+                () = sleep_until(self.looks.at()) => self.look_in_turn().await,
                 // Whoever misses the session must find the lease renewed.
                 _ = places.changed() => {
                     if std::mem::replace(&mut listening, self.is_listening()) != listening {
@@ -339,6 +340,26 @@ impl Member {
         }
     }
 
+    /// Looks, unless somebody else of this process looks at the node.
+    async fn look_in_turn(&mut self) {
+        let Some(_turn) = self.shared.cluster.inner.nodes.turn(self.node) else {
+            return self.looks.busy(Instant::now());
+        };
+        self.attempt(Work::Look).await;
+        self.looks.looked(Instant::now());
+        self.observe_notifier();
+    }
+
+    /// How hints arrive: tells of news, and looks more often while they do not.
+    fn observe_notifier(&mut self) {
+        let health = self.shared.cluster.inner.notifier.health(self.node);
+        if self.looks.observe(health.state, Instant::now()) {
+            let gauge = ::metrics::gauge!(names::NOTIFIER_STATE, "node" => self.node.to_string());
+            gauge.set(f64::from(health.state.code()));
+            self.shared.told.tell(ConsumerEvent::Notifier { node: self.node, health });
+        }
+    }
+
     /// Asks all partitions at once whether they have something, and wakes the readers of those.
     async fn look(&mut self) -> Result<()> {
         let mut known = Vec::new();
@@ -357,13 +378,14 @@ impl Member {
             let changed = fetch::look(&connection, part)
                 .await
                 .map_err(|error| refused(error, &format!("look at node {}", self.node)))?;
+            self.looks.found(!changed.is_empty());
             self.wake(&changed);
         }
         Ok(())
     }
 
     /// Something was appended, or a partition given back; true where that is one that it lacks.
-    fn hear(&self, hint: Hint) -> bool {
+    fn hear(&mut self, hint: Hint) -> bool {
         let lacks = |partition: &PartitionId| {
             !self.holdings.contains_key(partition) && self.shared.wants(*partition)
         };
@@ -373,7 +395,12 @@ impl Member {
                 partitions.iter().any(lacks)
             }
             Hint::Look => {
+                self.observe_notifier();
                 self.wake_all();
+                false
+            }
+            Hint::Interrupted => {
+                self.observe_notifier();
                 false
             }
         }

@@ -20,9 +20,11 @@ use crate::consumer::journal::{Before, Journal};
 use crate::consumer::member::{self, Command};
 use crate::consumer::roster::{self, Roster};
 use crate::consumer::start::GroupStart;
+use crate::consumer::status::ConsumerEvent;
 use crate::consumer::wanted::{Reach, Wanted};
 use crate::consumer::{Delivery, Event, Verdict, lock};
 use crate::error::{Error, Result};
+use crate::events::Teller;
 use crate::id::{NodeId, PartitionId};
 use crate::name::GroupName;
 use crate::store::fetch::Batch;
@@ -41,6 +43,8 @@ pub(crate) struct Shared {
     pub(super) options: Options,
     /// Taken when the consumer has left: the stream ends then.
     pub(super) events: Mutex<Option<mpsc::UnboundedSender<Event>>>,
+    /// Who listens to what the consumer tells about itself.
+    pub(super) told: Teller<ConsumerEvent>,
     pub(super) budget: Arc<Budget>,
     /// Takes what the stream's deliveries were not handled, until the consumer has left.
     pub(super) failures: Mutex<Option<mpsc::UnboundedSender<(Delivery, Verdict)>>>,

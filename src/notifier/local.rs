@@ -1,12 +1,13 @@
 //! Hints within one process, without any server.
 
 use std::collections::HashSet;
+use std::sync::Arc;
 
 use futures_util::{StreamExt, stream};
 use tokio::sync::broadcast::{self, error::RecvError};
 
-use crate::id::PartitionId;
-use crate::notifier::{Hint, Hints, Notifier};
+use crate::id::{NodeId, PartitionId};
+use crate::notifier::{Health, HealthCell, Hint, Hints, Notifier};
 
 /// How many hints a slow subscriber may be behind before it is told to look at everything.
 const CAPACITY: usize = 1024;
@@ -16,12 +17,15 @@ const CAPACITY: usize = 1024;
 #[derive(Debug, Clone)]
 pub struct LocalNotifier {
     hints: broadcast::Sender<Vec<PartitionId>>,
+    health: Arc<HealthCell>,
 }
 
 impl LocalNotifier {
     /// A notifier that nobody has subscribed to yet.
     pub fn new() -> Self {
-        Self { hints: broadcast::channel(CAPACITY).0 }
+        let health = HealthCell::new();
+        health.arrive();
+        Self { hints: broadcast::channel(CAPACITY).0, health: Arc::new(health) }
     }
 }
 
@@ -56,5 +60,9 @@ impl Notifier for LocalNotifier {
             Some((hint, (receiver, wanted)))
         });
         Box::pin(stream::once(async { Hint::Look }).chain(later))
+    }
+
+    fn health(&self, _: NodeId) -> Health {
+        self.health.get()
     }
 }

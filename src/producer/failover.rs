@@ -78,7 +78,7 @@ async fn probe(shared: &Shared, writer: &Writer) {
 impl Shared {
     pub(super) fn tell(&self, event: ProducerEvent) {
         // There need not be anybody who reads.
-        let _ = self.events.send(event);
+        self.events.tell(event);
     }
 
     /// A node is in trouble: what may go elsewhere does.

@@ -5,11 +5,12 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
-use tokio::sync::{Notify, Semaphore, broadcast};
+use tokio::sync::{Notify, Semaphore};
 use tokio_util::sync::CancellationToken;
 
 use crate::cluster::Cluster;
 use crate::error::{Error, ErrorKind, Result};
+use crate::events::Teller;
 use crate::id::{Day, MessageId, NodeId};
 use crate::message::Message;
 use crate::metrics as names;
@@ -24,8 +25,6 @@ use crate::topology::{Topology, key_slot};
 /// How many open lanes are looked at for an idle one: where thousands are all busy, the search would cost
 /// more than it finds.
 const LOOK_AT: usize = 256;
-/// Events that are kept for who reads them late.
-const EVENTS_KEPT: usize = 256;
 
 /// What a producer's clones and tasks share.
 pub(crate) struct Shared {
@@ -45,7 +44,7 @@ pub(crate) struct Shared {
     moving: Mutex<()>,
     /// Some node's state is another now.
     pub(super) changed: Notify,
-    pub(super) events: broadcast::Sender<ProducerEvent>,
+    pub(super) events: Teller<ProducerEvent>,
     /// No message is left and none will come: the tasks end.
     pub(crate) ended: CancellationToken,
 }
@@ -73,7 +72,7 @@ impl Shared {
             closed: AtomicBool::new(false),
             moving: Mutex::default(),
             changed: Notify::new(),
-            events: broadcast::channel(EVENTS_KEPT).0,
+            events: Teller::new(),
             ended: cluster.inner.shutdown.child_token(),
             cluster,
             topology,

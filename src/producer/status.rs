@@ -1,15 +1,12 @@
 //! What a producer tells about itself: events and a status.
 
-use std::pin::Pin;
 use std::sync::atomic::Ordering;
-use std::task::{Context, Poll};
 use std::time::Duration;
 
-use futures_util::stream::{self, BoxStream, Stream, StreamExt};
 use serde::{Deserialize, Serialize};
-use tokio::sync::broadcast::{self, error::RecvError};
 
 use crate::error::Error;
+use crate::events::Events;
 use crate::id::NodeId;
 use crate::producer::health::NodeState;
 use crate::producer::shared::Shared;
@@ -47,37 +44,7 @@ pub enum ProducerEvent {
 }
 
 /// The [events](crate::Producer::events) of a producer, as they happen.
-#[must_use = "a stream does nothing unless polled"]
-pub struct ProducerEvents(BoxStream<'static, ProducerEvent>);
-
-impl ProducerEvents {
-    pub(super) fn new(receiver: broadcast::Receiver<ProducerEvent>) -> Self {
-        let events = stream::unfold(receiver, |mut receiver| async {
-            loop {
-                match receiver.recv().await {
-                    Ok(event) => return Some((event, receiver)),
-                    // Some are missed.
-                    Err(RecvError::Lagged(_)) => {}
-                    Err(RecvError::Closed) => return None,
-                }
-            }
-        });
-        Self(events.boxed())
-    }
-
-    /// The next event; `None` when the producer has ended. Cancel safe.
-    pub async fn next(&mut self) -> Option<ProducerEvent> {
-        self.0.next().await
-    }
-}
-
-impl Stream for ProducerEvents {
-    type Item = ProducerEvent;
-
-    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        self.0.poll_next_unpin(context)
-    }
-}
+pub type ProducerEvents = Events<ProducerEvent>;
 
 impl std::fmt::Debug for ProducerEvents {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {

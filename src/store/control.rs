@@ -1,8 +1,9 @@
 //! The control database: an index of the nodes, topics and groups.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::time::SystemTime;
 
+use tokio_postgres::error::SqlState;
 use tokio_postgres::{Error, Row};
 use uuid::Uuid;
 
@@ -27,6 +28,20 @@ pub(crate) async fn nodes(connection: &Connection) -> Result<Vec<(NodeId, String
 
 fn node_of(row: &Row, column: usize) -> Option<NodeId> {
     NodeId::new(u8::try_from(row.get::<_, i32>(column)).ok()?).ok()
+}
+
+/// The cluster's settings; none where the schema is older than they are.
+pub(crate) async fn settings(connection: &Connection) -> Result<BTreeMap<String, String>, Error> {
+    match query(connection, sql::CONTROL_SETTINGS, &[]).await {
+        Err(error) if error.code() == Some(&SqlState::UNDEFINED_TABLE) => Ok(BTreeMap::new()),
+        Err(error) => Err(error),
+        Ok(rows) => Ok(rows.iter().map(|row| (row.get(0), row.get(1))).collect()),
+    }
+}
+
+/// Sets one, inside a change.
+pub(crate) async fn set(connection: &Connection, name: &str, value: &str) -> Result<(), Error> {
+    query(connection, sql::CONTROL_SET, &[&name, &value]).await.map(drop)
 }
 
 /// The addresses of databases that have an outbox and are no nodes.

@@ -51,6 +51,8 @@ statements! {
     CONTROL_PARTITION_COUNTS = "control_partition_counts";
     CONTROL_PARTITIONS = "control_partitions";
     CONTROL_REMOVE_OUTBOX = "control_remove_outbox";
+    CONTROL_SET = "control_set";
+    CONTROL_SETTINGS = "control_settings";
     CONTROL_SLOTS = "control_slots";
     CONTROL_TELL_GROUP = "control_tell_group";
     CONTROL_TOPIC = "control_topic";

@@ -15,9 +15,11 @@ const MIB: usize = 1 << 20;
 
 /// Waits until the readers have fetched what they may, and nobody has anything in hand.
 async fn settled(handle: &ConsumerHandle, at_least: usize) -> usize {
-    eventually("readers fetch ahead", 10 * SECOND, async || handle.prefetched_bytes() >= at_least)
-        .await;
-    handle.prefetched_bytes()
+    eventually("readers fetch ahead", 10 * SECOND, async || {
+        handle.status().prefetched_bytes >= at_least
+    })
+    .await;
+    handle.status().prefetched_bytes
 }
 
 async fn expect_sizes(messages: &mut Messages, sizes: &[usize], bound: usize) {
@@ -28,7 +30,7 @@ async fn expect_sizes(messages: &mut Messages, sizes: &[usize], bound: usize) {
         let marked = delivery.payload().first().copied();
         assert_eq!(marked, Some(u8::try_from(nth % 251).unwrap()));
         delivery.ack().unwrap();
-        let ahead = handle.prefetched_bytes();
+        let ahead = handle.status().prefetched_bytes;
         assert!(ahead <= bound, "{ahead} bytes ahead at message {nth}");
     }
 }
@@ -78,7 +80,7 @@ async fn a_message_larger_than_the_whole_budget_still_comes_and_holds_the_others
         let delivery = next(&mut messages).await;
         sizes.push((delivery.partition(), delivery.payload().len()));
         delivery.ack().unwrap();
-        assert!(messages.handle().prefetched_bytes() <= 4 * 8 * MIB);
+        assert!(messages.handle().status().prefetched_bytes <= 4 * 8 * MIB);
     }
     for partition in &partitions {
         let of = sizes.iter().filter(|(id, _)| id == partition);
@@ -108,7 +110,7 @@ async fn a_backlog_that_nobody_reads_stays_on_the_server() {
     }
     messages.shutdown(SECOND).await.unwrap();
     assert!(messages.next().await.is_none());
-    assert_eq!(messages.handle().prefetched_bytes(), 0);
+    assert_eq!(messages.handle().status().prefetched_bytes, 0);
     let lag = test.cluster.lag("backlog").await.unwrap();
     assert_eq!(lag.iter().map(|lag| lag.lag).sum::<u64>(), 0);
 }

@@ -95,7 +95,7 @@ async fn paused_partitions_take_no_room_from_others() {
     let mut messages = builder.stream().await.unwrap();
     let handle = messages.handle();
     eventually("it has all", SOON, async || handle.held_partitions() == 8).await;
-    eventually("memory is full", SOON, async || handle.prefetched_bytes() >= 48 << 10).await;
+    eventually("memory is full", SOON, async || handle.status().prefetched_bytes >= 48 << 10).await;
     handle.pause(partitions[..7].to_vec()).unwrap();
     let mut seen = Vec::new();
     while seen.len() < 20 {
@@ -308,7 +308,7 @@ async fn a_pause_at_the_bound_does_not_stop_the_partition_for_ever() {
     let mut messages = consumer(&test).max_unacked(100).stream().await.unwrap();
     let handle = messages.handle();
     next(&mut messages).await.ack().unwrap();
-    eventually("the reader waits", SOON, async || handle.prefetched_bytes() > 0).await;
+    eventually("the reader waits", SOON, async || handle.status().prefetched_bytes > 0).await;
     handle.pause([partition]).unwrap();
     assert!(rest(&mut messages).await.is_empty());
     handle.resume([partition]).unwrap();

@@ -5,13 +5,15 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use futures_util::{FutureExt, StreamExt};
+use futures_util::StreamExt;
 use shardmq::embedded::Server;
-use shardmq::notifier::{Hint, Hints, LocalNotifier, Notifier};
-use shardmq::{Cluster, Message, Messages, PartitionId};
+use shardmq::notifier::{Health, HealthCell, Hint, Hints, LocalNotifier, Notifier};
+use shardmq::testing::NotifierSuite;
+use shardmq::{Cluster, Message, Messages, NodeId, PartitionId};
 use tokio::time::Instant;
 use tokio_postgres::Client;
 
+use crate::support::hints::{arrive, hears, interrupted};
 use crate::support::proxy::{Rule, cluster_behind_proxy};
 use crate::support::reading::{append_texts, next_text, text};
 use crate::support::stored::topic;
@@ -127,6 +129,13 @@ impl Notifier for Deaf {
     fn subscribe(&self, _: &[PartitionId]) -> Hints {
         Box::pin(futures_util::stream::iter([Hint::Look]).chain(futures_util::stream::pending()))
     }
+
+    /// It does not know better.
+    fn health(&self, _: NodeId) -> Health {
+        let health = HealthCell::new();
+        health.arrive();
+        health.get()
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -186,7 +195,7 @@ async fn hints_have_transactions_of_their_own() {
     let partition = topic(&test, "orders", 1).await[0];
     let notifier = test.cluster.notifier();
     let mut hints = notifier.subscribe(&[partition]);
-    assert_eq!(within(SOON, "it listens", hints.next()).await, Some(Hint::Look));
+    arrive(&mut hints).await;
     let producer = test.cluster.producer("orders").build().await.unwrap();
     for n in 0..10 {
         producer.send(Message::new(n.to_string())).await.unwrap();
@@ -205,77 +214,24 @@ async fn hints_have_transactions_of_their_own() {
     assert!(appends.is_disjoint(&notifies));
 }
 
-/// What every notifier must do: see [`Notifier`].
-async fn conforms(
-    publisher: &dyn Notifier,
-    subscriber: &dyn Notifier,
-    mine: &[PartitionId],
-    other: PartitionId,
-) {
-    let mut hints = subscriber.subscribe(mine);
-    assert_eq!(within(SOON, "the first", hints.next()).await, Some(Hint::Look));
-    // From then on every hint arrives, merged or not.
-    for partition in mine {
-        publisher.publish(&[*partition]);
-        hears(&mut hints, *partition).await;
-    }
-    publisher.publish(mine);
-    hears(&mut hints, mine[mine.len() - 1]).await;
-    // Strangers may be heard and must do no harm; the stream is still there after them.
-    publisher.publish(&[other]);
-    publisher.publish(&[]);
-    publisher.publish(&[mine[0]]);
-    hears(&mut hints, mine[0]).await;
-    // Several subscribers hear the same, each after a look of its own.
-    let mut second = subscriber.subscribe(mine);
-    assert_eq!(within(SOON, "the second's first", second.next()).await, Some(Hint::Look));
-    publisher.publish(&[mine[0]]);
-    hears(&mut hints, mine[0]).await;
-    hears(&mut second, mine[0]).await;
-    // Many at once: merged, or replaced by a look where they were too many.
-    for _ in 0..5_000 {
-        publisher.publish(&[mine[0]]);
-    }
-    publisher.publish(&[mine[1]]);
-    hears(&mut hints, mine[1]).await;
-    // It never ends, with and without partitions.
-    drop(second);
-    while hints.next().now_or_never().flatten().is_some() {}
-    let mut nothing = subscriber.subscribe(&[]);
-    while let Some(hint) = nothing.next().now_or_never() {
-        assert!(hint.is_some(), "it ended");
-    }
-}
-
-/// A hint for this partition, or a look at everything.
-async fn hears(hints: &mut Hints, partition: PartitionId) {
-    loop {
-        match within(SOON, "a hint", hints.next()).await.expect("it never ends") {
-            Hint::Look => return,
-            Hint::Partitions(partitions) if partitions.contains(&partition) => return,
-            Hint::Partitions(_) => {}
-        }
-    }
-}
-
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_local_notifier_conforms() {
-    let [a, b, c] = [1, 2, 3].map(|table| PartitionId::new(1, table).unwrap());
     let notifier = LocalNotifier::new();
-    conforms(&notifier, &notifier.clone(), &[a, b], c).await;
+    let suite = NotifierSuite::new(notifier.clone(), notifier, partition_of(1));
+    suite.check().await.unwrap();
+}
+
+fn partition_of(node: u8) -> PartitionId {
+    PartitionId::new(node, 1).unwrap()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_postgres_notifier_conforms_within_and_between_processes() {
     let test = TestCluster::new(2).await;
-    let partitions = topic(&test, "orders", 5).await;
     let other = Cluster::connect(&test.control_url).await.unwrap();
     let (one, two) = (test.cluster.notifier(), other.notifier());
-    // Partitions on one node: a stranger may be on another.
-    let mine: Vec<_> = partitions.iter().copied().filter(|p| p.node().number() == 1).collect();
-    let stranger = partitions.iter().copied().find(|p| p.node().number() == 2).unwrap();
-    conforms(&*one, &*two, &mine, stranger).await;
-    conforms(&*two, &*two, &mine, stranger).await;
+    NotifierSuite::new(Arc::clone(&one), two, partition_of(1)).check().await.unwrap();
+    NotifierSuite::new(Arc::clone(&one), one, partition_of(2)).check().await.unwrap();
 }
 
 /// What a network does that forgets a connection: both ends think that it is open, and nothing passes.
@@ -285,21 +241,22 @@ async fn a_listener_that_fell_silent_is_found_and_made_anew_and_looks_go_on_mean
     let partition = topic(&test, "orders", 1).await[0];
     let before = proxy.links().len();
     let mut hints = test.cluster.notifier().subscribe(&[partition]);
-    assert_eq!(within(SOON, "the first look", hints.next()).await, Some(Hint::Look));
+    arrive(&mut hints).await;
     let listening = proxy.links().split_off(before);
     let [link] = listening.as_slice() else { panic!("{} connections", listening.len()) };
     let mut messages = consume(&test.cluster, SECOND / 2).await;
     let producer = test.cluster.producer("orders").build().await.unwrap();
     producer.send(Message::new("heard")).await.unwrap();
     assert_eq!(next_text(&mut messages).await, "heard");
+    hears(&mut hints, partition).await;
 
     link.to_client.set(Rule::Swallow);
     link.to_server.set(Rule::Swallow);
     let silent = Instant::now();
     producer.send(Message::new("polled")).await.unwrap();
     assert_eq!(next_text(&mut messages).await, "polled");
-    let again = async { while hints.next().await != Some(Hint::Look) {} };
-    within(15 * SECOND, "another connection listens", again).await;
+    interrupted(&mut hints).await;
+    arrive(&mut hints).await;
     assert!(silent.elapsed() > SECOND, "it was not silent");
     messages.shutdown(Duration::ZERO).await.unwrap();
 }

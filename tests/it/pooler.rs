@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::time::Duration;
 
 use shardmq::migrate::{Schema, migrate};
-use shardmq::notifier::LocalNotifier;
+use shardmq::notifier::{HealthState, LocalNotifier};
 use shardmq::{
     Cluster, ErrorKind, Message, Messages, PartitionId, PreparedStatements, Retention, TopicOptions,
 };
@@ -384,11 +384,8 @@ async fn hints_are_heard_at_the_address_that_is_given_for_listening() {
     let cluster = builder.connect().await.unwrap();
     let producer = cluster.producer("orders").build().await.unwrap();
     let mut messages = cluster.consumer("orders", "g").poll_interval(NEVER).stream().await.unwrap();
-    let sql = test.sql(0).await;
-    let listens =
-        "select count(*) from pg_stat_activity where application_name like 'shardmq listen %'
-                      and datname = current_database() and query = 'listen shardmq'";
-    let listens = || async { sql.query_one(listens, &[]).await.unwrap().get::<_, i64>(0) == 1 };
+    let hints = || messages.handle().status().notifier;
+    let listens = async || hints().iter().any(|node| node.health.is_ok());
     eventually("somebody listens", SOON, listens).await;
     producer.send(Message::new("first")).await.unwrap();
     assert_eq!(next_text(&mut messages).await, "first");
@@ -404,9 +401,16 @@ async fn without_one_messages_come_with_the_next_look_and_nobodys_session_listen
     let pooler = pooler(1).await;
     let test = cluster_through(shared_server().await, pooler.port()).await;
     let partition = topic_made_directly(&test).await;
-    let builder = test.cluster.consumer("orders", "g").poll_interval(SECOND / 2);
-    let mut messages = builder.stream().await.unwrap();
+    let mut messages = test.cluster.consumer("orders", "g").stream().await.unwrap();
     let sql = test.sql(0).await;
+    let handle = messages.handle();
+    let pooled = async || {
+        let hints = handle.status().notifier;
+        hints.iter().any(|node| node.health.state == HealthState::Polling)
+    };
+    eventually("the pooler is found out", SOON, pooled).await;
+    let what_to_set = handle.status().notifier[0].health.error.clone().unwrap();
+    assert!(what_to_set.contains("listen_url"), "{what_to_set}");
     for n in 0..3 {
         append_texts(&sql, partition, [n]).await;
         assert_eq!(next_text(&mut messages).await, n.to_string());

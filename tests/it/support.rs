@@ -19,6 +19,7 @@ use tracing_subscriber::util::SubscriberInitExt;
 pub mod authority;
 pub mod clocks;
 pub mod held;
+pub mod hints;
 pub mod pgbouncer;
 pub mod proxy;
 pub mod put_back;

@@ -2,7 +2,8 @@
 
 use std::path::PathBuf;
 
-use shardmq::Cluster;
+use shardmq::notifier::NotifierKind;
+use shardmq::{Cluster, ClusterBuilder};
 
 use crate::failure::{Failure, USAGE};
 
@@ -10,6 +11,7 @@ use crate::failure::{Failure, USAGE};
 pub(crate) struct Context {
     pub(crate) url: Option<String>,
     pub(crate) topology_file: Option<PathBuf>,
+    pub(crate) redis_url: Option<String>,
     pub(crate) json: bool,
 }
 
@@ -24,10 +26,23 @@ impl Context {
 
     /// The cluster of the control database.
     pub(crate) async fn connect(&self) -> Result<Cluster, Failure> {
+        let mut builder = self.builder()?;
+        if let Some(url) = &self.redis_url {
+            builder = builder.redis_url(url);
+        }
+        Ok(builder.connect().await?)
+    }
+
+    /// The same, with another notifier than it would have.
+    pub(crate) async fn connect_by(&self, kind: NotifierKind) -> Result<Cluster, Failure> {
+        Ok(self.builder()?.notifier_kind(kind).connect().await?)
+    }
+
+    fn builder(&self) -> Result<ClusterBuilder, Failure> {
         let mut builder = Cluster::builder(self.url()?);
         if let Some(path) = &self.topology_file {
             builder = builder.topology_file(path);
         }
-        Ok(builder.connect().await?)
+        Ok(builder)
     }
 }

@@ -17,6 +17,7 @@ mod lines;
 mod look;
 mod migrate;
 mod node;
+mod notifier;
 mod output;
 mod produce;
 mod servers;
@@ -45,6 +46,9 @@ struct Cli {
     /// Keep the topology in this file, and start from it while the control database is away.
     #[arg(long, value_name = "PATH", global = true, env = "SHARDMQ_TOPOLOGY_FILE", help_heading = GLOBAL)]
     topology_file: Option<PathBuf>,
+    /// Where the Redis is through which hints go. Default: the cluster's setting.
+    #[arg(long, value_name = "URL", global = true, env = "SHARDMQ_REDIS_URL", hide_env_values = true, help_heading = GLOBAL)]
+    redis_url: Option<String>,
     /// Print JSON, one object per line.
     #[arg(long, global = true, help_heading = GLOBAL)]
     json: bool,
@@ -73,6 +77,8 @@ enum Command {
     #[command(subcommand)]
     Node(node::Command),
     #[command(subcommand)]
+    Notifier(notifier::Command),
+    #[command(subcommand)]
     Topic(topic::Command),
     #[command(subcommand)]
     Group(group::Command),
@@ -99,7 +105,9 @@ fn main() -> ExitCode {
         Ok(runtime) => runtime,
         Err(error) => return Failure::from(error).report(),
     };
-    let context = Context { url: cli.url, topology_file: cli.topology_file, json: cli.json };
+    let Cli { url, topology_file, redis_url, json, .. } = cli;
+    let redis_url = redis_url.filter(|url| !url.is_empty());
+    let context = Context { url, topology_file, redis_url, json };
     let outcome = runtime.block_on(run(cli.command, context));
     // A read of stdin or a write to a full pipe may still be waiting; nobody waits for it.
     runtime.shutdown_background();
@@ -115,6 +123,7 @@ async fn run(command: Command, context: Context) -> Result<(), Failure> {
         Command::Dev(args) => dev::run(&context, args).await,
         Command::Migrate(args) => migrate::run(&context, args).await,
         Command::Node(command) => node::run(&context, command).await,
+        Command::Notifier(command) => notifier::run(&context, command).await,
         Command::Topic(command) => topic::run(&context, command).await,
         Command::Group(command) => group::run(&context, command).await,
         Command::Dead(command) => dead::run(&context, command).await,

@@ -1,11 +1,18 @@
 //! The listening connection of a node: kept for as long as somebody is subscribed, and made again after
 //! every failure.
 //!
-//! A connection whose peer is gone without a word looks idle for ever. So whoever has heard nothing for
-//! a while sends a heartbeat through the channel itself, which all listeners of the node hear: one of
-//! them beats for all. Where it does not come back in time, the connection is given up, 11 s after the
-//! last hint at most, or 29 s after the last heartbeat where there were no hints. Meanwhile consumers
-//! look by themselves.
+//! ```text
+//! connect ─> LISTEN ─> canary ─ heard ─> hints arrive, look once ─┬─ heard ─> wait
+//!    ^                   │ not in 5 s, or refused                 v             │ nothing for a while
+//!    └───── backoff <────┴──────────────────────────────────── canary <─────────┘
+//! ```
+//!
+//! A connection whose peer is gone without a word looks idle for ever, and where the server's queue of
+//! notifications is full nothing comes through one that is well. So hints count as arriving only once a canary,
+//! a notification of this process through the same channel, was heard, and whoever has heard nothing for
+//! a while sends another, which all listeners of the node hear: one of them sends for all. Where it does not
+//! come back in time, the connection is given up, 11 s after the last hint at most, or 29 s after the last
+//! canary where there were no hints. Where hints keep coming, one is sent each minute, to measure.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,37 +20,44 @@ use std::time::Duration;
 use futures_util::StreamExt;
 use futures_util::future::{BoxFuture, OptionFuture};
 use tokio::time::{Instant, sleep, sleep_until};
+use tokio_postgres::types::Type;
 use tokio_postgres::{AsyncMessage, Client};
 
-use super::Channel;
+use super::Wire;
 use crate::cluster::{ListenAt, Nodes, Place};
 use crate::deadline::jitter;
 use crate::error::{Error, ErrorKind, Result};
-use crate::id::PartitionId;
 use crate::metrics as names;
-use crate::notifier::Hint;
+use crate::notifier::channel::{Channel, parse};
 use crate::store::listen::{self, HINTS, Session};
 use crate::store::{connect, sql};
 
-/// How long it may be silent before it is asked, give or take a fifth.
+/// How long it may be silent before a canary is sent, give or take a fifth.
 const QUIET: Duration = Duration::from_secs(5);
-/// The same, where nothing but heartbeats was heard: nobody sends much then.
+/// The same, where nothing but canaries was heard: nobody sends much then.
 const IDLE: Duration = Duration::from_secs(20);
-/// How long an answer may take.
+/// How often one is sent all the same.
+const MEASURE: Duration = Duration::from_mins(1);
+/// How long it may take.
 const ANSWER: Duration = Duration::from_secs(5);
 /// Between attempts to listen again.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(5));
 /// Between looks at an address that led to a pooler: the node may have another by then.
 const POOLED: Duration = Duration::from_mins(1);
+/// What is wrong there, and what to do.
+const IS_POOLED: &str = "the node's address leads to a pooler, which can't listen: its hints are not heard, and \
+                         messages come when consumers next look; give the address of Postgres itself for \
+                         listening (ClusterBuilder::listen_url)";
 
 /// Listens to a node for as long as somebody is subscribed.
-pub(super) async fn listen(nodes: Arc<Nodes>, channel: Arc<Channel>) {
+pub(super) async fn listen(nodes: Arc<Nodes>, wire: Arc<Wire>) {
     loop {
         tokio::select! {
-            () = keep_listening(&nodes, &channel) => {}
-            () = channel.hints.closed() => {}
+            () = keep_listening(&nodes, &wire.channel) => {}
+            () = wire.channel.unheard() => {}
         }
-        if channel.ends_listening() {
+        wire.channel.interrupt("nobody listened until now");
+        if wire.ends_listening() {
             return;
         }
     }
@@ -56,21 +70,19 @@ async fn keep_listening(nodes: &Nodes, channel: &Channel) {
         match listen_once(nodes, channel, &mut backoff).await {
             Ok(End::Closed) => {
                 tracing::info!(node = %channel.node, "the listening connection ended");
+                channel.interrupt("the listening connection ended");
             }
             Ok(End::Pooled) => {
                 if !std::mem::replace(&mut told, true) {
-                    tracing::error!(
-                        node = %channel.node,
-                        "the node's address leads to a pooler, which can't listen: its hints are not \
-                         heard, and messages come when consumers next look; give the address of \
-                         Postgres itself for listening (ClusterBuilder::listen_url)"
-                    );
+                    tracing::error!(node = %channel.node, "{IS_POOLED}");
                 }
+                channel.give_up(IS_POOLED);
                 sleep(jitter(POOLED)).await;
                 continue;
             }
             Err(error) => {
                 tracing::warn!(node = %channel.node, error = %error.chain(), "listening failed");
+                channel.interrupt(&error.chain());
             }
         }
         ::metrics::counter!(names::LISTENER_LOST).increment(1);
@@ -105,7 +117,7 @@ async fn listen_once(nodes: &Nodes, channel: &Channel, backoff: &mut Duration) -
     // The connection is driven while statements are answered; what is heard meanwhile goes out too.
     let begin: Answer<'_> = Box::pin(listen::begin(&client, marker.as_ref(), &[HINTS]));
     let mut statement = OptionFuture::from(Some(begin));
-    let (mut answered, mut present) = (false, None);
+    let (mut answered, mut present, mut arrives) = (false, None, false);
     let mut pulse = Pulse::new();
     loop {
         tokio::select! {
@@ -117,100 +129,105 @@ async fn listen_once(nodes: &Nodes, channel: &Channel, backoff: &mut Duration) -
                 answered = true;
                 if present.is_none() {
                     present = Some(nodes.presence().arrive(place));
-                    *backoff = BACKOFF.0;
-                    // Listen first, look second: nothing can fall in between.
-                    let _ = channel.hints.send(Hint::Look);
+                    pulse.begin();
                 }
             }
-            message = messages.next() => match message {
-                Some(message) => hear(channel, message, &mut pulse)?,
-                None => return Ok(End::Closed),
+            message = messages.next() => {
+                let Some(message) = message else { return Ok(End::Closed) };
+                let message = message.map_err(|error| connect::refused(error, "listen for hints"))?;
+                // Listen first, look second: nothing can fall in between.
+                if hear(channel, &message, &mut pulse) && !std::mem::replace(&mut arrives, true) {
+                    *backoff = BACKOFF.0;
+                    channel.arrive();
+                }
             },
             // What it was may still be there, and send hints to nobody else.
             () = nodes.moved(channel.node, from) => return Ok(End::Closed),
             () = pulse.due() => {
                 pulse.ask()?;
                 if std::mem::replace(&mut answered, false) {
-                    let beat: Answer<'_> = Box::pin(beat(&client));
-                    statement = Some(beat).into();
+                    let canary: Answer<'_> = Box::pin(send(&client, pulse.canary()));
+                    statement = Some(canary).into();
                 }
             }
         }
     }
 }
 
-async fn beat(client: &Client) -> Result<bool, tokio_postgres::Error> {
-    client.batch_execute(sql::NOTIFY_BEAT).await?;
+async fn send(client: &Client, canary: String) -> Result<bool, tokio_postgres::Error> {
+    client.query_typed(sql::NOTIFY_BEAT, &[(&canary, Type::TEXT)]).await?;
     Ok(true)
 }
 
-fn hear(
-    channel: &Channel,
-    message: Result<AsyncMessage, tokio_postgres::Error>,
-    pulse: &mut Pulse,
-) -> Result<()> {
-    let message = message.map_err(|error| connect::refused(error, "listen for hints"))?;
-    if let AsyncMessage::Notification(note) = message
-        && note.channel() == HINTS
-    {
-        let partitions = parse(note.payload());
-        pulse.heard(!partitions.is_empty());
-        if !partitions.is_empty() {
-            let _ = channel.hints.send(Hint::Partitions(partitions));
-        }
+/// Takes what the server says. True where it came through the channel.
+fn hear(channel: &Channel, message: &AsyncMessage, pulse: &mut Pulse) -> bool {
+    let AsyncMessage::Notification(note) = message else { return false };
+    if note.channel() != HINTS {
+        return false;
     }
-    Ok(())
+    let partitions = parse(note.payload());
+    if let Some(round_trip) = pulse.heard(note.payload(), !partitions.is_empty()) {
+        channel.measured(round_trip);
+    }
+    channel.hear(partitions);
+    true
 }
 
-/// When a connection was heard of last, and whether an answer is due.
+/// When a connection was heard of last, and which canary is under way.
 struct Pulse {
     due: Instant,
     asked: bool,
+    /// What this process knows its canary by, and when it was sent.
+    canary: Option<(String, Instant)>,
+    measure_at: Instant,
 }
 
 impl Pulse {
-    /// Of a connection that has been asked to listen.
+    /// Of a connection that is asked to listen.
     fn new() -> Self {
-        Self { due: Instant::now() + jitter(QUIET), asked: false }
+        let now = Instant::now();
+        Self { due: now + jitter(QUIET), asked: false, canary: None, measure_at: now }
+    }
+
+    /// It listens: a canary is due.
+    fn begin(&mut self) {
+        self.due = Instant::now();
     }
 
     async fn due(&self) {
         sleep_until(self.due).await;
     }
 
-    /// A hint, or a heartbeat.
-    fn heard(&mut self, hint: bool) {
-        let quiet = if hint { QUIET } else { IDLE };
-        *self = Self { due: Instant::now() + jitter(quiet), asked: false };
+    /// A hint, or a canary. How long that took, where it is this process' own.
+    fn heard(&mut self, payload: &str, is_hint: bool) -> Option<Duration> {
+        let quiet = if is_hint { QUIET } else { IDLE };
+        (self.due, self.asked) = ((Instant::now() + jitter(quiet)).min(self.measure_at), false);
+        let (_, sent) = self.canary.take_if(|(canary, _)| canary == payload)?;
+        Some(sent.elapsed())
     }
 
     /// Asks, or fails where the last question was not answered.
     fn ask(&mut self) -> Result<()> {
         if self.asked {
-            let what = "listen for hints: no answer to a heartbeat through the channel";
+            let what = "listen for hints: a canary through the channel did not come back";
             return Err(Error::new(ErrorKind::Unavailable, what));
         }
-        *self = Self { due: Instant::now() + ANSWER, asked: true };
+        let now = Instant::now();
+        (self.due, self.asked, self.measure_at) = (now + ANSWER, true, now + jitter(MEASURE));
         Ok(())
     }
-}
 
-/// The partitions of a payload. Anybody who may log in may notify: what is no partition is ignored.
-fn parse(payload: &str) -> Vec<PartitionId> {
-    payload.split(',').filter_map(|name| name.parse().ok()).collect()
+    /// A canary to be sent now.
+    fn canary(&mut self) -> String {
+        let canary = format!("beat {}", uuid::Uuid::new_v4().simple());
+        self.canary = Some((canary.clone(), Instant::now()));
+        canary
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn payloads_are_parsed_strictly() {
-        let partitions = parse("10101,20101,x,,10199,-10101");
-        assert_eq!(partitions.len(), 2);
-        assert_eq!(partitions[1], PartitionId::new(1, 99).unwrap());
-        assert!(parse("beat").is_empty());
-    }
 
     #[tokio::test(start_paused = true)]
     async fn silence_is_asked_about_once_and_then_is_an_error() {
@@ -222,11 +239,33 @@ mod tests {
         assert!(pulse.ask().is_err());
         assert!(begun.elapsed() <= Duration::from_secs(11), "{:?}", begun.elapsed());
         for (hint, longest) in [(true, 6), (false, 24)] {
-            pulse.heard(hint);
+            pulse.heard("", hint);
             let heard = Instant::now();
             pulse.due().await;
             assert!(heard.elapsed() <= Duration::from_secs(longest), "{:?}", heard.elapsed());
             pulse.ask().unwrap();
         }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn it_measures_its_own_canaries_also_where_hints_keep_coming() {
+        let mut pulse = Pulse::new();
+        pulse.begin();
+        let begun = Instant::now();
+        pulse.due().await;
+        assert_eq!(begun.elapsed(), Duration::ZERO);
+        pulse.ask().unwrap();
+        let canary = pulse.canary();
+        tokio::time::advance(Duration::from_millis(3)).await;
+        assert_eq!(pulse.heard("beat of another", false), None);
+        assert_eq!(pulse.heard(&canary, false), Some(Duration::from_millis(3)));
+        assert_eq!(pulse.heard(&canary, false), None);
+        while begun.elapsed() < Duration::from_secs(75) {
+            pulse.heard("10101", true);
+            if tokio::time::timeout(Duration::from_secs(1), pulse.due()).await.is_ok() {
+                return pulse.ask().unwrap();
+            }
+        }
+        panic!("none was due in {:?}", begun.elapsed());
     }
 }

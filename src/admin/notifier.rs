@@ -1,0 +1,124 @@
+//! How hints travel: the cluster's setting, and whether they arrive here.
+
+use std::time::Duration;
+
+use futures_util::StreamExt;
+use futures_util::future::join_all;
+use serde::{Deserialize, Serialize};
+use tokio::time::timeout;
+
+use crate::cluster::{Cluster, NOTIFIER, REDIS_URL};
+use crate::consumer::NodeHints;
+use crate::error::{Error, ErrorKind, Result};
+use crate::id::{NodeId, PartitionId};
+use crate::notifier::{Hint, Notifier, NotifierKind};
+use crate::store::connect::refused;
+use crate::store::control;
+use crate::store::node::Unfinished;
+
+/// How long a canary is waited for.
+const HEARD: Duration = Duration::from_secs(5);
+
+/// Which notifier processes of a cluster have that are not told otherwise.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct NotifierSetting {
+    /// Which.
+    pub notifier: NotifierKind,
+    /// Where the Redis is, without its password; none where none was set.
+    pub redis_url: Option<String>,
+}
+
+impl Cluster {
+    /// Which notifier processes have that are not told otherwise, as the control database has it now.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unavailable`] where the control database can't be reached.
+    pub async fn notifier_setting(&self) -> Result<NotifierSetting> {
+        let what = "read the settings";
+        let connection = self.inner.control.get().await?;
+        let settings = control::settings(&connection).await.map_err(|e| refused(e, what))?;
+        let notifier = settings.get(NOTIFIER).map_or(Ok(NotifierKind::default()), |n| n.parse())?;
+        Ok(NotifierSetting { notifier, redis_url: settings.get(REDIS_URL).cloned() })
+    }
+
+    /// Sets which notifier processes have that are not told otherwise, and where its Redis is; without an
+    /// address that stays as it was set. Processes have it when they connect next. Producers and consumers
+    /// must have one in common: to move from one to another, set [`NotifierKind::Both`] first, restart all,
+    /// then set the other.
+    ///
+    /// The password is not stored: every process takes it from `SHARDMQ_REDIS_PASSWORD`, or has an address
+    /// of its own in `SHARDMQ_REDIS_URL`.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Invalid`] where the address is none, or is needed and missing;
+    /// [`ErrorKind::Unavailable`] where no canary comes back through that Redis within 5 s. Nothing is set
+    /// then.
+    pub async fn set_notifier(&self, kind: NotifierKind, redis_url: Option<&str>) -> Result<()> {
+        let before = self.notifier_setting().await?;
+        let address = match redis_url {
+            Some(url) => Some(self.tried(url).await?),
+            None => None,
+        };
+        if kind.needs_redis() && address.is_none() && before.redis_url.is_none() {
+            let what = format!("notifier {kind}: the address of a Redis is needed");
+            return Err(Error::new(ErrorKind::Invalid, what));
+        }
+        let what = |error| refused(error, "set the notifier");
+        let change = Unfinished::new(self.inner.control.get().await?);
+        control::begin_change(change.connection()).await.map_err(what)?;
+        control::set(change.connection(), NOTIFIER, &kind.to_string()).await.map_err(what)?;
+        if let Some(address) = address {
+            control::set(change.connection(), REDIS_URL, &address).await.map_err(what)?;
+        }
+        control::commit_change(change.connection()).await.map_err(what)?;
+        change.finished();
+        Ok(())
+    }
+
+    /// An address to be stored, of a Redis through which hints come.
+    #[cfg(feature = "redis")]
+    async fn tried(&self, url: &str) -> Result<String> {
+        use crate::cluster::prefix;
+        use crate::notifier::{RedisNotifier, redis_without_password};
+        let address = redis_without_password(url)?;
+        let redis = RedisNotifier::new(url, &prefix(self.inner.id))?;
+        let node = NodeId::new(1)?;
+        let heard = hear(&redis, node).await?;
+        redis.shutdown().await;
+        match heard.health.error {
+            Some(error) => Err(Error::new(ErrorKind::Unavailable, error)),
+            None => Ok(address),
+        }
+    }
+
+    #[cfg(not(feature = "redis"))]
+    #[allow(clippy::unused_async, clippy::unused_self)]
+    async fn tried(&self, _: &str) -> Result<String> {
+        let what = "this program was built without feature `redis` of shardmq";
+        Err(Error::new(ErrorKind::Invalid, what))
+    }
+
+    /// Whether hints of each node arrive in this process, by its own notifier: subscribes to each, and waits
+    /// for a canary for at most 5 s. In the order of the nodes.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unavailable`] where the control database can't be reached.
+    pub async fn notifier_health(&self) -> Result<Vec<NodeHints>> {
+        let nodes = self.nodes().await?;
+        let heard = nodes.iter().map(|info| hear(&*self.inner.notifier, info.node));
+        join_all(heard).await.into_iter().collect()
+    }
+}
+
+/// Subscribes to a node for as long as it takes to hear that hints arrive.
+async fn hear(notifier: &dyn Notifier, node: NodeId) -> Result<NodeHints> {
+    let mut hints = notifier.subscribe(&[PartitionId::new(node.number(), 1)?]);
+    let arrive = async { while hints.next().await != Some(Hint::Look) {} };
+    let arrive = timeout(HEARD, arrive).await;
+    let mut health = notifier.health(node);
+    if arrive.is_err() && health.error.is_none() {
+        health.error = Some(format!("no canary came back within {HEARD:?}"));
+    }
+    Ok(NodeHints { node, health })
+}

@@ -1,0 +1,86 @@
+//! `shardmq notifier`: how consumers hear of messages.
+
+use clap::Subcommand;
+use serde::Serialize;
+use shardmq::notifier::{HealthState, NotifierKind};
+use shardmq::{NodeHints, NotifierSetting};
+
+use crate::context::Context;
+use crate::failure::{FAILED, Failure};
+use crate::output::{Out, table};
+
+/// Say, or set, what tells consumers at once that there is something to pull. Messages come without it too,
+/// only later.
+#[derive(Subcommand)]
+pub(crate) enum Command {
+    /// Show the cluster's setting, and whether hints of each node arrive here.
+    Show,
+    /// Set what processes have from when they connect next, unless they are told otherwise.
+    ///
+    /// Producers and consumers must have one in common. To move from one to another set `both`, restart all,
+    /// then set the other. The address of the Redis is --redis-url, which is kept without its password: every
+    /// process takes that from `SHARDMQ_REDIS_PASSWORD`.
+    Set {
+        /// postgres, redis, both or none.
+        notifier: NotifierKind,
+    },
+}
+
+/// What `--json` prints.
+#[derive(Serialize)]
+struct Shown {
+    #[serde(flatten)]
+    setting: NotifierSetting,
+    nodes: Vec<NodeHints>,
+}
+
+pub(crate) async fn run(context: &Context, command: Command) -> Result<(), Failure> {
+    if let Command::Set { notifier } = command {
+        let cluster = context.connect_by(NotifierKind::None).await?;
+        let set = cluster.set_notifier(notifier, context.redis_url.as_deref()).await;
+        cluster.shutdown().await;
+        set?;
+    }
+    // As any process has it now.
+    let cluster = context.connect().await?;
+    let shown = show(&cluster).await;
+    cluster.shutdown().await;
+    let shown = shown?;
+    let mut out = Out::new();
+    if context.json {
+        out.json(&shown)?;
+    } else {
+        print(&shown, &mut out);
+    }
+    out.flush().await?;
+    let waits = |node: &&NodeHints| node.health.state != HealthState::Ok;
+    match shown.nodes.iter().filter(waits).count() {
+        0 => Ok(()),
+        _ if shown.setting.notifier == NotifierKind::None => Ok(()),
+        count => Err(Failure::new(FAILED, format!("hints of {count} nodes do not arrive here"))),
+    }
+}
+
+async fn show(cluster: &shardmq::Cluster) -> shardmq::Result<Shown> {
+    let setting = cluster.notifier_setting().await?;
+    Ok(Shown { setting, nodes: cluster.notifier_health().await? })
+}
+
+fn print(shown: &Shown, out: &mut Out) {
+    let NotifierSetting { notifier, redis_url, .. } = &shown.setting;
+    let at = redis_url.as_ref().filter(|_| notifier.needs_redis());
+    out.line(&format!("{notifier}{}", at.map_or_else(String::new, |url| format!(" at {url}"))));
+    let row = |hints: &NodeHints| {
+        let state = match hints.health.state {
+            HealthState::Ok => "ok",
+            HealthState::Reconnecting => "reconnecting",
+            HealthState::Polling => "polling",
+        };
+        let round_trip = hints.health.round_trip.filter(|_| hints.health.is_ok());
+        let round_trip = round_trip.map(|time| format!("{:.2}", time.as_secs_f64() * 1e3));
+        let error = hints.health.error.clone().unwrap_or_default();
+        vec![hints.node.to_string(), state.to_owned(), round_trip.unwrap_or_default(), error]
+    };
+    let rows = shown.nodes.iter().map(row).collect();
+    out.line(&table(&["NODE", "HINTS", "ROUND TRIP MS", ""], &[2], rows));
+}

@@ -1,0 +1,141 @@
+//! When to look for messages without a hint: pure.
+//!
+//! ```text
+//! hints arrive:     every poll interval, at the latest
+//! they do not:      50 ms ─ nothing ─> 100 ms ─ nothing ─> ... ─> the poll interval
+//!                     ^                                     │
+//!                     └──────────── something ──────────────┘
+//! ```
+//!
+//! Not less often where hints arrive, though a canary says so: it does not tell of a hint that its sender
+//! could not send.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use crate::deadline::jitter;
+use crate::notifier::HealthState;
+
+/// Between looks where hints do not arrive and something was found.
+const SHORTEST: Duration = Duration::from_millis(50);
+/// Before another try, while somebody else of this process looks at the node.
+const BUSY: Duration = Duration::from_millis(5);
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct Looks {
+    longest: Duration,
+    every: Duration,
+    at: Instant,
+    /// How hints arrive, as it was heard last; none before.
+    state: Option<HealthState>,
+    /// The look under way has found something.
+    found: bool,
+}
+
+impl Looks {
+    /// At the latest so often, from now on.
+    pub(super) fn new(longest: Duration, now: Instant) -> Self {
+        Self { longest, every: longest, at: now + before(longest), state: None, found: false }
+    }
+
+    /// When the next one is due.
+    pub(super) fn at(&self) -> Instant {
+        self.at
+    }
+
+    /// Hints arrive so. True where that is news.
+    pub(super) fn observe(&mut self, state: HealthState, now: Instant) -> bool {
+        let before = self.state.replace(state);
+        let arrive = |state| state == HealthState::Ok;
+        if before.is_none_or(arrive) && !arrive(state) {
+            self.every = SHORTEST.min(self.longest);
+            self.at = self.at.min(now + self.every);
+        }
+        before != Some(state)
+    }
+
+    /// A part of one found something, or did not.
+    pub(super) fn found(&mut self, any: bool) {
+        self.found |= any;
+    }
+
+    /// One was made.
+    pub(super) fn looked(&mut self, now: Instant) {
+        self.every = match (self.state, std::mem::take(&mut self.found)) {
+            (Some(HealthState::Ok), _) => self.longest,
+            (_, true) => SHORTEST.min(self.longest),
+            (_, false) => (self.every * 2).min(self.longest),
+        };
+        self.at = now + before(self.every);
+    }
+
+    /// Somebody else was at it.
+    pub(super) fn busy(&mut self, now: Instant) {
+        self.at = now + jitter(BUSY);
+    }
+}
+
+/// Some time before this is over, and never after it.
+fn before(longest: Duration) -> Duration {
+    jitter(longest * 4 / 5)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    /// Waits until the next look and makes it; how long that was.
+    fn look(looks: &mut Looks, now: &mut Instant, found: bool) -> Duration {
+        let waited = looks.at() - *now;
+        *now = looks.at();
+        looks.found(found);
+        looks.found(false);
+        looks.looked(*now);
+        waited
+    }
+
+    #[test]
+    fn it_looks_more_often_while_hints_do_not_arrive_and_some_come() {
+        let mut now = Instant::now();
+        let mut looks = Looks::new(5 * SECOND, now);
+        assert!(looks.observe(HealthState::Ok, now));
+        assert!(!looks.observe(HealthState::Ok, now));
+        for found in [true, false] {
+            let waited = look(&mut looks, &mut now, found);
+            assert!((3 * SECOND..=5 * SECOND).contains(&waited), "{waited:?}");
+        }
+        assert!(looks.observe(HealthState::Reconnecting, now));
+        assert!(look(&mut looks, &mut now, true) <= SHORTEST);
+        assert!(look(&mut looks, &mut now, true) <= SHORTEST);
+        // What changes between two ways of not arriving changes nothing.
+        assert!(looks.observe(HealthState::Polling, now));
+        let mut all = Duration::ZERO;
+        let mut waits: Vec<Duration> = Vec::new();
+        while waits.last().is_none_or(|last| *last < 3 * SECOND) {
+            waits.push(look(&mut looks, &mut now, false));
+            all += waits[waits.len() - 1];
+        }
+        assert!(waits.len() > 5 && all < 20 * SECOND, "{waits:?}");
+        for _ in 0..100 {
+            assert!(look(&mut looks, &mut now, false) <= 5 * SECOND);
+        }
+        look(&mut looks, &mut now, true);
+        assert!(look(&mut looks, &mut now, false) <= SHORTEST);
+    }
+
+    #[test]
+    fn a_shorter_poll_interval_is_kept() {
+        let mut now = Instant::now();
+        let mut looks = Looks::new(SECOND / 100, now);
+        looks.observe(HealthState::Polling, now);
+        for found in [true, false, false, false] {
+            assert!(look(&mut looks, &mut now, found) <= SECOND / 100);
+        }
+        looks.busy(now);
+        assert!(looks.at() - now <= BUSY * 2);
+    }
+}

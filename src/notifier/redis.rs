@@ -1,0 +1,172 @@
+//! Hints through the pub/sub of a Redis: one channel by node, two connections by process.
+//!
+//! ```text
+//! publish ─> pending set ─> one pipeline of PUBLISH at most in flight ─> all that subscribed to the node
+//!                 ^         (later hints join the set)
+//! canary ─────────┘   each 5 s, to a channel of this process' own
+//! ```
+//!
+//! Redis keeps nothing for those who are not there, and forgets subscriptions with their connection. So hints
+//! count as arriving only once a canary came back through both connections, and consumers look once then.
+
+use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use futures_util::future::BoxFuture;
+use tokio::runtime::Handle;
+use tokio::sync::Notify;
+use tokio::time::timeout;
+use tokio_util::sync::{CancellationToken, DropGuard};
+use tokio_util::task::TaskTracker;
+
+use crate::error::Result;
+use crate::id::{NodeId, PartitionId};
+use crate::notifier::channel::{Channel, Pending, lock, merged};
+use crate::notifier::{Health, HealthCell, Hints, Notifier};
+
+mod address;
+mod sending;
+mod subscribing;
+
+use address::Address;
+pub(crate) use address::without_password;
+
+/// How long hints may take that are left at a shutdown.
+const LAST_HINTS: Duration = Duration::from_secs(1);
+/// Between attempts to connect again.
+const BACKOFF: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(5));
+/// How long the server may take to let in, or to answer.
+const ANSWER: Duration = Duration::from_secs(2);
+
+/// Carries hints through a Redis, a Valkey, or what else speaks their protocol and has pub/sub.
+///
+/// Must be made within a tokio runtime, in which its tasks live until it is dropped or shut down. Nothing
+/// is connected before the first use.
+#[derive(Debug)]
+pub struct RedisNotifier {
+    wire: Arc<Wire>,
+    tasks: TaskTracker,
+    started: Mutex<Started>,
+    stop: CancellationToken,
+    _ends_with_it: DropGuard,
+}
+
+#[derive(Debug, Default)]
+struct Started {
+    sending: bool,
+    subscribing: bool,
+}
+
+/// What the tasks share.
+#[derive(Debug)]
+struct Wire {
+    address: Address,
+    prefix: String,
+    /// The channel of this process' canaries.
+    own: String,
+    channels: Mutex<BTreeMap<NodeId, Arc<Channel>>>,
+    /// Somebody subscribed to a node.
+    subscribed: Notify,
+    pending: Pending,
+    /// The canary that is to be sent.
+    canary: Mutex<Option<String>>,
+}
+
+impl RedisNotifier {
+    /// At this address: `redis://[USER:PASSWORD@]HOST[:PORT][,HOST[:PORT]...][/DB]`, `rediss://` with TLS, the
+    /// same with `valkey` and `valkeys`, or `redis+unix:///PATH`. Several hosts are members of one Redis
+    /// Cluster, or otherwise the same to their clients, and tried in turn. Behind Sentinels:
+    /// `redis+sentinel://[USER:PASSWORD@]HOST[:PORT][,...]/NAME[/DB]`, `rediss+sentinel://` with TLS to all;
+    /// user and password are the servers', not the Sentinels'.
+    ///
+    /// A password that is not in the address is taken from `SHARDMQ_REDIS_PASSWORD`. Channels begin with
+    /// the prefix, such as the cluster's id: those of one prefix hear each other.
+    ///
+    /// # Errors
+    /// [`Invalid`](crate::ErrorKind::Invalid) where that is no address.
+    pub fn new(url: &str, prefix: &str) -> Result<Self> {
+        let own = format!("{prefix}:canary:{}", uuid::Uuid::new_v4().simple());
+        let stop = CancellationToken::new();
+        Ok(Self {
+            wire: Arc::new(Wire {
+                address: Address::parse(url)?,
+                prefix: prefix.to_owned(),
+                own,
+                channels: Mutex::default(),
+                subscribed: Notify::new(),
+                pending: Pending::default(),
+                canary: Mutex::default(),
+            }),
+            tasks: TaskTracker::new(),
+            started: Mutex::default(),
+            _ends_with_it: stop.clone().drop_guard(),
+            stop,
+        })
+    }
+
+    /// Starts what is not started yet. False outside of a runtime.
+    fn start(&self, subscribing: bool) -> bool {
+        let Ok(runtime) = Handle::try_current() else { return false };
+        let mut started = lock(&self.started);
+        if !std::mem::replace(&mut started.sending, true) {
+            let sending = sending::run(Arc::clone(&self.wire), self.stop.clone());
+            self.tasks.spawn_on(sending, &runtime);
+        }
+        if subscribing && !std::mem::replace(&mut started.subscribing, true) {
+            let listening = subscribing::run(Arc::clone(&self.wire));
+            let stop = self.stop.clone();
+            self.tasks.spawn_on(stop.run_until_cancelled_owned(listening), &runtime);
+        }
+        true
+    }
+}
+
+impl Wire {
+    fn channel(&self, node: NodeId) -> Arc<Channel> {
+        let mut channels = lock(&self.channels);
+        Arc::clone(channels.entry(node).or_insert_with(|| Arc::new(Channel::new(node))))
+    }
+
+    /// The nodes that somebody listens to.
+    fn heard(&self) -> Vec<Arc<Channel>> {
+        let channels = lock(&self.channels);
+        channels.values().filter(|channel| channel.is_heard()).map(Arc::clone).collect()
+    }
+
+    fn channel_name(&self, node: NodeId) -> String {
+        format!("{}:{node}", self.prefix)
+    }
+}
+
+impl Notifier for RedisNotifier {
+    fn publish(&self, partitions: &[PartitionId]) {
+        if !partitions.is_empty() && self.start(false) {
+            self.wire.pending.add(partitions);
+        }
+    }
+
+    fn subscribe(&self, partitions: &[PartitionId]) -> Hints {
+        let wanted: Arc<HashSet<PartitionId>> = Arc::new(partitions.iter().copied().collect());
+        let nodes: BTreeSet<NodeId> = partitions.iter().map(|partition| partition.node()).collect();
+        let of = |node| self.wire.channel(node).subscribe(Arc::clone(&wanted));
+        let hints: Vec<Hints> = nodes.into_iter().map(of).collect();
+        if !hints.is_empty() && self.start(true) {
+            self.wire.subscribed.notify_one();
+        }
+        merged(hints)
+    }
+
+    fn health(&self, node: NodeId) -> Health {
+        let channel = lock(&self.wire.channels).get(&node).cloned();
+        channel.map_or_else(|| HealthCell::new().get(), |channel| channel.health.get())
+    }
+
+    fn shutdown(&self) -> BoxFuture<'_, ()> {
+        Box::pin(async {
+            self.stop.cancel();
+            self.tasks.close();
+            let _ = timeout(LAST_HINTS, self.tasks.wait()).await;
+        })
+    }
+}
