@@ -114,7 +114,7 @@ need_postgres() {
     say "PostgreSQL $major in $dir"
 }
 
-# Debian's package also sets up a service, which is not for us: tests start a PgBouncer of their own.
+# Debian's packages also set up services, which are not for us: tests start servers of their own.
 apt_install_without_service() {
     local policy=/usr/sbin/policy-rc.d made= outcome=0
     if [ ! -e "$policy" ]; then
@@ -140,30 +140,60 @@ pgbouncer_program() {
     command -v pgbouncer || true
 }
 
-need_pgbouncer() {
-    local program hint="install PgBouncer, 1.18 or later"
-    program=$(pgbouncer_program)
+# Prints nothing where there is none. The library looks in the same places, in the same order.
+redis_program() {
+    local name dir
+    for name in redis-server valkey-server; do
+        redis_folders | while read -r dir; do
+            # To the end, so that nobody writes into a closed pipe.
+            if [ -f "$dir/$name" ] && [ -x "$dir/$name" ]; then echo "$dir/$name"; fi
+        done
+    done | sed -n 1p
+}
+
+redis_folders() {
+    if [ -n "${SHARDMQ_REDIS_BIN:-}" ]; then
+        echo "$SHARDMQ_REDIS_BIN"
+        return
+    fi
+    tr ':' '\n' <<<"$PATH"
+    printf '%s\n' /usr/bin /opt/homebrew/bin /usr/local/bin
+}
+
+# Installs a server that only tests need. $1 says what it is, $2 prints its program; $3 and $4 are
+# its packages in Debian and in Homebrew.
+need_test_server() {
+    local program hint="install $1"
+    program=$("$2")
     if [ -z "$program" ]; then
         case "$(uname -s)" in
             Linux)
                 have apt-get || die "there is no apt-get here: $hint"
-                apt_install_without_service pgbouncer || die "apt-get did not install it: $hint"
+                apt_install_without_service "$3" || die "apt-get did not install it: $hint"
                 ;;
             Darwin)
                 have brew || die "there is no Homebrew here: $hint"
-                brew install pgbouncer >&2
+                brew install "$4" >&2
                 ;;
             *) die "this system is not known here: $hint" ;;
         esac
-        program=$(pgbouncer_program)
+        program=$("$2")
     fi
-    [ -n "$program" ] || die "PgBouncer was installed, but is not to be found"
+    [ -n "$program" ] || die "$3 was installed, but its program is not to be found: $hint"
     say "$("$program" --version | sed -n 1p) in $program"
 }
 
-# Redis goes here when tests need it.
+need_redis() {
+    if [ -n "${SHARDMQ_REDIS_BIN:-}" ] && [ -z "$(redis_program)" ]; then
+        die "SHARDMQ_REDIS_BIN is $SHARDMQ_REDIS_BIN, which has neither redis-server nor valkey-server"
+    fi
+    need_test_server 'redis-server, 6.2 or later, or valkey-server,
+install: or set SHARDMQ_REDIS_BIN to the folder that has one' redis_program redis-server redis
+}
+
 need_test_servers() {
-    need_pgbouncer
+    need_test_server 'PgBouncer, 1.18 or later' pgbouncer_program pgbouncer pgbouncer
+    need_redis
 }
 
 case "${1:-}" in
