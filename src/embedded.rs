@@ -30,14 +30,17 @@ mod builder;
 mod cluster;
 mod database;
 mod folder;
+mod life;
 mod port;
 mod postmaster;
+mod process;
 mod server;
 mod watchdog;
 
 pub use binaries::Binaries;
 pub use builder::ServerBuilder;
-pub use server::{Server, StopMode};
+pub use life::StopMode;
+pub use server::Server;
 
 use std::io;
 

@@ -14,7 +14,7 @@ use super::failed;
 use crate::{Error, ErrorKind, Result};
 
 /// The user that all children run as: our own, or an unprivileged one when we are root, since
-/// Postgres refuses to run as root.
+/// Postgres refuses to run as root, and Redis has no need to.
 ///
 /// Root itself never writes into a folder of that user (who could lead it elsewhere through a
 /// symbolic link): the children do.
@@ -36,7 +36,7 @@ impl Account {
                 return Ok(Self { uid, group: Some(gid) });
             }
         }
-        let text = "found no user to run Postgres as: it refuses to run as root, and there is \
+        let text = "found no user to run the server as: it does not run as root, and there is \
             neither a user `postgres` nor `nobody`";
         Err(Error::new(ErrorKind::NotFound, text))
     }

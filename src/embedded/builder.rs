@@ -1,13 +1,14 @@
 //! What a server is started with.
 
 use std::ffi::OsString;
-use std::fmt::{self, Write};
+use std::fmt::Write;
 use std::path::Path;
 
 use super::account::Account;
 use super::binaries::Binaries;
 use super::blocking;
-use super::folder::Folder;
+use super::folder::{DataFile, Folder};
+use super::postmaster::Postgres;
 use super::server::Server;
 use crate::{Error, Result};
 
@@ -35,19 +36,6 @@ pub struct ServerBuilder {
     variables: Vec<(OsString, OsString)>,
     files: Vec<DataFile>,
     volatile: bool,
-}
-
-/// A file for the cluster's folder. What is in it may be a secret.
-#[derive(Clone)]
-pub(super) struct DataFile {
-    pub(super) name: String,
-    pub(super) text: String,
-}
-
-impl fmt::Debug for DataFile {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("DataFile").field("name", &self.name).finish_non_exhaustive()
-    }
 }
 
 impl ServerBuilder {
@@ -106,16 +94,17 @@ impl ServerBuilder {
     /// was begun is stopped and removed soon after.
     pub async fn start(self) -> Result<Server> {
         let settings = self.settings()?;
-        self.files.iter().try_for_each(|file| check_file(&file.name))?;
+        self.files.iter().try_for_each(|file| file.check(&RESERVED_FILES))?;
         let binaries = match self.binaries {
             Some(binaries) => binaries,
             None => blocking(Binaries::find).await?,
         };
         let account = Account::find().await?;
-        let folder = Folder::create(account).await?;
+        let folder = Folder::create(account, "shardmq-pg-").await?;
         let settings = format!("{}{settings}", of_folder(&folder.run())?);
         let files = Files { settings, others: self.files };
-        Server::start(folder, binaries, account, self.variables, files).await
+        let postgres = Postgres { binaries, variables: self.variables };
+        Server::start(folder, account, postgres, files).await
     }
 
     /// The lines that don't depend on where the server is.
@@ -147,17 +136,6 @@ fn check(name: &str) -> Result<()> {
     }
     if RESERVED.iter().any(|reserved| name.eq_ignore_ascii_case(reserved)) {
         return Err(Error::invalid(format!("the embedded server sets {name} itself")));
-    }
-    Ok(())
-}
-
-fn check_file(name: &str) -> Result<()> {
-    let good = |c: char| c.is_ascii_alphanumeric() || "_-.".contains(c);
-    if name.is_empty() || name.starts_with('.') || !name.chars().all(good) {
-        return Err(Error::invalid(format!("{name:?} is not the name of a file for the server")));
-    }
-    if RESERVED_FILES.contains(&name) {
-        return Err(Error::invalid(format!("the embedded server keeps {name} for itself")));
     }
     Ok(())
 }
@@ -203,11 +181,14 @@ mod tests {
 
     #[test]
     fn files_of_the_servers_own_and_elsewhere_are_refused() {
+        let check = |name: &str| {
+            DataFile { name: name.to_owned(), text: String::new() }.check(&RESERVED_FILES)
+        };
         for name in ["", "..", "../x", "a/b", ".hidden", "postgresql.conf", "postmaster.pid", "a b"]
         {
-            assert_eq!(check_file(name).unwrap_err().kind(), ErrorKind::Invalid, "{name:?}");
+            assert_eq!(check(name).unwrap_err().kind(), ErrorKind::Invalid, "{name:?}");
         }
-        assert!(check_file("pg_hba.conf").is_ok());
+        assert!(check("pg_hba.conf").is_ok());
     }
 
     #[test]

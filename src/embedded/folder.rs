@@ -1,5 +1,6 @@
 //! The temporary folder of one server.
 
+use std::fmt;
 use std::fs::{File, Permissions};
 use std::os::unix::fs::{FileExt, PermissionsExt, chown, fchown};
 use std::path::{Path, PathBuf};
@@ -8,15 +9,14 @@ use std::process::Stdio;
 use tempfile::TempDir;
 
 use super::account::{self, Account};
-use super::builder::DataFile;
 use super::{blocking, failed};
-use crate::Result;
+use crate::{Error, Result};
 
 /// A socket's address has 104 bytes on macOS and 108 on Linux. The folder's name and the socket's
 /// take 40 of them: `/shardmq-pg-XXXXXX/run/.s.PGSQL.65535`.
 const LONGEST_BASE: usize = 60;
 
-/// `data` is the cluster, `run` has the socket, and `server.log` is what the server says.
+/// `data` is where the server works, `run` has the socket of a Postgres, and `server.log` is what the server says.
 #[derive(Debug)]
 pub(super) struct Folder {
     pub(super) base: PathBuf,
@@ -27,11 +27,11 @@ pub(super) struct Folder {
 
 impl Folder {
     /// Makes the folder. It is removed on drop, unless that was [left](Self::leave) to another.
-    pub(super) async fn create(account: Account) -> Result<Self> {
+    pub(super) async fn create(account: Account, prefix: &'static str) -> Result<Self> {
         blocking(move || {
             let base = base(account);
             let dir = tempfile::Builder::new()
-                .prefix("shardmq-pg-")
+                .prefix(prefix)
                 .permissions(Permissions::from_mode(0o700))
                 .tempdir_in(&base)
                 .map_err(failed(format!("make a folder in {}", base.display())))?;
@@ -58,13 +58,7 @@ impl Folder {
         self.path().join("run")
     }
 
-    /// Adds to `postgresql.conf`, where the last line that names a setting counts.
-    pub(super) async fn configure(&self, lines: &str) -> Result<()> {
-        let path = self.data().join("postgresql.conf");
-        self.append(&path, lines).await
-    }
-
-    /// Writes a file into the cluster, in place of one of that name.
+    /// Writes a file into `data`, in place of one of that name.
     pub(super) async fn put(&self, file: &DataFile) -> Result<()> {
         let path = self.data().join(&file.name);
         let command = self.account.shell("umask 077; cat >\"$1\"", &[&path]);
@@ -75,6 +69,36 @@ impl Folder {
     pub(super) async fn append(&self, path: &Path, text: &str) -> Result<()> {
         let command = self.account.shell("cat >>\"$1\"", &[path]);
         account::run(command, text, "write into the embedded server's folder").await.map(drop)
+    }
+}
+
+/// A file for the folder `data`. What is in it may be a secret.
+#[derive(Clone)]
+pub(super) struct DataFile {
+    pub(super) name: String,
+    pub(super) text: String,
+}
+
+impl DataFile {
+    /// Refuses what would lie elsewhere, and the names of files that the server keeps for itself.
+    pub(super) fn check(&self, reserved: &[&str]) -> Result<()> {
+        let name = &*self.name;
+        let good = |c: char| c.is_ascii_alphanumeric() || "_-.".contains(c);
+        if name.is_empty() || name.starts_with('.') || !name.chars().all(good) {
+            return Err(Error::invalid(format!(
+                "{name:?} is not the name of a file for the server"
+            )));
+        }
+        if reserved.contains(&name) {
+            return Err(Error::invalid(format!("the embedded server keeps {name} for itself")));
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Debug for DataFile {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("DataFile").field("name", &self.name).finish_non_exhaustive()
     }
 }
 
