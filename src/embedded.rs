@@ -1,4 +1,4 @@
-//! Private Postgres servers, started from the binaries that are installed on this machine.
+//! Private Postgres and Redis servers, started from the binaries that are installed on this machine.
 //!
 //! For development and tests: a [`Server`] has its own temporary folder, a port of its own on
 //! `127.0.0.1`, and trusts everybody who can reach that port. It is ready about a third of a second
@@ -10,6 +10,9 @@
 //!
 //! Postgres refuses to run as root. When this process is root, then all that belongs to the server
 //! runs as the user `postgres`, or `nobody` where there is no such user.
+//!
+//! A [`Redis`] lives in the same way, and is ready after some hundredths of a second. It is for tests
+//! of what runs over Redis, and keeps nothing on disk.
 //!
 //! All async functions here need a tokio runtime with I/O and time enabled.
 //!
@@ -34,12 +37,17 @@ mod life;
 mod port;
 mod postmaster;
 mod process;
+mod redis_builder;
+mod redis_program;
+mod redis_server;
 mod server;
 mod watchdog;
 
 pub use binaries::Binaries;
 pub use builder::ServerBuilder;
 pub use life::StopMode;
+pub use redis_builder::RedisBuilder;
+pub use redis_server::Redis;
 pub use server::Server;
 
 use std::io;

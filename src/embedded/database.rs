@@ -32,8 +32,8 @@ pub(super) async fn create(port: u16, name: &str) -> Result<()> {
     })
 }
 
-/// For the path of a URL.
-fn escaped(text: &str) -> String {
+/// For a part of a URL.
+pub(super) fn escaped(text: &str) -> String {
     let mut escaped = String::with_capacity(text.len());
     for byte in text.bytes() {
         if byte.is_ascii_alphanumeric() || b"-._~".contains(&byte) {

@@ -16,7 +16,8 @@ use crate::{Error, Result};
 /// take 40 of them: `/shardmq-pg-XXXXXX/run/.s.PGSQL.65535`.
 const LONGEST_BASE: usize = 60;
 
-/// `data` is where the server works, `run` has the socket of a Postgres, and `server.log` is what the server says.
+/// The server works in `data`, `run` has the socket of a Postgres, and `server.log` is what the server
+/// says.
 #[derive(Debug)]
 pub(super) struct Folder {
     pub(super) base: PathBuf,

@@ -70,7 +70,7 @@ pub(super) struct Failure {
 
 impl Failure {
     fn new(kind: ErrorKind, what: &str, log: String) -> Self {
-        let lines: Vec<_> = log.lines().collect();
+        let lines: Vec<_> = log.lines().map(without_values).collect();
         let last = lines[lines.len().saturating_sub(LAST_LINES)..].join("\n");
         let cause = io::Error::other(format!("{what}; the last lines of its log:\n{last}"));
         let error = Error::with_source(kind, "start the embedded server", cause);
@@ -94,9 +94,25 @@ impl From<Error> for Failure {
     }
 }
 
+/// Redis quotes the line of its settings that it does not take. There may be a password in it.
+fn without_values(line: &str) -> &str {
+    if line.starts_with(">>> '") {
+        let end = line.match_indices(' ').nth(1).map_or(line.len(), |(end, _)| end);
+        return &line[..end];
+    }
+    line
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_failure_names_the_setting_that_redis_refuses_but_not_its_value() {
+        let log = "at line 3\n>>> 'requirepass \"a b\"'\nBad directive\n>>> 'port'".to_owned();
+        let chain = Failure::new(ErrorKind::Unavailable, "it ended", log).error.chain();
+        assert!(chain.ends_with("at line 3\n>>> 'requirepass\nBad directive\n>>> 'port'"));
+    }
 
     #[test]
     fn a_failure_has_the_last_lines_of_the_log() {

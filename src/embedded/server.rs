@@ -9,6 +9,8 @@ use super::database;
 use super::folder::Folder;
 use super::life::{Life, StopMode};
 use super::postmaster::{self, Postgres};
+#[cfg(doc)]
+use crate::ErrorKind;
 use crate::Result;
 
 /// A private Postgres server. Its superuser is `shardmq`, without a password.

@@ -1,9 +1,10 @@
-//! Private Postgres servers: that they work, can be restarted, and leave nothing behind.
+//! Private servers: that they work, can be restarted, and leave nothing behind.
 
 // The linter knows tests, but not the functions that they call.
 #![allow(clippy::unwrap_used)]
 
 mod endings;
+mod redis_server;
 
 use std::future::Future;
 use std::os::unix::fs::PermissionsExt;

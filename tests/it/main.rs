@@ -38,7 +38,7 @@ mod dedup;
 mod dedup_keys;
 /// Messages for later: when they are due, or not at all.
 mod delayed;
-/// Private Postgres servers: found, started, ended with their parent.
+/// Private Postgres and Redis servers: found, started, ended with their parent.
 mod embedded;
 /// Acknowledged in the user's own transaction, or not at all.
 mod exactly_once;

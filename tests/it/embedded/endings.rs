@@ -8,8 +8,9 @@ use std::time::Duration;
 
 use shardmq::embedded::{Binaries, Server, StopMode};
 use tokio::io::{AsyncBufReadExt, BufReader};
-use tokio::process::Child;
+use tokio::process::{Child, Command as AsyncCommand};
 
+use super::redis_server;
 use super::{eventually, eventually_gone, folder_of, is_alive, kill, server, show};
 
 /// Set for a copy of this test program that is to be killed.
@@ -105,12 +106,19 @@ async fn victim_of_other_tests() {
     let Ok(what) = std::env::var(VICTIM) else {
         return;
     };
-    let (what, milliseconds) = what.split_once(' ').unwrap();
-    if what == "dropped" {
+    let (what, milliseconds) = what.rsplit_once(' ').unwrap();
+    if what.ends_with("dropped") {
         let limit = Duration::from_millis(milliseconds.parse().unwrap());
-        tokio::time::timeout(limit, server()).await.ok();
+        if what == "dropped" {
+            tokio::time::timeout(limit, server()).await.ok();
+        } else {
+            tokio::time::timeout(limit, redis_server::be_a_victim()).await.ok();
+        }
         let base = std::env::temp_dir();
         return eventually("nothing is left", || async { servers_in(&base).is_empty() }).await;
+    }
+    if what == "redis" {
+        return redis_server::be_a_victim().await;
     }
     let server = server().await;
     println!("\npid {} {}", server.pid().unwrap(), folder_of(&server).display());
@@ -132,16 +140,20 @@ fn pg_ctl(server: &Server, arguments: &[&str]) {
 }
 
 /// A copy of this program that starts a server below `base`.
-fn victim(what: &str, base: &Path, milliseconds: u32) -> Child {
+pub fn victim(what: &str, base: &Path, milliseconds: u32) -> Child {
+    victim_command(what, base, milliseconds).spawn().unwrap()
+}
+
+pub fn victim_command(what: &str, base: &Path, milliseconds: u32) -> AsyncCommand {
     let module = module_path!().split_once("::").unwrap().1;
-    tokio::process::Command::new(std::env::current_exe().unwrap())
+    let mut command = AsyncCommand::new(std::env::current_exe().unwrap());
+    command
         .args(["--exact", "--nocapture", &format!("{module}::victim_of_other_tests")])
         .env(VICTIM, format!("{what} {milliseconds}"))
         .env("TMPDIR", base)
         .stdout(Stdio::piped())
-        .kill_on_drop(true)
-        .spawn()
-        .unwrap()
+        .kill_on_drop(true);
+    command
 }
 
 async fn victim_succeeds(base: &Path) -> bool {
@@ -149,21 +161,21 @@ async fn victim_succeeds(base: &Path) -> bool {
 }
 
 /// A folder for temporary files that all users may use, like `/tmp`.
-fn shared_tempdir() -> tempfile::TempDir {
+pub fn shared_tempdir() -> tempfile::TempDir {
     let dir = tempfile::tempdir_in("/tmp").unwrap();
     // The mode that it is made with would be cut by the umask.
     std::fs::set_permissions(dir.path(), PermissionsExt::from_mode(0o1777)).unwrap();
     dir
 }
 
-fn servers_in(base: &Path) -> Vec<PathBuf> {
+pub fn servers_in(base: &Path) -> Vec<PathBuf> {
     let entries = std::fs::read_dir(base).unwrap().map(|entry| entry.unwrap().path());
     let is_cache = |path: &PathBuf| path.to_str().unwrap().contains("shardmq-pg-cache");
     entries.filter(|path| !is_cache(path)).collect()
 }
 
 /// Whether a process has that path in its arguments.
-fn is_used(path: &Path) -> bool {
+pub fn is_used(path: &Path) -> bool {
     let output = Command::new("ps").args(["-ww", "-A", "-o", "args="]).output().unwrap();
     let arguments = String::from_utf8_lossy(&output.stdout).into_owned();
     arguments.lines().any(|line| line.contains(path.to_str().unwrap()))
