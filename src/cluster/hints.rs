@@ -35,6 +35,8 @@ struct Chosen {
 
 /// What a process shares with its notifier.
 pub(super) struct Means {
+    /// Whose channels of a Redis these are.
+    #[cfg_attr(not(feature = "redis"), allow(dead_code))]
     pub(super) cluster: Uuid,
     pub(super) nodes: Arc<Nodes>,
     pub(super) shutdown: CancellationToken,
@@ -57,7 +59,7 @@ impl Told {
         let redis_url = self.redis_url.or_else(|| variable("SHARDMQ_REDIS_URL"));
         match self.own {
             Some(own) => Ok(own),
-            None => means.make(choose(kind, redis_url, settings)?),
+            None => means.make(&choose(kind, redis_url, settings)?),
         }
     }
 }
@@ -88,7 +90,7 @@ fn choose(
 }
 
 impl Means {
-    fn make(self, chosen: Chosen) -> Result<Arc<dyn Notifier>> {
+    fn make(self, chosen: &Chosen) -> Result<Arc<dyn Notifier>> {
         match chosen.kind {
             NotifierKind::Postgres => Ok(Arc::new(self.postgres())),
             NotifierKind::None => Ok(Arc::new(NoNotifier::new())),
@@ -101,10 +103,10 @@ impl Means {
     }
 
     #[cfg(feature = "redis")]
-    fn redis(self, chosen: Chosen) -> Result<Arc<dyn Notifier>> {
+    fn redis(self, chosen: &Chosen) -> Result<Arc<dyn Notifier>> {
         use crate::notifier::{Both, RedisNotifier};
-        let url = chosen.redis_url.unwrap_or_default();
-        let redis = RedisNotifier::new(&url, &prefix(self.cluster))?;
+        let url = chosen.redis_url.as_deref().unwrap_or_default();
+        let redis = RedisNotifier::new(url, &prefix(self.cluster))?;
         Ok(match chosen.kind {
             NotifierKind::Both => Arc::new(Both::new(self.postgres(), redis)),
             _ => Arc::new(redis),
@@ -113,8 +115,8 @@ impl Means {
 
     /// What the cluster says is no reason not to work at all.
     #[cfg(not(feature = "redis"))]
-    fn redis(self, chosen: Chosen) -> Result<Arc<dyn Notifier>> {
-        let Chosen { kind, is_cluster_s, .. } = chosen;
+    fn redis(self, chosen: &Chosen) -> Result<Arc<dyn Notifier>> {
+        let Chosen { kind, is_cluster_s, .. } = *chosen;
         let what =
             format!("notifier {kind}: this program was built without feature `redis` of shardmq");
         if !is_cluster_s {

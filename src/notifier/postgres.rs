@@ -16,6 +16,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::cluster::Nodes;
+use crate::deadline::in_time;
 use crate::error::Result;
 use crate::id::{NodeId, PartitionId};
 use crate::metrics as names;
@@ -29,6 +30,8 @@ use listener::listen;
 
 /// Partitions in one payload, which Postgres limits to 8,000 bytes.
 const MAX_PARTITIONS: usize = 1_000;
+/// How long the server may take for a hint: those that come later wait for it.
+const ANSWER: Duration = Duration::from_secs(2);
 /// How long hints may take that are left at a shutdown.
 const LAST_HINTS: Duration = Duration::from_secs(1);
 
@@ -155,7 +158,8 @@ async fn send_pending(nodes: &Nodes, wire: &Wire) {
             return;
         }
         let node = wire.channel.node;
-        if let Err(error) = notify(nodes, node, &payload(&partitions)).await {
+        let payload = payload(&partitions);
+        if let Err(error) = in_time(ANSWER, "notify", notify(nodes, node, &payload)).await {
             // Consumers look by themselves.
             ::metrics::counter!(names::NOTIFY_FAILED).increment(1);
             tracing::debug!(%node, error = %error.chain(), "a hint was not sent");

@@ -84,6 +84,8 @@ mod migrations;
 mod model;
 /// With hints a message comes at once, without them within the poll interval.
 mod notifications;
+/// Notifiers in trouble, whichever it is.
+mod notifiers;
 /// Nodes that some members reach, or nobody.
 mod out_of_reach;
 /// Messages that are published in a transaction.

@@ -18,12 +18,14 @@ use tracing_subscriber::util::SubscriberInitExt;
 
 pub mod authority;
 pub mod clocks;
+pub mod guarded;
 pub mod held;
 pub mod hints;
 pub mod pgbouncer;
 pub mod proxy;
 pub mod put_back;
 pub mod reading;
+pub mod redis;
 pub mod relays;
 pub mod said;
 pub mod signals;

@@ -1,10 +1,8 @@
 //! A private PgBouncer in transaction mode: it gives each transaction any of its server connections.
 
-use std::fs::Permissions;
-use std::os::unix::fs::PermissionsExt;
-use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::ffi::OsString;
+use std::path::Path;
+use std::process::Command;
 use std::time::Duration;
 
 use shardmq::embedded::Server;
@@ -12,19 +10,8 @@ use shardmq::{Cluster, ClusterBuilder, NodeId};
 use tokio::net::TcpStream;
 use tokio_postgres::{Client, SimpleQueryMessage, SimpleQueryRow};
 
+use super::guarded::{Guarded, free_port};
 use super::{TestCluster, client, database, eventually, shared_server, through};
-
-/// Ends the pooler and removes its folder when the pipe is closed, also by the end of this process.
-const WATCHDOG: &str = r#"
-trap '' HUP INT QUIT TERM
-dir=$1; shift
-"$@" </dev/null >"$dir/log" 2>&1 &
-pid=$!
-read -r _
-kill "$pid"
-wait "$pid"
-rm -rf "$dir"
-"#;
 
 /// What it does with a startup parameter that it does not know, as `options`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,8 +25,7 @@ pub enum Unknown {
 /// A running PgBouncer before all databases of a server. It ends when it is dropped.
 pub struct PgBouncer {
     port: u16,
-    dir: PathBuf,
-    watchdog: Child,
+    program: Guarded,
 }
 
 impl PgBouncer {
@@ -56,27 +42,26 @@ impl PgBouncer {
 
     fn launch(server_port: u16, port: u16, pool_size: u8, unknown: Unknown) -> Self {
         let ignored = if unknown == Unknown::Ignored { "options" } else { "" };
-        let dir = tempfile::Builder::new().prefix("shardmq-pooler-").tempdir().unwrap().keep();
-        std::fs::set_permissions(&dir, Permissions::from_mode(0o755)).unwrap();
-        std::fs::write(dir.join("users"), "\"shardmq\" \"\"\n").unwrap();
-        let users = dir.join("users").display().to_string();
-        // One that lost its server asks again at once.
-        let config = format!(
-            "[databases]\n* = host=127.0.0.1 port={server_port}\n\
+        let start = |dir: &Path| {
+            std::fs::write(dir.join("users"), "\"shardmq\" \"\"\n").unwrap();
+            let users = dir.join("users").display().to_string();
+            // One that lost its server asks again at once.
+            let config = format!(
+                "[databases]\n* = host=127.0.0.1 port={server_port}\n\
              [pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {port}\nunix_socket_dir =\n\
              auth_type = trust\nauth_file = {users}\nadmin_users = shardmq\n\
              pool_mode = transaction\ndefault_pool_size = {pool_size}\n\
              max_client_conn = 500\nserver_login_retry = 0.05\n\
              ignore_startup_parameters = {ignored}\n"
-        );
-        let file = dir.join("pgbouncer.ini");
-        std::fs::write(&file, config).unwrap();
-        let mut command = Command::new("/bin/sh");
-        command.args(["-c", WATCHDOG, "sh"]).arg(&dir).arg(program());
-        command.args(as_another_user()).arg(&file);
-        command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
-        command.current_dir("/").process_group(0);
-        Self { port, dir, watchdog: command.spawn().unwrap() }
+            );
+            let file = dir.join("pgbouncer.ini");
+            std::fs::write(&file, config).unwrap();
+            let mut command = vec![OsString::from(program())];
+            command.extend(as_another_user());
+            command.push(file.into());
+            command
+        };
+        Self { port, program: Guarded::start("shardmq-pooler-", start) }
     }
 
     /// Waits until it takes connections; false where another took the port.
@@ -95,7 +80,7 @@ impl PgBouncer {
     }
 
     fn log(&self) -> String {
-        std::fs::read_to_string(self.dir.join("log")).unwrap_or_default()
+        self.program.log()
     }
 
     /// A URL that leads to the server, as one that leads here.
@@ -130,13 +115,6 @@ impl PgBouncer {
     }
 }
 
-impl Drop for PgBouncer {
-    fn drop(&mut self) {
-        drop(self.watchdog.stdin.take());
-        let _ = self.watchdog.wait();
-    }
-}
-
 async fn rows(client: &Client, statement: &str) -> Vec<SimpleQueryRow> {
     let messages = client.simple_query(statement).await.unwrap();
     let row = |message| match message {
@@ -153,7 +131,7 @@ fn program() -> &'static str {
 }
 
 /// It refuses to run as root.
-fn as_another_user() -> Vec<&'static str> {
+fn as_another_user() -> Vec<OsString> {
     let id = |arguments: &[&str]| {
         let output = Command::new("id").args(arguments).output().unwrap();
         output.status.success().then(|| String::from_utf8_lossy(&output.stdout).trim().to_owned())
@@ -162,12 +140,7 @@ fn as_another_user() -> Vec<&'static str> {
         return Vec::new();
     }
     let user = ["postgres", "nobody"].into_iter().find(|user| id(&["-u", user]).is_some());
-    vec!["-u", user.expect("a user other than root")]
-}
-
-fn free_port() -> u16 {
-    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    listener.local_addr().unwrap().port()
+    vec!["-u".into(), user.expect("a user other than root").into()]
 }
 
 /// A cluster of one node whose data and control connections all go through a port; the test's own SQL
@@ -210,7 +183,7 @@ async fn a_pooler_shares_its_server_connections_and_ends_with_its_folder() {
     };
     assert_eq!(pid(&one).await, pid(&other).await);
     assert_eq!((pooler.clients().await, pooler.servers().await), (2, 1));
-    let dir = pooler.dir.clone();
+    let dir = pooler.program.dir().to_owned();
     drop(pooler);
     assert!(!dir.exists());
     assert!(one.simple_query("select 1").await.is_err());

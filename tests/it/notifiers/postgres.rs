@@ -1,0 +1,269 @@
+//! `LISTEN/NOTIFY` in every kind of trouble. The server that notifies is the node itself: where it is away,
+//! messages are stored later, and come at once then.
+
+use std::time::Duration;
+
+use futures_util::future::join_all;
+use shardmq::embedded::{Server, StopMode};
+use shardmq::notifier::{HealthState, Notifier};
+use shardmq::testing::NotifierSuite;
+use shardmq::{Cluster, Message, NodeId, PartitionId};
+use tokio::time::Instant;
+use tokio_postgres::Client;
+
+use super::{LATEST, READ, SECOND, SOON, nothing_is_late};
+use crate::support::hints::{arrive, hears};
+use crate::support::proxy::{Rule, cluster_behind_proxy};
+use crate::support::reading::{append_texts, next_text};
+use crate::support::signals::signal_all;
+use crate::support::stored::topic;
+use crate::support::{TestCluster, client, eventually, own_server, prepared};
+
+fn partition() -> PartitionId {
+    PartitionId::new(1, 1).unwrap()
+}
+
+async fn another(test: &TestCluster) -> Cluster {
+    Cluster::builder(&test.control_url).upkeep(false).connect().await.unwrap()
+}
+
+/// As of two processes.
+async fn suite_of(test: &TestCluster) -> (NotifierSuite, Cluster) {
+    let other = another(test).await;
+    let suite = NotifierSuite::new(test.cluster.notifier(), other.notifier(), partition());
+    (suite, other)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_that_is_killed_and_comes_back() {
+    let server = own_server().await;
+    let test = TestCluster::on(&server, 1).await;
+    let (suite, _other) = suite_of(&test).await;
+    let kill = async { server.stop_server(StopMode::Immediate).await.unwrap() };
+    let mend = async { server.start_server().await.unwrap() };
+    suite.check_interruption(kill, mend).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_that_is_suspended() {
+    let server = own_server().await;
+    let test = TestCluster::on(&server, 1).await;
+    let (suite, _other) = suite_of(&test).await;
+    let stop = async { signal_all(&server, "STOP").await };
+    let mend = async { signal_all(&server, "CONT").await };
+    suite.check_interruption(stop, mend).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_network_that_swallows_everything() {
+    let (test, proxy) = cluster_behind_proxy().await;
+    let (suite, _other) = suite_of(&test).await;
+    let rule = async |rule: Rule| {
+        proxy.to_client(rule);
+        proxy.to_server(rule);
+    };
+    suite.check_interruption(rule(Rule::Swallow), rule(Rule::Pass)).await.unwrap();
+}
+
+/// The listener's own user, who is locked out for a while.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_user_that_may_not_log_in_any_more() {
+    let server = own_server().await;
+    let test = TestCluster::on(&server, 1).await;
+    let sql = test.sql(0).await;
+    sql.batch_execute("create role listener login").await.unwrap();
+    let url = test.node_urls[0].replace("shardmq@", "listener@");
+    let builder = Cluster::builder(&test.control_url).upkeep(false);
+    let other = builder.listen_url(NodeId::new(1).unwrap(), &url).connect().await.unwrap();
+    let suite = NotifierSuite::new(test.cluster.notifier(), other.notifier(), partition());
+    let lock_out = async {
+        sql.batch_execute("alter role listener nologin").await.unwrap();
+        let kill =
+            "select pg_terminate_backend(pid) from pg_stat_activity where usename = 'listener'";
+        sql.query(kill, &[]).await.unwrap();
+    };
+    let mend = async { sql.batch_execute("alter role listener login").await.unwrap() };
+    suite.check_interruption(lock_out, mend).await.unwrap();
+}
+
+/// From 17 on the queue of notifications has a size that can be set; it is full where somebody listens in a
+/// transaction that does not end.
+async fn fill_the_queue(sql: &Client, holder: &Client) {
+    holder.batch_execute("listen noise; begin; select 1").await.unwrap();
+    let fill = "select pg_notify('noise', n || repeat('x', 7000)) from generate_series(1, 20) as n";
+    while sql.query(fill, &[]).await.is_ok() {}
+}
+
+/// Before that no notification can be sent: what they are sent with has another name.
+async fn forbid(sql: &Client) {
+    sql.batch_execute("alter function pg_notify(text, text) rename to pg_notify_away")
+        .await
+        .unwrap();
+}
+
+async fn allow(sql: &Client) {
+    sql.batch_execute("alter function pg_notify_away(text, text) rename to pg_notify")
+        .await
+        .unwrap();
+}
+
+async fn is_17(sql: &Client) -> bool {
+    let version = sql.query_one("select current_setting('server_version_num')::int", &[]).await;
+    version.unwrap().get::<_, i32>(0) >= 170_000
+}
+
+async fn server_with_a_small_queue() -> Server {
+    let server = own_server().await;
+    let sql = client(&server.url("postgres")).await;
+    if !is_17(&sql).await {
+        return server;
+    }
+    drop((sql, server));
+    let builder = Server::builder().durable(false).setting("max_notify_queue_pages", "64");
+    prepared(builder).await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn messages_come_though_no_notification_can_be_sent() {
+    let server = server_with_a_small_queue().await;
+    let test = TestCluster::on(&server, 1).await;
+    topic(&test, "orders", 4).await;
+    let (sql, holder, other) = (test.sql(0).await, test.sql(0).await, another(&test).await);
+    let full = is_17(&sql).await;
+    let trouble = async {
+        if full {
+            fill_the_queue(&sql, &holder).await;
+        } else {
+            forbid(&sql).await;
+        }
+        // Until it is found out, and longer.
+        let ill = async || !other.notifier().health(NodeId::new(1).unwrap()).is_ok();
+        eventually("it is found out", SOON, ill).await;
+        tokio::time::sleep(SECOND).await;
+        if full {
+            holder.batch_execute("commit").await.unwrap();
+        } else {
+            allow(&sql).await;
+        }
+        let well = async || other.notifier().health(NodeId::new(1).unwrap()).is_ok();
+        eventually("it is well again", SOON, well).await;
+    };
+    nothing_is_late(&test.cluster, &other, "orders", trouble).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn messages_come_while_the_server_restarts_and_listeners_are_killed() {
+    let server = own_server().await;
+    let test = TestCluster::on(&server, 1).await;
+    topic(&test, "orders", 4).await;
+    let other = another(&test).await;
+    let trouble = async {
+        for _ in 0..5 {
+            let sql = test.sql(0).await;
+            let kill = "select pg_terminate_backend(pid) from pg_stat_activity
+                         where application_name like 'shardmq listen %'";
+            sql.query(kill, &[]).await.unwrap();
+            tokio::time::sleep(SECOND / 2).await;
+        }
+        server.restart(StopMode::Immediate).await.unwrap();
+    };
+    nothing_is_late(&test.cluster, &other, "orders", trouble).await;
+}
+
+/// What is stored while nobody can send hints, nor tell that, comes by looking.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_message_without_a_hint_comes_within_five_seconds() {
+    let test = TestCluster::new(1).await;
+    let partition = topic(&test, "orders", 1).await[0];
+    let sql = test.sql(0).await;
+    let mut messages = test.cluster.consumer("orders", "g").stream().await.unwrap();
+    let handle = messages.handle();
+    let well = async || handle.status().notifier.iter().any(|node| node.health.is_ok());
+    eventually("hints arrive", SOON, well).await;
+    for n in 0..3 {
+        append_texts(&sql, partition, [n]).await;
+        let stored = Instant::now();
+        assert_eq!(next_text(&mut messages).await, n.to_string());
+        assert!(stored.elapsed() < LATEST + READ, "{:?}", stored.elapsed());
+    }
+    messages.shutdown(SECOND).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_million_notifications_while_nobody_listens() {
+    let test = TestCluster::new(1).await;
+    let sql = test.sql(0).await;
+    let many =
+        "select count(pg_notify('shardmq', '10101,' || n)) from generate_series(1, 1000000) as n";
+    sql.query(many, &[]).await.unwrap();
+    let (suite, other) = suite_of(&test).await;
+    for _ in 0..1_000_000 {
+        other.notifier().publish(&[partition()]);
+    }
+    suite.check().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_thousand_listeners_hear_all_at_once() {
+    let builder = Server::builder().durable(false).setting("max_connections", "1100");
+    let server = prepared(builder.setting("shared_buffers", "16MB")).await;
+    let test = TestCluster::on(&server, 1).await;
+    let url = &test.node_urls[0];
+    let mut listeners = Vec::new();
+    for _ in 0..20 {
+        let some = join_all((0..50).map(|_| async {
+            let listener = client(url).await;
+            listener.batch_execute("listen shardmq").await.unwrap();
+            listener
+        }));
+        listeners.extend(some.await);
+    }
+    let other = another(&test).await;
+    let mut hints = other.notifier().subscribe(&[partition()]);
+    arrive(&mut hints).await;
+    let began = Instant::now();
+    for _ in 0..10 {
+        test.cluster.notifier().publish(&[partition()]);
+        hears(&mut hints, partition()).await;
+    }
+    assert!(began.elapsed() < 10 * SECOND, "{:?}", began.elapsed());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn consumers_of_one_process_look_one_at_a_time() {
+    let test = TestCluster::new(1).await;
+    topic(&test, "orders", 4).await;
+    let builder = Cluster::builder(&test.control_url).upkeep(false).connections_per_node(8);
+    let none = shardmq::notifier::NotifierKind::None;
+    let cluster = builder.notifier_kind(none).connect().await.unwrap();
+    let producer = cluster.producer("orders").build().await.unwrap();
+    let mut consumers = Vec::new();
+    for n in 0..20 {
+        let group = format!("g{n}");
+        consumers.push(cluster.consumer("orders", &group).stream().await.unwrap());
+    }
+    let all = async || consumers.iter().all(|one| one.handle().held_partitions() == 4);
+    eventually("all have all", SOON, all).await;
+    let states = consumers.iter().map(|one| one.handle().status().notifier[0].health.state);
+    assert!(states.into_iter().all(|state| state == HealthState::Polling));
+    let sql = test.sql(0).await;
+    // A look's statement waits here, as under a load: nobody else's is begun meanwhile.
+    let lock = test.sql(0).await;
+    lock.batch_execute("begin; lock table shardmq.partition in access exclusive mode")
+        .await
+        .unwrap();
+    let looking = "select count(*) from pg_stat_activity
+                    where datname = current_database() and wait_event_type = 'Lock'
+                      and query like '-- One part of a look%'";
+    let waits = async || sql.query_one(looking, &[]).await.unwrap().get::<_, i64>(0);
+    eventually("somebody looks", SOON, async || waits().await == 1).await;
+    for _ in 0..50 {
+        assert!(waits().await <= 1);
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    lock.batch_execute("commit").await.unwrap();
+    producer.send(Message::new("to all")).await.unwrap();
+    for messages in &mut consumers {
+        assert_eq!(next_text(messages).await, "to all");
+    }
+}

@@ -1,0 +1,123 @@
+//! Which notifier a process has: its own setting, or the cluster's.
+
+use shardmq::embedded::{Redis, StopMode};
+use shardmq::notifier::NotifierKind;
+use shardmq::{Cluster, ErrorKind, Message};
+
+use super::{SECOND, SOON};
+use crate::support::reading::next_text;
+use crate::support::redis::subscribed_channels;
+use crate::support::stored::topic;
+use crate::support::{TestCluster, eventually, own_server};
+
+async fn connect(test: &TestCluster) -> Cluster {
+    Cluster::builder(&test.control_url).upkeep(false).connect().await.unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn processes_have_what_the_cluster_has_when_they_connect() {
+    let redis = Redis::builder().password("secret").start().await.unwrap();
+    let test = TestCluster::new(1).await;
+    topic(&test, "orders", 2).await;
+    let setting = test.cluster.notifier_setting().await.unwrap();
+    assert_eq!((setting.notifier, setting.redis_url), (NotifierKind::Postgres, None));
+    test.cluster.set_notifier(NotifierKind::Redis, Some(&redis.url())).await.unwrap();
+    let setting = test.cluster.notifier_setting().await.unwrap();
+    let url = setting.redis_url.unwrap();
+    assert!(setting.notifier == NotifierKind::Redis && !url.contains("secret"), "{url}");
+    // The password is each process' own business.
+    let builder = || Cluster::builder(&test.control_url).upkeep(false);
+    let builder = || builder().redis_url(&redis.url());
+    let producing = builder().connect().await.unwrap();
+    let consuming = builder().connect().await.unwrap();
+    let health = consuming.notifier_health().await.unwrap();
+    assert!(health.len() == 1 && health[0].health.is_ok(), "{health:?}");
+    let mut messages = consuming.consumer("orders", "g").stream().await.unwrap();
+    let producer = producing.producer("orders").build().await.unwrap();
+    producer.send(Message::new("through Redis")).await.unwrap();
+    assert_eq!(next_text(&mut messages).await, "through Redis");
+    messages.shutdown(SECOND).await.unwrap();
+    // Who has no password says so, and works all the same.
+    let without = connect(&test).await;
+    let health = without.notifier_health().await.unwrap();
+    let error = health[0].health.error.clone().unwrap();
+    assert!(error.to_lowercase().contains("auth"), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn from_one_notifier_to_another_by_way_of_both_no_hint_is_lost() {
+    let redis = Redis::builder().start().await.unwrap();
+    let test = TestCluster::new(1).await;
+    topic(&test, "orders", 1).await;
+    let of_before = connect(&test).await;
+    test.cluster.set_notifier(NotifierKind::Both, Some(&redis.url())).await.unwrap();
+    let of_both = connect(&test).await;
+    test.cluster.set_notifier(NotifierKind::Redis, None).await.unwrap();
+    let of_redis = connect(&test).await;
+    let never = std::time::Duration::from_mins(10);
+    for (producing, consuming) in [
+        (&of_before, &of_both),
+        (&of_both, &of_before),
+        (&of_both, &of_redis),
+        (&of_redis, &of_both),
+    ] {
+        let consumer = consuming.consumer("orders", "g").poll_interval(never);
+        let mut messages = consumer.stream().await.unwrap();
+        let handle = messages.handle();
+        let all_well = async || {
+            let status = handle.status();
+            !status.notifier.is_empty() && status.notifier.iter().all(|node| node.health.is_ok())
+        };
+        eventually("hints arrive", SOON, all_well).await;
+        let producer = producing.producer("orders").build().await.unwrap();
+        for n in 0..10 {
+            producer.send(Message::new(n.to_string())).await.unwrap();
+            assert_eq!(next_text(&mut messages).await, n.to_string());
+        }
+        producer.shutdown(SECOND).await.unwrap();
+        messages.shutdown(SECOND).await.unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_redis_that_does_not_answer_or_is_none_is_not_set() {
+    let test = TestCluster::new(1).await;
+    let redis = Redis::builder().start().await.unwrap();
+    let url = redis.url();
+    redis.stop_server(StopMode::Immediate).await.unwrap();
+    for (kind, url, expected) in [
+        (NotifierKind::Redis, Some(url.as_str()), ErrorKind::Unavailable),
+        (NotifierKind::Both, Some("redis://host:port"), ErrorKind::Invalid),
+        (NotifierKind::Both, None, ErrorKind::Invalid),
+    ] {
+        let error = test.cluster.set_notifier(kind, url).await.unwrap_err();
+        assert_eq!(error.kind(), expected, "{}", error.chain());
+    }
+    assert_eq!(test.cluster.notifier_setting().await.unwrap().notifier, NotifierKind::Postgres);
+    let builder = || Cluster::builder(&test.control_url).upkeep(false);
+    let error = builder().notifier_kind(NotifierKind::Redis).connect().await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Invalid);
+    let error = builder().redis_url("redis://u:secret@h:port").connect().await.unwrap_err();
+    assert!(error.kind() == ErrorKind::Invalid && !error.chain().contains("secret"));
+    // One that does not answer keeps nobody from starting.
+    builder().redis_url(&url).connect().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_setting_is_known_where_the_control_database_is_away() {
+    let (control, redis) = (own_server().await, Redis::builder().start().await.unwrap());
+    let test = TestCluster::on(&control, 1).await;
+    test.cluster.set_notifier(NotifierKind::Redis, Some(&redis.url())).await.unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("topology.json");
+    let start = || Cluster::builder(&test.control_url).topology_file(&path).connect();
+    let first = start().await.unwrap();
+    eventually("the file is there", SOON, async || path.exists()).await;
+    first.shutdown().await;
+    control.stop_server(StopMode::Immediate).await.unwrap();
+    let second = start().await.unwrap();
+    let partition = shardmq::PartitionId::new(1, 1).unwrap();
+    let _hints = second.notifier().subscribe(&[partition]);
+    let subscribed = async || subscribed_channels(redis.port()).await == 2;
+    eventually("it subscribes to Redis", SOON, subscribed).await;
+}
