@@ -58,10 +58,9 @@ impl RedisBuilder {
     ///
     /// The name has only ASCII letters, digits, `-`, `_` and `.`. The value is one line with all
     /// arguments, in double quotes where they need it, as in `redis.conf`: the setting `save` with
-    /// `3600 1 300 100`, or the setting `user` with `reader on >secret ~* &* +@read`. `port`,
-    /// `tls-port`, `bind`, `dir`, `pidfile`, `logfile`, `loglevel`, `daemonize` and `supervised` can't
-    /// be set. Checked by [`start`](Self::start); what the server itself does not like ends it at its
-    /// start.
+    /// `3600 1`, or the setting `user` with `reader on >secret ~* &* +@read`. `port`, `tls-port`,
+    /// `bind`, `dir`, `pidfile`, `logfile`, `loglevel`, `daemonize` and `supervised` can't be set.
+    /// Checked by [`start`](Self::start); what the server itself does not like ends it at its start.
     pub fn setting(mut self, name: impl Into<String>, value: impl Into<String>) -> Self {
         self.settings.push((name.into(), value.into()));
         self

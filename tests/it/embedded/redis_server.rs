@@ -18,6 +18,9 @@ use super::endings::{is_used, servers_in, shared_tempdir, victim, victim_command
 use super::{eventually, eventually_gone, is_alive, kill};
 use crate::support::authority::Authority;
 
+/// What a Redis says that was built without TLS, before 7.2 and later.
+const NO_TLS: [&str; 2] = [">>> 'tls-cert-file\nBad directive", "Failed finding TLS support"];
+
 async fn redis() -> Redis {
     Redis::builder().start().await.unwrap()
 }
@@ -84,10 +87,10 @@ async fn a_redis_answers_and_keeps_nothing_on_disk() {
 #[tokio::test]
 async fn settings_and_files_reach_redis() {
     let builder = Redis::builder().file("more.conf", "maxmemory 64mb\n");
-    let builder = builder.setting("include", "more.conf").setting("save", "3600 1 300 100");
+    let builder = builder.setting("include", "more.conf").setting("save", "3600 1");
     let redis = builder.start().await.unwrap();
     assert_eq!(ask(&redis, &["CONFIG", "GET", "maxmemory"]).await, "maxmemory 67108864");
-    assert_eq!(ask(&redis, &["CONFIG", "GET", "save"]).await, "save 3600 1 300 100");
+    assert_eq!(ask(&redis, &["CONFIG", "GET", "save"]).await, "save 3600 1");
 }
 
 #[tokio::test]
@@ -139,7 +142,12 @@ async fn a_redis_with_a_certificate_speaks_tls_and_nothing_else() {
     let authority = Authority::new("authority");
     let signed = authority.sign("redis", &["127.0.0.1"]);
     let builder = Redis::builder().tls(signed.certificate, signed.key);
-    let redis = builder.start().await.unwrap();
+    let redis = match builder.start().await {
+        Err(error) if NO_TLS.iter().any(|words| error.chain().contains(words)) => {
+            return eprintln!("skipped: this Redis was built without TLS");
+        }
+        redis => redis.unwrap(),
+    };
     assert_eq!(redis.url(), format!("rediss://127.0.0.1:{}/", redis.port()));
     let port = redis.port();
     let ping = move || ping_over_tls(port, &authority.certificate);
