@@ -33,7 +33,7 @@ forbid 'a connection that is opened elsewhere' 'tokio_postgres::connect|\bconfig
     'src/store/(target|tls)\.rs'
 forbid 'a crate of the command in the library' '\b(clap|comfy_table|indicatif|jiff|axum)::' \
     'src/bin/'
-forbid 'Redis outside of its notifier' '\bredis::' 'src/notifier/redis(\.rs|/)|src/notifier\.rs'
+forbid 'Redis outside of its notifier' '\bredis::' 'src/notifier/redis(\.rs|/)|src/notifier\.rs|src/embedded/|src/bin/'
 
 # Without features the library brings no command line, no web server, no Redis, no TLS.
 unwanted='clap|comfy-table|indicatif|jiff|tempfile|tracing-subscriber|axum|hyper|redis|rustls|openssl|native-tls'

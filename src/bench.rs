@@ -30,6 +30,7 @@ pub use machine::{Flush, Machine};
 pub use report::{Drained, Percentiles, Report, Spread};
 
 use crate::error::{Error, Result};
+use crate::notifier::NotifierKind;
 use stage::Stage;
 
 const MAX_SIZE: usize = 65_536;
@@ -51,17 +52,6 @@ pub enum Bench {
     Backlog,
 }
 
-/// How consumers hear of messages.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Hints {
-    /// Through `LISTEN/NOTIFY`.
-    #[default]
-    Postgres,
-    /// Not at all: they look every 10 ms.
-    None,
-}
-
 /// How it is measured.
 #[derive(Debug, Clone, Serialize)]
 pub struct Options {
@@ -79,7 +69,10 @@ pub struct Options {
     /// [`Bench::Backlog`] the small one, the large one being ten times that.
     pub messages: Option<u64>,
     /// How consumers hear of messages.
-    pub notifier: Hints,
+    pub notifier: NotifierKind,
+    /// Where the Redis is; none: where the process or the cluster has it.
+    #[serde(skip)]
+    pub redis_url: Option<String>,
     /// Use so many of the cluster's nodes; none: all.
     pub nodes: Option<usize>,
     /// Consumers in the group.
@@ -100,7 +93,8 @@ impl Default for Options {
             seconds: 40,
             rate: 1_000,
             messages: None,
-            notifier: Hints::default(),
+            notifier: NotifierKind::default(),
+            redis_url: None,
             nodes: None,
             members: 1,
             connections: None,

@@ -14,7 +14,6 @@ use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
-use crate::bench::Hints;
 use crate::bench::floor::Bare;
 use crate::bench::payloads::{Payloads, arrays};
 use crate::bench::slices::{Contest, Latency, Outcome, Tally, alternate, pairs_in};
@@ -31,10 +30,7 @@ const PATIENCE: Duration = Duration::from_secs(30);
 
 pub(super) async fn measure(stage: &Stage) -> Result<Outcome> {
     let clock = Clock { begun: Instant::now(), rate: stage.options.rate };
-    let mut consumer = stage.consuming.consumer(stage.name(), "latency").start(Start::Earliest);
-    if stage.options.notifier == Hints::None {
-        consumer = consumer.poll_interval(Duration::from_millis(10));
-    }
+    let consumer = stage.consuming.consumer(stage.name(), "latency").start(Start::Earliest);
     let arrivals = Arc::new(Mutex::new(Vec::new()));
     let reader = tokio::spawn(receive(consumer.stream().await?, clock, Arc::clone(&arrivals)));
     let contest = Lag {

@@ -5,12 +5,11 @@ use uuid::Uuid;
 
 use crate::admin::TopicOptions;
 use crate::bench::payloads::Payloads;
-use crate::bench::{Bench, Hints, Options};
+use crate::bench::{Bench, Options};
 use crate::cluster::Cluster;
 use crate::error::{ErrorKind, Result};
 use crate::id::NodeId;
 use crate::name::TopicName;
-use crate::notifier::NoNotifier;
 use crate::topology::Topology;
 
 /// How many connections the floor has.
@@ -81,8 +80,9 @@ async fn connect(url: &str, options: &Options) -> Result<Cluster> {
     if let Some(connections) = options.connections {
         builder = builder.connections_per_node(connections);
     }
-    if options.notifier == Hints::None {
-        builder = builder.notifier(NoNotifier::new());
+    builder = builder.notifier_kind(options.notifier);
+    if let Some(url) = &options.redis_url {
+        builder = builder.redis_url(url);
     }
     builder.connect().await
 }

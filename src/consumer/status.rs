@@ -1,7 +1,5 @@
 //! What a consumer tells about itself: events and a status.
 
-use serde::{Deserialize, Serialize};
-
 use crate::events::Events;
 use crate::id::{NodeId, PartitionId};
 use crate::notifier::Health;
@@ -25,7 +23,7 @@ pub enum ConsumerEvent {
 pub type ConsumerEvents = Events<ConsumerEvent>;
 
 /// How a consumer stands.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct ConsumerStatus {
     /// What it owns, in rising order.
@@ -39,7 +37,7 @@ pub struct ConsumerStatus {
 }
 
 /// A partition that a consumer owns.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct ConsumerPartition {
     /// Which.
@@ -49,7 +47,7 @@ pub struct ConsumerPartition {
 }
 
 /// How hints of a node arrive.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct NodeHints {
     /// Which.

@@ -40,7 +40,7 @@ impl HealthState {
 }
 
 /// How hints arrive, and since when. Messages come in any case, only later while they do not.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Health {
     /// How.

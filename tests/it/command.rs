@@ -16,6 +16,8 @@ mod group;
 mod json;
 /// Lines in, the same lines out.
 mod lines;
+/// Which notifier a cluster has.
+mod notifier;
 /// Groups go on where they ended, whatever ended them.
 mod resume;
 /// A checked workload, while somebody breaks the servers.

@@ -1,10 +1,12 @@
 //! `shardmq bench`: how fast the library is here, and how far that is from the bare loop under it.
 
 use clap::{Parser, Subcommand, ValueEnum};
-use shardmq::bench::{self, Bench, Hints, Options, Percentiles, Report};
+use shardmq::bench::{self, Bench, Options, Percentiles, Report};
+use shardmq::embedded::Redis;
+use shardmq::notifier::NotifierKind;
 
 use crate::context::Context;
-use crate::failure::{FAILED, Failure, USAGE};
+use crate::failure::{FAILED, Failure};
 use crate::output::{Out, note, table};
 use crate::servers::{self, Node};
 use crate::signals::Interrupt;
@@ -72,6 +74,17 @@ enum Notifier {
     None,
 }
 
+impl From<Notifier> for NotifierKind {
+    fn from(notifier: Notifier) -> Self {
+        match notifier {
+            Notifier::Postgres => Self::Postgres,
+            Notifier::Redis => Self::Redis,
+            Notifier::Both => Self::Both,
+            Notifier::None => Self::None,
+        }
+    }
+}
+
 pub(crate) async fn run(context: &Context, command: Command) -> Result<(), Failure> {
     let (bench, args) = match command {
         Command::Produce(args) => (Bench::Produce, args),
@@ -79,7 +92,7 @@ pub(crate) async fn run(context: &Context, command: Command) -> Result<(), Failu
         Command::Latency(args) => (Bench::Latency, args),
         Command::Backlog(args) => (Bench::Backlog, args),
     };
-    let options = args.options()?;
+    let options = args.options(context.redis_url.as_deref());
     let mut interrupt = Interrupt::new()?;
     let report = match &context.url {
         Some(url) if !args.embedded => measure(bench, url, options, &mut interrupt).await?,
@@ -95,27 +108,21 @@ pub(crate) async fn run(context: &Context, command: Command) -> Result<(), Failu
 }
 
 impl Args {
-    fn options(&self) -> Result<Options, Failure> {
-        let notifier = match self.notifier {
-            Notifier::Postgres => Hints::Postgres,
-            Notifier::None => Hints::None,
-            Notifier::Redis | Notifier::Both => {
-                return Err(Failure::new(USAGE, "the Redis notifier can't be measured yet"));
-            }
-        };
-        Ok(Options {
+    fn options(&self, redis_url: Option<&str>) -> Options {
+        Options {
             size: self.size as usize,
             partitions: self.partitions.into(),
             batch: self.batch.map(|batch| batch as usize),
             seconds: self.seconds,
             rate: self.rate,
             messages: self.messages,
-            notifier,
+            notifier: self.notifier.into(),
+            redis_url: redis_url.map(str::to_owned),
             nodes: self.nodes.map(usize::from),
             members: self.members.into(),
             connections: self.connections.map(usize::from),
             data_dir: None,
-        })
+        }
     }
 }
 
@@ -130,9 +137,15 @@ async fn on_private_servers(
         nodes = servers::start_on(count, SERVERS, connections) => nodes?,
         () = interrupt.caught() => return Err(interrupted()),
     };
+    let mut redis = None;
+    if options.notifier.needs_redis() && options.redis_url.is_none() {
+        redis = Some(Redis::builder().start().await?);
+    }
+    options.redis_url = redis.as_ref().map(Redis::url).or(options.redis_url);
     options.data_dir = nodes.first().map(|node| node.server.data_dir());
     let url = nodes.first().map(Node::url).unwrap_or_default();
     let measured = measure(bench, &url, options, interrupt).await;
+    drop(redis);
     servers::stop(nodes).await;
     measured
 }

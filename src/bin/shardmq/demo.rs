@@ -42,6 +42,9 @@ pub(crate) struct Args {
     /// How many messages.
     #[arg(long, default_value_t = 200_000, value_parser = clap::value_parser!(u32).range(1..=100_000_000))]
     messages: u32,
+    /// Start a Redis too, through which hints go in place of LISTEN/NOTIFY.
+    #[arg(long)]
+    redis: bool,
 }
 
 pub(crate) async fn run(context: &Context, args: Args) -> Result<(), Failure> {
@@ -88,6 +91,11 @@ impl Stage {
 
 async fn work(nodes: &[Node], args: &Args, stage: &Stage) -> Result<Report, Failure> {
     let control_url = nodes.first().map(Node::url).unwrap_or_default();
+    let mut _redis = None;
+    if args.redis {
+        stage.enter("starting a private Redis");
+        _redis = Some(servers::start_redis(&control_url).await?);
+    }
     let cluster = Cluster::connect(&control_url).await?;
     let partitions = nodes.len() * PARTITIONS_PER_NODE;
     cluster.create_topic(TOPIC, TopicOptions::partitions(partitions)).await?;

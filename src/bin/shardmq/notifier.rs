@@ -3,11 +3,11 @@
 use clap::Subcommand;
 use serde::Serialize;
 use shardmq::notifier::{HealthState, NotifierKind};
-use shardmq::{NodeHints, NotifierSetting};
+use shardmq::{NodeHints, NodeId, NotifierSetting};
 
 use crate::context::Context;
 use crate::failure::{FAILED, Failure};
-use crate::output::{Out, table};
+use crate::output::{Out, table, time};
 
 /// Say, or set, what tells consumers at once that there is something to pull. Messages come without it too,
 /// only later.
@@ -31,7 +31,16 @@ pub(crate) enum Command {
 struct Shown {
     #[serde(flatten)]
     setting: NotifierSetting,
-    nodes: Vec<NodeHints>,
+    nodes: Vec<ShownNode>,
+}
+
+#[derive(Serialize)]
+struct ShownNode {
+    node: NodeId,
+    hints: HealthState,
+    since: String,
+    round_trip_ms: Option<f64>,
+    error: Option<String>,
 }
 
 pub(crate) async fn run(context: &Context, command: Command) -> Result<(), Failure> {
@@ -53,7 +62,7 @@ pub(crate) async fn run(context: &Context, command: Command) -> Result<(), Failu
         print(&shown, &mut out);
     }
     out.flush().await?;
-    let waits = |node: &&NodeHints| node.health.state != HealthState::Ok;
+    let waits = |node: &&ShownNode| node.hints != HealthState::Ok;
     match shown.nodes.iter().filter(waits).count() {
         0 => Ok(()),
         _ if shown.setting.notifier == NotifierKind::None => Ok(()),
@@ -63,23 +72,34 @@ pub(crate) async fn run(context: &Context, command: Command) -> Result<(), Failu
 
 async fn show(cluster: &shardmq::Cluster) -> shardmq::Result<Shown> {
     let setting = cluster.notifier_setting().await?;
-    Ok(Shown { setting, nodes: cluster.notifier_health().await? })
+    let nodes = cluster.notifier_health().await?;
+    Ok(Shown { setting, nodes: nodes.into_iter().map(shown).collect() })
+}
+
+fn shown(NodeHints { node, health, .. }: NodeHints) -> ShownNode {
+    let round_trip_ms = health.round_trip.filter(|_| health.is_ok());
+    ShownNode {
+        node,
+        hints: health.state,
+        since: time(health.since),
+        round_trip_ms: round_trip_ms.map(|time| time.as_secs_f64() * 1e3),
+        error: health.error,
+    }
 }
 
 fn print(shown: &Shown, out: &mut Out) {
     let NotifierSetting { notifier, redis_url, .. } = &shown.setting;
     let at = redis_url.as_ref().filter(|_| notifier.needs_redis());
     out.line(&format!("{notifier}{}", at.map_or_else(String::new, |url| format!(" at {url}"))));
-    let row = |hints: &NodeHints| {
-        let state = match hints.health.state {
+    let row = |node: &ShownNode| {
+        let state = match node.hints {
             HealthState::Ok => "ok",
             HealthState::Reconnecting => "reconnecting",
             HealthState::Polling => "polling",
         };
-        let round_trip = hints.health.round_trip.filter(|_| hints.health.is_ok());
-        let round_trip = round_trip.map(|time| format!("{:.2}", time.as_secs_f64() * 1e3));
-        let error = hints.health.error.clone().unwrap_or_default();
-        vec![hints.node.to_string(), state.to_owned(), round_trip.unwrap_or_default(), error]
+        let round_trip = node.round_trip_ms.map(|time| format!("{time:.2}")).unwrap_or_default();
+        let error = node.error.clone().unwrap_or_default();
+        vec![node.node.to_string(), state.to_owned(), round_trip, error]
     };
     let rows = shown.nodes.iter().map(row).collect();
     out.line(&table(&["NODE", "HINTS", "ROUND TRIP MS", ""], &[2], rows));

@@ -2,8 +2,9 @@
 
 use futures_util::future::{join_all, try_join_all};
 use futures_util::stream::{self, StreamExt, TryStreamExt};
-use shardmq::embedded::Server;
+use shardmq::embedded::{Redis, Server};
 use shardmq::migrate::{Schema, migrate};
+use shardmq::notifier::NotifierKind;
 use shardmq::{Cluster, NodeId, Result};
 
 use crate::output::note;
@@ -80,6 +81,15 @@ async fn make_one(number: u8, server: &Server) -> Result<(NodeId, String)> {
     let url = server.url(&name);
     migrate(&url, Schema::Node).await?;
     Ok((number, url))
+}
+
+/// Starts a Redis through which the hints of the cluster go from now on, of those who connect from now on.
+pub(crate) async fn start_redis(control_url: &str) -> Result<Redis> {
+    let redis = Redis::builder().start().await?;
+    let cluster = Cluster::connect(control_url).await?;
+    let set = cluster.set_notifier(NotifierKind::Redis, Some(&redis.url())).await;
+    cluster.shutdown().await;
+    set.map(|()| redis)
 }
 
 /// Stops all at once, also servers that somebody else started again in the same folders.

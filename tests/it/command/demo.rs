@@ -41,7 +41,7 @@ async fn the_demo_loses_nothing_and_reports_all_fields() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_demo_tells_people_what_it_checked() {
-    let demo = run("", "demo --messages 500 --nodes 2").await.good();
+    let demo = run("", "demo --messages 500 --nodes 2 --redis").await.good();
     let text = String::from_utf8(demo.stdout).unwrap();
     assert!(text.contains("2 nodes, 8 partitions"), "{text}");
     assert!(text.contains("Nothing was lost, all came in order."), "{text}");

@@ -3,12 +3,13 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 use shardmq::embedded::Binaries;
 use tokio::io::{AsyncBufReadExt, BufReader, Lines};
 use tokio::process::{Child, ChildStderr, Command};
 
 use super::{LONG, command, payload, run, run_with};
+use crate::support::redis::ByHand;
 use crate::support::signals::signal;
 use crate::support::{client, eventually, within};
 
@@ -21,7 +22,11 @@ struct Dev {
 
 impl Dev {
     async fn start(nodes: u8) -> Self {
-        let mut child = command("", &format!("dev --nodes {nodes} --json")).spawn().unwrap();
+        Self::start_with(&format!("--nodes {nodes}")).await
+    }
+
+    async fn start_with(arguments: &str) -> Self {
+        let mut child = command("", &format!("dev {arguments} --json")).spawn().unwrap();
         let mut stdout = BufReader::new(child.stdout.take().unwrap()).lines();
         let stderr = BufReader::new(child.stderr.take().unwrap()).lines();
         let line = within(LONG, "the servers are ready", stdout.next_line()).await;
@@ -141,4 +146,25 @@ async fn pg_ctl(folder: &Path, arguments: &str) {
     }
     let status = within(LONG, "pg_ctl", command.status()).await.unwrap();
     assert!(status.success(), "pg_ctl {arguments}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn with_redis_hints_go_through_it_and_its_end_is_reported() {
+    let mut dev = Dev::start_with("--redis").await;
+    let redis = dev.ready["redis_url"].as_str().unwrap().to_owned();
+    let url = dev.control_url().to_owned();
+    let shown = run(&url, "notifier show --json").await.good().json();
+    assert_eq!((&shown[0]["notifier"], &shown[0]["redis_url"]), (&json!("redis"), &json!(redis)));
+    assert_eq!(shown[0]["nodes"][0]["hints"], "ok");
+    run(&url, "topic create orders --partitions 2").await.good();
+    run_with(&url, "produce orders", b"through Redis").await.good();
+    run(&url, "consume orders --group g --count 1").await.good();
+    let port = redis.trim_end_matches('/').rsplit_once(':').unwrap().1.parse().unwrap();
+    ByHand::connect(port).await.send(b"SHUTDOWN NOSAVE\r\n").await;
+    dev.reported("Redis has ended").await;
+    let shown = run(&url, "notifier show").await;
+    assert_eq!(shown.code, Some(1), "{}", shown.stderr);
+    run_with(&url, "produce orders", b"without").await.good();
+    run(&url, "consume orders --group g --count 1").await.good();
+    dev.ends("INT").await;
 }
