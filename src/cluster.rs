@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use futures_util::future::BoxFuture;
+use futures_util::future::{BoxFuture, join};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use uuid::Uuid;
@@ -36,7 +36,7 @@ pub(crate) use cache::Cache;
 #[cfg(feature = "redis")]
 pub(crate) use hints::prefix;
 use hints::{Means, Told};
-pub(crate) use hints::{NOTIFIER, REDIS_URL};
+pub(crate) use hints::{NOTIFIER, REDIS_URL, listen_url_of};
 pub(crate) use nodes::{ListenAt, Nodes};
 pub(crate) use presence::{Place, Presence};
 use topology_file::TopologyFile;
@@ -108,8 +108,8 @@ impl ClusterBuilder {
     /// Where to listen for a node's hints: at the node's own address by default. To be called for each
     /// node whose address leads to a pooler in transaction mode, since `LISTEN` needs a session. The
     /// URL must lead to the same database, through Postgres itself or a pooler in session mode.
-    /// Without it consumers of such a node hear no hints, and find messages when they next look, after
-    /// their [poll interval](ConsumerBuilder::poll_interval).
+    /// The cluster may say so for all processes ([`Cluster::set_listen_url`]). Without it consumers of such
+    /// a node hear no hints, and find messages by looking.
     pub fn listen_url(mut self, node: NodeId, url: &str) -> Self {
         self.listen_urls.insert(node, url.to_owned());
         self
@@ -154,9 +154,9 @@ impl ClusterBuilder {
     }
 
     /// Where the Redis is through which hints go, whatever the environment (`SHARDMQ_REDIS_URL`) or the
-    /// cluster say: see [`RedisNotifier::new`](crate::notifier::RedisNotifier::new). Where a process is told of
-    /// one and of no notifier, it uses that one, with Postgres or without it as the cluster does. Needs
-    /// feature `redis`.
+    /// cluster say: see `notifier::RedisNotifier::new`. That says where, and not whether: a process uses it
+    /// where its own setting or the cluster's has a notifier that needs one, or where neither has any, and then
+    /// both. Needs feature `redis`.
     pub fn redis_url(mut self, url: &str) -> Self {
         self.told.redis_url = Some(url.to_owned());
         self
@@ -197,10 +197,14 @@ impl ClusterBuilder {
         let start = cache::start(&control, address, file.as_ref()).await?;
         let presence = Arc::new(Presence::new());
         let (known, there) = (Arc::clone(&control), Arc::clone(&presence));
-        let nodes = Nodes::new(start.cluster, self.pools, self.listen_urls, known, there);
+        let known_nodes = start.nodes.keys().copied();
+        let listen_urls = hints::listen_urls(self.listen_urls, &start.settings, known_nodes);
+        let nodes = Nodes::new(start.cluster, self.pools, listen_urls, known, there);
         nodes.learn(start.version, start.nodes.clone().into_iter().collect())?;
         let nodes = Arc::new(nodes);
         let (shutdown, tasks) = (CancellationToken::new(), TaskTracker::new());
+        // Where this ends with an error, what was begun ends.
+        let begun = shutdown.clone().drop_guard();
         let (id, settings) = (start.cluster, start.settings.clone());
         let (known, there) = (Arc::clone(&control), Arc::clone(&nodes));
         let topology = Arc::new(Cache::new(start, known, there, file, tasks.clone()));
@@ -234,6 +238,7 @@ impl ClusterBuilder {
             shutdown,
             tasks,
         };
+        begun.disarm();
         Ok(Cluster { inner: Arc::new(inner) })
     }
 }
@@ -295,8 +300,8 @@ impl Cluster {
     pub async fn shutdown(&self) {
         self.inner.shutdown.cancel();
         self.inner.tasks.close();
-        self.inner.notifier.shutdown().await;
-        let _ = tokio::time::timeout(Duration::from_secs(5), self.inner.tasks.wait()).await;
+        let ended = join(self.inner.notifier.shutdown(), self.inner.tasks.wait());
+        let _ = tokio::time::timeout(Duration::from_secs(5), ended).await;
         self.inner.nodes.close();
         self.inner.control.close();
     }

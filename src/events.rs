@@ -25,7 +25,13 @@ impl<T: Clone + Send + 'static> Teller<T> {
 
     /// What is told from now on, until the teller is dropped.
     pub(crate) fn listen(&self) -> Events<T> {
-        Events::new(self.0.subscribe())
+        self.listen_after(Vec::new)
+    }
+
+    /// The same, after what is so now, which may be told once more.
+    pub(crate) fn listen_after(&self, now: impl FnOnce() -> Vec<T>) -> Events<T> {
+        let receiver = self.0.subscribe();
+        Events(stream::iter(now()).chain(Events::new(receiver)).boxed())
     }
 }
 

@@ -38,9 +38,10 @@ pub(crate) use redis::without_password as redis_without_password;
 pub enum Hint {
     /// These partitions have something.
     Partitions(Vec<PartitionId>),
-    /// Hints may have been lost, and arrive from now on: look at everything once.
+    /// Hints may have been lost, and arrive from now on: look at everything once. In a subscription to
+    /// partitions of several nodes that is said of one of them.
     Look,
-    /// Hints do not arrive, until the next [`Look`](Self::Look). What is wrong is in
+    /// Hints do not arrive, until the next [`Look`](Self::Look); of which node, and what is wrong, is in
     /// [`Notifier::health`].
     Interrupted,
 }

@@ -7,6 +7,7 @@
 //! cargo bench --features cli --bench cluster -- rebalance
 //! cargo bench --features cli --bench cluster -- idle
 //! cargo bench --features cli --bench cluster -- outbox
+//! cargo bench --features cli --bench cluster -- notify
 //! ```
 
 #![allow(missing_docs, clippy::unwrap_used, clippy::cast_precision_loss)]
@@ -14,6 +15,7 @@
 mod convoy;
 mod failover;
 mod idle;
+mod notify;
 mod outbox;
 mod rebalance;
 mod spread;
@@ -50,6 +52,9 @@ async fn main() {
     }
     if wanted("idle") {
         idle::measure(size).await;
+    }
+    if wanted("notify") {
+        notify::measure(size).await;
     }
     if wanted("outbox") {
         outbox::measure(size).await;

@@ -5,4 +5,4 @@ create table shardmq_control.setting (
     value text not null
 );
 comment on table shardmq_control.setting is
-    'notifier: postgres, redis, both or none; redis_url: without a password, which comes from each client';
+    'notifier: postgres, redis, both or none; redis_url, listen_url_NN: without a password, which comes from each client';

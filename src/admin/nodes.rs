@@ -179,6 +179,16 @@ impl Cluster {
         self.inner.nodes.refresh().await.map(drop)
     }
 
+    /// The addresses of databases that have an outbox and are no nodes, without passwords.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unavailable`] where the control database can't be reached.
+    pub async fn outboxes(&self) -> Result<Vec<String>> {
+        let connection = self.inner.control.get().await?;
+        let outboxes = control::outboxes(&connection).await;
+        outboxes.map_err(|error| refused(error, "read the databases with an outbox"))
+    }
+
     /// All nodes, by number.
     pub async fn nodes(&self) -> Result<Vec<NodeInfo>> {
         let nodes = self.inner.nodes.refresh().await?;

@@ -7,14 +7,14 @@ use futures_util::future::join_all;
 use serde::{Deserialize, Serialize};
 use tokio::time::timeout;
 
-use crate::cluster::{Cluster, NOTIFIER, REDIS_URL};
+use crate::cluster::{Cluster, NOTIFIER, REDIS_URL, listen_url_of};
 use crate::consumer::NodeHints;
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::{NodeId, PartitionId};
-use crate::notifier::{Hint, Notifier, NotifierKind};
-use crate::store::connect::refused;
+use crate::notifier::{HealthState, Hint, Notifier, NotifierKind};
+use crate::store::connect::{refused, without_password};
 use crate::store::control;
-use crate::store::node::Unfinished;
+use crate::store::node::{Node, Unfinished};
 
 /// How long a canary is waited for.
 const HEARD: Duration = Duration::from_secs(5);
@@ -35,15 +35,20 @@ impl Cluster {
     /// # Errors
     /// [`ErrorKind::Unavailable`] where the control database can't be reached.
     pub async fn notifier_setting(&self) -> Result<NotifierSetting> {
-        let what = "read the settings";
-        let connection = self.inner.control.get().await?;
-        let settings = control::settings(&connection).await.map_err(|e| refused(e, what))?;
-        let notifier = settings.get(NOTIFIER).map_or(Ok(NotifierKind::default()), |n| n.parse())?;
-        Ok(NotifierSetting { notifier, redis_url: settings.get(REDIS_URL).cloned() })
+        let notifier = self.setting(NOTIFIER).await?;
+        let notifier = notifier.map_or(Ok(NotifierKind::default()), |name| name.parse())?;
+        Ok(NotifierSetting { notifier, redis_url: self.setting(REDIS_URL).await? })
     }
 
-    /// Sets which notifier processes have that are not told otherwise, and where its Redis is; without an
-    /// address that stays as it was set. Processes have it when they connect next. Producers and consumers
+    async fn setting(&self, name: &str) -> Result<Option<String>> {
+        let connection = self.inner.control.get().await?;
+        let settings = control::settings(&connection).await;
+        let settings = settings.map_err(|error| refused(error, "read the settings"))?;
+        Ok(settings.get(name).cloned())
+    }
+
+    /// Sets which notifier processes have that are not told otherwise, and where its Redis is, if it needs one;
+    /// without an address that stays as it was set. Processes have it when they connect next. Producers and consumers
     /// must have one in common: to move from one to another, set [`NotifierKind::Both`] first, restart all,
     /// then set the other.
     ///
@@ -55,12 +60,11 @@ impl Cluster {
     /// [`ErrorKind::Unavailable`] where no canary comes back through that Redis within 5 s. Nothing is set
     /// then.
     pub async fn set_notifier(&self, kind: NotifierKind, redis_url: Option<&str>) -> Result<()> {
-        let before = self.notifier_setting().await?;
-        let address = match redis_url {
+        let address = match redis_url.filter(|_| kind.needs_redis()) {
             Some(url) => Some(self.tried(url).await?),
             None => None,
         };
-        if kind.needs_redis() && address.is_none() && before.redis_url.is_none() {
+        if kind.needs_redis() && address.is_none() && self.setting(REDIS_URL).await?.is_none() {
             let what = format!("notifier {kind}: the address of a Redis is needed");
             return Err(Error::new(ErrorKind::Invalid, what));
         }
@@ -74,6 +78,44 @@ impl Cluster {
         control::commit_change(change.connection()).await.map_err(what)?;
         change.finished();
         Ok(())
+    }
+
+    /// Sets where processes listen for a node's hints that are not told otherwise
+    /// ([`ClusterBuilder::listen_url`](crate::ClusterBuilder::listen_url)), where the node's own address leads
+    /// to a pooler in transaction mode; with none, at its own address again. Processes have it when they
+    /// connect next. As of nodes, the password is not stored.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] where there is no node of this number, [`ErrorKind::Conflict`] where the
+    /// address leads to another database.
+    pub async fn set_listen_url(&self, node: NodeId, url: Option<&str>) -> Result<()> {
+        if !self.nodes().await?.iter().any(|info| info.node == node) {
+            return Err(Error::new(ErrorKind::NotFound, format!("node {node} is not registered")));
+        }
+        let address = match url {
+            Some(url) => Some(self.checked(node, url).await?),
+            None => None,
+        };
+        let what = |error| refused(error, "set where to listen");
+        let change = Unfinished::new(self.inner.control.get().await?);
+        control::begin_change(change.connection()).await.map_err(what)?;
+        let name = listen_url_of(node);
+        match address {
+            Some(url) => control::set(change.connection(), &name, &url).await.map_err(what)?,
+            None => control::unset(change.connection(), &name).await.map_err(what)?,
+        }
+        control::commit_change(change.connection()).await.map_err(what)?;
+        change.finished();
+        Ok(())
+    }
+
+    /// An address to be stored, which leads to the node.
+    async fn checked(&self, node: NodeId, url: &str) -> Result<String> {
+        let own = Node::new(url, self.inner.id, node, self.inner.nodes.options(1))?;
+        let reached = own.get().await.map(drop);
+        own.close();
+        reached?;
+        without_password(url)
     }
 
     /// An address to be stored, of a Redis through which hints come.
@@ -114,7 +156,12 @@ impl Cluster {
 /// Subscribes to a node for as long as it takes to hear that hints arrive.
 async fn hear(notifier: &dyn Notifier, node: NodeId) -> Result<NodeHints> {
     let mut hints = notifier.subscribe(&[PartitionId::new(node.number(), 1)?]);
-    let arrive = async { while hints.next().await != Some(Hint::Look) {} };
+    let arrive = async {
+        // What can't arrive as things are set is not waited for.
+        while hints.next().await != Some(Hint::Look)
+            && notifier.health(node).state != HealthState::Polling
+        {}
+    };
     let arrive = timeout(HEARD, arrive).await;
     let mut health = notifier.health(node);
     if arrive.is_err() && health.error.is_none() {

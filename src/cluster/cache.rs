@@ -28,8 +28,8 @@ pub(crate) struct Cache {
     /// The control database, as `host:port/database`.
     address: String,
     cluster: Uuid,
-    /// As they were at the start.
-    settings: BTreeMap<String, String>,
+    /// Of the same version as the nodes, or of an earlier one.
+    settings: Mutex<BTreeMap<String, String>>,
     control: Arc<Node>,
     nodes: Arc<Nodes>,
     /// The topics that this process uses.
@@ -91,6 +91,7 @@ impl Cache {
     ) -> Self {
         let (version, topics) = (AtomicI64::new(start.version), Mutex::default());
         let Snapshot { control: address, cluster, settings, topics: kept, .. } = start;
+        let settings = Mutex::new(settings);
         Self { address, cluster, settings, control, nodes, topics, kept, version, file, tasks }
     }
 
@@ -135,6 +136,12 @@ impl Cache {
         })
     }
 
+    async fn read_settings(&self) -> Result<BTreeMap<String, String>> {
+        let connection = self.control.get().await?;
+        let settings = control::settings(&connection).await;
+        settings.map_err(|error| refused(error, "read the settings"))
+    }
+
     fn learn(self: &Arc<Self>, topology: &Topology) {
         let before = self.lock().insert(topology.topic.clone(), topology.clone());
         if before.as_ref() != Some(topology) {
@@ -154,6 +161,9 @@ impl Cache {
         if version == self.version.load(Ordering::Acquire) {
             return Ok(());
         }
+        // For who starts from the file: what this process was started with stays.
+        let settings = in_time(ANSWER, "look at the settings", self.read_settings()).await?;
+        *self.settings.lock().unwrap_or_else(PoisonError::into_inner) = settings;
         let names: Vec<TopicName> = self.lock().keys().cloned().collect();
         for name in names {
             let what = format!("look up topic {name}");
@@ -185,7 +195,7 @@ impl Cache {
             cluster: self.cluster,
             version,
             nodes,
-            settings: self.settings.clone(),
+            settings: self.settings.lock().unwrap_or_else(PoisonError::into_inner).clone(),
             topics: self.lock().clone(),
         }
     }

@@ -1,6 +1,6 @@
 //! Which notifier a process has: what its builder says, else its environment, else the cluster.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::env;
 use std::sync::Arc;
 
@@ -10,11 +10,27 @@ use uuid::Uuid;
 
 use crate::cluster::Nodes;
 use crate::error::{Error, ErrorKind, Result};
+use crate::id::NodeId;
 use crate::notifier::{NoNotifier, Notifier, NotifierKind, PostgresNotifier};
 
 /// The names of the cluster's settings.
 pub(crate) const NOTIFIER: &str = "notifier";
 pub(crate) const REDIS_URL: &str = "redis_url";
+
+/// Where to listen to a node, in place of its own address.
+pub(crate) fn listen_url_of(node: NodeId) -> String {
+    format!("listen_url_{node}")
+}
+
+/// Where to listen to nodes: what the builder was told goes before what the cluster says.
+pub(super) fn listen_urls(
+    told: HashMap<NodeId, String>,
+    settings: &BTreeMap<String, String>,
+    nodes: impl Iterator<Item = NodeId>,
+) -> HashMap<NodeId, String> {
+    let of_cluster = |node| settings.get(&listen_url_of(node)).map(|url| (node, url.clone()));
+    nodes.filter_map(of_cluster).chain(told).collect()
+}
 
 /// What the builder was told.
 #[derive(Default)]
@@ -51,34 +67,34 @@ impl Told {
         means: Means,
     ) -> Result<Arc<dyn Notifier>> {
         let variable = |name: &str| env::var(name).ok().filter(|value| !value.is_empty());
+        let redis_url = self.redis_url.or_else(|| variable("SHARDMQ_REDIS_URL"));
+        if let Some(own) = self.own {
+            return Ok(own);
+        }
         let kind = match (self.kind, variable("SHARDMQ_NOTIFIER")) {
             (Some(kind), _) => Some(kind),
             (None, Some(name)) => Some(name.parse()?),
             (None, None) => None,
         };
-        let redis_url = self.redis_url.or_else(|| variable("SHARDMQ_REDIS_URL"));
-        match self.own {
-            Some(own) => Ok(own),
-            None => means.make(&choose(kind, redis_url, settings)?),
-        }
+        means.make(&choose(kind, redis_url, settings)?)
     }
 }
 
-/// A Redis that a process is told of is used, also where the cluster has none.
+/// An address says where, and not whether: processes that are told of a Redis and others must have a notifier in
+/// common. What the cluster says is no reason not to work at all.
 fn choose(
-    kind: Option<NotifierKind>,
+    told: Option<NotifierKind>,
     redis_url: Option<String>,
     settings: &BTreeMap<String, String>,
 ) -> Result<Chosen> {
-    let of_cluster: Option<NotifierKind> =
-        settings.get(NOTIFIER).map(|name| name.parse()).transpose()?;
-    let (is_cluster_s, told) = (kind.is_none() && redis_url.is_none(), redis_url.is_some());
-    let kind = kind.unwrap_or_else(|| match of_cluster {
-        Some(kind) if kind.needs_redis() || !told => kind,
-        _ if told => NotifierKind::Redis,
-        _ => NotifierKind::default(),
-    });
+    let has_own = redis_url.is_some();
     let redis_url = redis_url.or_else(|| settings.get(REDIS_URL).cloned());
+    let kind = match (told, settings.get(NOTIFIER)) {
+        (Some(kind), _) => kind,
+        (None, Some(name)) => of_cluster(name, redis_url.is_some()),
+        (None, None) if has_own => NotifierKind::Both,
+        (None, None) => NotifierKind::default(),
+    };
     if kind.needs_redis() && redis_url.is_none() {
         let what = format!(
             "notifier {kind}: where is the Redis? ClusterBuilder::redis_url, SHARDMQ_REDIS_URL or the cluster's \
@@ -86,7 +102,17 @@ fn choose(
         );
         return Err(Error::new(ErrorKind::Invalid, what));
     }
-    Ok(Chosen { kind, redis_url, is_cluster_s })
+    Ok(Chosen { kind, redis_url, is_cluster_s: told.is_none() && !has_own })
+}
+
+fn of_cluster(name: &str, has_redis: bool) -> NotifierKind {
+    let wrong = match name.parse::<NotifierKind>() {
+        Ok(kind) if has_redis || !kind.needs_redis() => return kind,
+        Ok(_) => "the cluster's setting lacks the Redis that it needs",
+        Err(_) => "the cluster's setting is none that this version knows",
+    };
+    tracing::error!(notifier = name, "{wrong}");
+    NotifierKind::Postgres
 }
 
 impl Means {
@@ -106,7 +132,14 @@ impl Means {
     fn redis(self, chosen: &Chosen) -> Result<Arc<dyn Notifier>> {
         use crate::notifier::{Both, RedisNotifier};
         let url = chosen.redis_url.as_deref().unwrap_or_default();
-        let redis = RedisNotifier::new(url, &prefix(self.cluster))?;
+        let redis = match RedisNotifier::new(url, &prefix(self.cluster)) {
+            Ok(redis) => redis,
+            Err(error) if chosen.is_cluster_s => {
+                tracing::error!(error = %error.chain(), "the cluster's Redis");
+                return Ok(Arc::new(self.postgres()));
+            }
+            Err(error) => return Err(error),
+        };
         Ok(match chosen.kind {
             NotifierKind::Both => Arc::new(Both::new(self.postgres(), redis)),
             _ => Arc::new(redis),
@@ -157,9 +190,12 @@ mod tests {
         for (kind, own, settings, expected) in [
             (None, None, &[][..], (Postgres, None)),
             (None, None, cluster, (Both, url("cluster"))),
-            (None, Some("redis://own"), &[], (Redis, url("own"))),
+            (None, Some("redis://own"), &[], (Both, url("own"))),
             (None, Some("redis://own"), cluster, (Both, url("own"))),
-            (None, Some("redis://own"), &[(NOTIFIER, "postgres")], (Redis, url("own"))),
+            (None, Some("redis://own"), &[(NOTIFIER, "postgres")], (Postgres, url("own"))),
+            // What the cluster has wrong, or what is of a later version.
+            (None, None, &[(NOTIFIER, "both")], (Postgres, None)),
+            (None, None, &[(NOTIFIER, "kafka")], (Postgres, None)),
             (Some(Redis), None, cluster, (Redis, url("cluster"))),
             (Some(Nothing), Some("redis://own"), cluster, (Nothing, url("own"))),
             (Some(Postgres), None, cluster, (Postgres, url("cluster"))),
@@ -170,12 +206,7 @@ mod tests {
 
     #[test]
     fn a_redis_that_nobody_has_named_is_asked_for() {
-        for (kind, settings) in [
-            (Some(NotifierKind::Redis), &[][..]),
-            (None, &[(NOTIFIER, "both")]),
-            (None, &[(NOTIFIER, "kafka")]),
-        ] {
-            assert_eq!(chosen(kind, None, settings).unwrap_err().kind(), ErrorKind::Invalid);
-        }
+        let error = chosen(Some(NotifierKind::Redis), None, &[]).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Invalid);
     }
 }

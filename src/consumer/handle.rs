@@ -11,7 +11,9 @@ use tokio::time::{Instant, timeout};
 use uuid::Uuid;
 
 use crate::consumer::member::Command;
-use crate::consumer::status::{ConsumerEvents, ConsumerPartition, ConsumerStatus, NodeHints};
+use crate::consumer::status::{
+    ConsumerEvent, ConsumerEvents, ConsumerPartition, ConsumerStatus, NodeHints,
+};
 use crate::consumer::{Shared, check_known};
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::{NodeId, PartitionId};
@@ -144,10 +146,12 @@ impl ConsumerHandle {
         }
     }
 
-    /// What happens to the consumer from now on. Who is slow misses events beyond 256. Ends when the
-    /// consumer and its handles are dropped.
+    /// What happens to the consumer from now on, after how hints arrive now. Who is slow misses events beyond
+    /// 256. Ends when the consumer and its handles are dropped.
     pub fn events(&self) -> ConsumerEvents {
-        self.shared.told.listen()
+        let event =
+            |hints: NodeHints| ConsumerEvent::Notifier { node: hints.node, health: hints.health };
+        self.shared.told.listen_after(|| self.status().notifier.into_iter().map(event).collect())
     }
 
     /// Whether a shutdown has begun, also by dropping the stream: nothing is handed out any more.

@@ -10,17 +10,21 @@
 //! Not less often where hints arrive, though a canary says so: it does not tell of a hint that its sender
 //! could not send.
 
+use std::collections::HashMap;
 use std::time::Duration;
 
 use tokio::time::Instant;
 
 use crate::deadline::jitter;
+use crate::id::PartitionId;
 use crate::notifier::HealthState;
 
 /// Between looks where hints do not arrive and something was found.
 const SHORTEST: Duration = Duration::from_millis(50);
-/// Before another try, while somebody else of this process looks at the node.
-const BUSY: Duration = Duration::from_millis(5);
+/// Before another try, while somebody else of this process looks at the node: at first, and at most.
+const BUSY: (Duration, Duration) = (Duration::from_millis(5), Duration::from_millis(100));
+/// After so long it looks all the same: others may be many, or hang.
+const PATIENCE: Duration = Duration::from_secs(1);
 
 /// See the module.
 #[derive(Debug)]
@@ -30,14 +34,26 @@ pub(super) struct Looks {
     at: Instant,
     /// How hints arrive, as it was heard last; none before.
     state: Option<HealthState>,
-    /// The look under way has found something.
+    /// The look under way has found something that its reader goes for.
     found: bool,
+    /// How far readers were that had something before them, at the last look.
+    behind: HashMap<PartitionId, i64>,
+    /// Since when somebody else is at it, and before which try.
+    waiting: Option<(Instant, Duration)>,
 }
 
 impl Looks {
     /// At the latest so often, from now on.
     pub(super) fn new(longest: Duration, now: Instant) -> Self {
-        Self { longest, every: longest, at: now + before(longest), state: None, found: false }
+        Self {
+            longest,
+            every: longest,
+            at: now + before(longest),
+            state: None,
+            found: false,
+            behind: HashMap::new(),
+            waiting: None,
+        }
     }
 
     /// When the next one is due.
@@ -56,9 +72,14 @@ impl Looks {
         before != Some(state)
     }
 
-    /// A part of one found something, or did not.
-    pub(super) fn found(&mut self, any: bool) {
-        self.found |= any;
+    /// These have something before their readers, who are there. One that has not moved since the last look
+    /// waits for something else, and looking more often does not help it.
+    pub(super) fn found(&mut self, changed: HashMap<PartitionId, i64>) {
+        let moves = |(partition, position): (&PartitionId, &i64)| {
+            self.behind.get(partition) != Some(position)
+        };
+        self.found = changed.iter().any(moves);
+        self.behind = changed;
     }
 
     /// One was made.
@@ -69,11 +90,15 @@ impl Looks {
             (_, false) => (self.every * 2).min(self.longest),
         };
         self.at = now + before(self.every);
+        self.waiting = None;
     }
 
-    /// Somebody else was at it.
-    pub(super) fn busy(&mut self, now: Instant) {
-        self.at = now + jitter(BUSY);
+    /// Somebody else is at it. False where that has lasted too long to be waited for.
+    pub(super) fn busy(&mut self, now: Instant) -> bool {
+        let (since, pause) = self.waiting.unwrap_or((now, BUSY.0));
+        self.waiting = Some((since, (pause * 2).min(BUSY.1)));
+        self.at = now + jitter(pause);
+        now - since < PATIENCE
     }
 }
 
@@ -88,12 +113,16 @@ mod tests {
 
     const SECOND: Duration = Duration::from_secs(1);
 
-    /// Waits until the next look and makes it; how long that was.
+    fn partition() -> PartitionId {
+        PartitionId::new(1, 1).unwrap()
+    }
+
+    /// Waits until the next look and makes it, which finds something new or nothing; how long that was.
     fn look(looks: &mut Looks, now: &mut Instant, found: bool) -> Duration {
         let waited = looks.at() - *now;
         *now = looks.at();
-        looks.found(found);
-        looks.found(false);
+        let position = looks.behind.values().max().unwrap_or(&0) + 1;
+        looks.found(found.then_some((partition(), position)).into_iter().collect());
         looks.looked(*now);
         waited
     }
@@ -135,7 +164,38 @@ mod tests {
         for found in [true, false, false, false] {
             assert!(look(&mut looks, &mut now, found) <= SECOND / 100);
         }
-        looks.busy(now);
-        assert!(looks.at() - now <= BUSY * 2);
+    }
+
+    #[test]
+    fn a_reader_that_waits_for_something_else_is_not_looked_for_again_and_again() {
+        let mut now = Instant::now();
+        let mut looks = Looks::new(5 * SECOND, now);
+        looks.observe(HealthState::Polling, now);
+        let mut all = Duration::ZERO;
+        for _ in 0..20 {
+            all += looks.at() - now;
+            now = looks.at();
+            looks.found(HashMap::from([(partition(), 7)]));
+            looks.looked(now);
+        }
+        assert!(all > 30 * SECOND, "{all:?}");
+        looks.found(HashMap::from([(partition(), 8)]));
+        looks.looked(now);
+        assert!(look(&mut looks, &mut now, false) <= SHORTEST);
+    }
+
+    #[test]
+    fn who_waits_for_others_tries_less_and_less_often_and_then_looks() {
+        let mut now = Instant::now();
+        let mut looks = Looks::new(5 * SECOND, now);
+        let (began, mut tries) = (now, 0);
+        while looks.busy(now) {
+            now = looks.at();
+            tries += 1;
+        }
+        assert!((PATIENCE..2 * PATIENCE).contains(&(now - began)), "{:?}", now - began);
+        assert!(tries < 30, "{tries}");
+        looks.looked(now);
+        assert!(looks.busy(now));
     }
 }

@@ -18,7 +18,7 @@ use std::time::{Duration, SystemTime};
 use futures_util::StreamExt;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
-use tokio::time::{Instant, sleep_until, timeout};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
 use uuid::Uuid;
 
 use crate::cluster::Place;
@@ -72,6 +72,8 @@ const RENEW_AGAIN: Duration = Duration::from_millis(500);
 const UNSETTLED: Duration = Duration::from_millis(100);
 /// How often to say that a node is still in trouble.
 const REMIND: Duration = Duration::from_mins(1);
+/// For how long one consumer looks at a node while the others of the process wait.
+const TURN: Duration = Duration::from_secs(1);
 
 pub(super) struct Member {
     pub(super) shared: Arc<Shared>,
@@ -147,6 +149,8 @@ pub(crate) async fn run(
                 never = expiry.watch(&shared, node) => match never {},
             }
             outcome = member.leave().await;
+            // Nobody is told any more if it changes.
+            member.notifier_gauge().set(0.0);
         }
         if let Some((_, reply)) = member.stop.take() {
             let _ = reply.send(outcome);
@@ -342,10 +346,20 @@ impl Member {
 
     /// Looks, unless somebody else of this process looks at the node.
     async fn look_in_turn(&mut self) {
-        let Some(_turn) = self.shared.cluster.inner.nodes.turn(self.node) else {
-            return self.looks.busy(Instant::now());
+        let turn = self.shared.cluster.inner.nodes.turn(self.node);
+        if turn.is_none() && self.looks.busy(Instant::now()) {
+            return;
+        }
+        // Whoever hangs keeps the others for a second, and no longer.
+        let hand_on = async {
+            sleep(TURN).await;
+            drop(turn);
+            std::future::pending::<()>().await;
         };
-        self.attempt(Work::Look).await;
+        tokio::select! {
+            _ = self.attempt(Work::Look) => {}
+            () = hand_on => {}
+        }
         self.looks.looked(Instant::now());
         self.observe_notifier();
     }
@@ -354,15 +368,18 @@ impl Member {
     fn observe_notifier(&mut self) {
         let health = self.shared.cluster.inner.notifier.health(self.node);
         if self.looks.observe(health.state, Instant::now()) {
-            let gauge = ::metrics::gauge!(names::NOTIFIER_STATE, "node" => self.node.to_string());
-            gauge.set(f64::from(health.state.code()));
+            self.notifier_gauge().set(f64::from(health.state.code()));
             self.shared.told.tell(ConsumerEvent::Notifier { node: self.node, health });
         }
     }
 
+    fn notifier_gauge(&self) -> ::metrics::Gauge {
+        ::metrics::gauge!(names::NOTIFIER_STATE, "node" => self.node.to_string())
+    }
+
     /// Asks all partitions at once whether they have something, and wakes the readers of those.
     async fn look(&mut self) -> Result<()> {
-        let mut known = Vec::new();
+        let (mut known, mut found) = (Vec::new(), HashMap::new());
         // Who is paused is woken when it is resumed, and its day may be gone by then.
         let read = |holding: &&Arc<Holding>| holding.is_held() && !holding.is_paused();
         for holding in self.holdings.values().filter(read) {
@@ -378,9 +395,13 @@ impl Member {
             let changed = fetch::look(&connection, part)
                 .await
                 .map_err(|error| refused(error, &format!("look at node {}", self.node)))?;
-            self.looks.found(!changed.is_empty());
+            let position = |partition: &PartitionId| {
+                part.iter().find(|known| known.0 == *partition).map(|known| (known.0, known.2))
+            };
+            found.extend(changed.iter().filter_map(position));
             self.wake(&changed);
         }
+        self.looks.found(found);
         Ok(())
     }
 

@@ -47,10 +47,15 @@ impl Notifier for Both {
         Box::pin(stream::select(first, second).filter(stands))
     }
 
-    /// The better one's.
+    /// The better one's; where neither is well, with the errors of both.
     fn health(&self, node: NodeId) -> Health {
         let [first, second] = self.healths(node);
-        if second.is_ok() && !first.is_ok() { second } else { first }
+        let rank = |health: &Health| health.state.code();
+        let errors = [&first.error, &second.error].map(Clone::clone).into_iter().flatten();
+        let errors: Vec<String> = errors.collect();
+        let mut better = if rank(&second) < rank(&first) { second } else { first };
+        better.error = (!better.is_ok() && !errors.is_empty()).then(|| errors.join("; "));
+        better
     }
 
     fn shutdown(&self) -> BoxFuture<'_, ()> {

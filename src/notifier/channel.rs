@@ -11,6 +11,8 @@ use crate::id::{NodeId, PartitionId};
 use crate::metrics as names;
 use crate::notifier::{HealthCell, Hint, Hints};
 
+/// Why hints do not arrive once a task of the notifier has ended.
+pub(super) const ENDED: &str = "the notifier was shut down, or its runtime ended";
 /// Hints that a slow subscriber may be behind.
 const CAPACITY: usize = 1024;
 /// For how long a node is listened to that nobody is subscribed to any more.
@@ -66,6 +68,11 @@ impl Channel {
         }
     }
 
+    /// Begins to listen: hints do not arrive yet, which is no fault.
+    pub(super) fn begin(&self) {
+        self.health.begin();
+    }
+
     /// Hints were heard.
     pub(super) fn hear(&self, partitions: Vec<PartitionId>) {
         if !partitions.is_empty() {
@@ -92,6 +99,15 @@ impl Channel {
     /// Hints do not arrive.
     pub(super) fn interrupt(&self, error: &str) {
         if self.health.interrupt(error) {
+            let _ = self.hints.send(Hint::Interrupted);
+        }
+    }
+
+    /// Nobody listens any more.
+    pub(super) fn rest(&self) {
+        let arrived = self.health.is_ok();
+        self.health.rest();
+        if arrived {
             let _ = self.hints.send(Hint::Interrupted);
         }
     }

@@ -69,6 +69,8 @@ struct Kept {
     health: Health,
     /// Since when they do not arrive; none where they do, or can't at all.
     interrupted: Option<Instant>,
+    /// Nobody listens.
+    idle: bool,
 }
 
 impl HealthCell {
@@ -76,7 +78,25 @@ impl HealthCell {
     pub fn new() -> Self {
         let (state, since) = (HealthState::Reconnecting, SystemTime::now());
         let health = Health { state, since, round_trip: None, error: None };
-        Self(Mutex::new(Kept { health, interrupted: Some(Instant::now()) }))
+        Self(Mutex::new(Kept { health, interrupted: Some(Instant::now()), idle: true }))
+    }
+
+    /// Somebody begins to listen, or tries again. Where hints did not arrive since nobody did, that counts
+    /// from now on.
+    pub fn begin(&self) {
+        let mut kept = self.lock();
+        if !kept.health.is_ok() && std::mem::replace(&mut kept.idle, false) {
+            (kept.health.state, kept.health.since) = (HealthState::Reconnecting, SystemTime::now());
+            (kept.interrupted, kept.health.error) = (Some(Instant::now()), None);
+        }
+    }
+
+    /// Nobody listens any more, so that hints do not arrive.
+    pub fn rest(&self) {
+        let mut kept = self.lock();
+        let error = Some("nobody listened until now".to_owned());
+        (kept.health.state, kept.health.since) = (HealthState::Reconnecting, SystemTime::now());
+        (kept.interrupted, kept.health.error, kept.idle) = (Some(Instant::now()), error, true);
     }
 
     /// Hints arrive. Returns for how long they did not; none where they did.
@@ -168,6 +188,25 @@ mod tests {
         assert_eq!(later.state, HealthState::Polling);
         assert_eq!(later.since, began.since + PATIENCE);
         assert_eq!(cell.arrive(), Some(PATIENCE));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_time_in_which_nobody_listens_does_not_count() {
+        let cell = HealthCell::new();
+        tokio::time::advance(2 * PATIENCE).await;
+        cell.begin();
+        assert_eq!(cell.get().state, HealthState::Reconnecting);
+        tokio::time::advance(PATIENCE).await;
+        // Another attempt of the same interruption.
+        cell.begin();
+        assert_eq!(cell.get().state, HealthState::Polling);
+        cell.arrive();
+        cell.rest();
+        assert!(cell.get().error.is_some());
+        tokio::time::advance(2 * PATIENCE).await;
+        cell.begin();
+        assert_eq!(cell.get().state, HealthState::Reconnecting);
+        assert_eq!(cell.get().error, None);
     }
 
     #[tokio::test(start_paused = true)]

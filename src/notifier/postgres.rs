@@ -12,6 +12,8 @@ use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use tokio::runtime::Handle;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -20,9 +22,11 @@ use crate::deadline::in_time;
 use crate::error::Result;
 use crate::id::{NodeId, PartitionId};
 use crate::metrics as names;
-use crate::notifier::channel::{Channel, Pending, lock, merged, payload};
+use crate::notifier::channel::{Channel, ENDED, Pending, lock, merged, payload};
 use crate::notifier::{Health, HealthCell, Hints, Notifier};
-use crate::store::{connect, node, sql};
+use crate::store::node::{Unfinished, query};
+use crate::store::{connect, sql};
+use crate::trouble::Trouble;
 
 mod listener;
 
@@ -30,6 +34,8 @@ use listener::listen;
 
 /// Partitions in one payload, which Postgres limits to 8,000 bytes.
 const MAX_PARTITIONS: usize = 1_000;
+/// How often it is said that none can be sent.
+const REMIND: Duration = Duration::from_mins(5);
 /// How long the server may take for a hint: those that come later wait for it.
 const ANSWER: Duration = Duration::from_secs(2);
 /// How long hints may take that are left at a shutdown.
@@ -59,6 +65,23 @@ struct Started {
     listening: bool,
 }
 
+/// Tells that a task has ended, however it did: by a shutdown, or with its runtime.
+struct Ended {
+    wire: Arc<Wire>,
+    listening: bool,
+}
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        let mut started = lock(&self.wire.started);
+        if !self.listening {
+            started.sending = false;
+        } else if std::mem::replace(&mut started.listening, false) {
+            self.wire.channel.interrupt(ENDED);
+        }
+    }
+}
+
 impl Wire {
     /// Nobody listens any more, unless somebody has subscribed meanwhile. Who subscribes does so before
     /// it looks whether somebody listens.
@@ -83,21 +106,20 @@ impl PostgresNotifier {
         Arc::clone(lock(&self.wires).entry(node).or_insert_with(make))
     }
 
-    fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
-        let shutdown = self.shutdown.clone();
-        self.tasks.spawn(async move {
-            tokio::select! {
-                () = shutdown.cancelled() => {}
-                () = task => {}
-            }
-        });
-    }
-
     fn subscribe_node(&self, node: NodeId, wanted: Arc<HashSet<PartitionId>>) -> Hints {
         let wire = self.wire(node);
         let hints = wire.channel.subscribe(wanted);
+        // Outside of a runtime, and after a shutdown, nothing is heard.
+        let runtime = Handle::try_current().ok().filter(|_| !self.shutdown.is_cancelled());
+        let Some(runtime) = runtime else { return hints };
         if !std::mem::replace(&mut lock(&wire.started).listening, true) {
-            self.spawn(listen(Arc::clone(&self.nodes), wire));
+            let ended = Ended { wire: Arc::clone(&wire), listening: true };
+            let (nodes, shutdown) = (Arc::clone(&self.nodes), self.shutdown.clone());
+            let listening = async move {
+                let _ended = ended;
+                shutdown.run_until_cancelled(listen(nodes, wire)).await;
+            };
+            self.tasks.spawn_on(listening, &runtime);
         }
         hints
     }
@@ -105,12 +127,14 @@ impl PostgresNotifier {
 
 impl Notifier for PostgresNotifier {
     fn publish(&self, partitions: &[PartitionId]) {
+        // Also after a shutdown: a message may be stored then that was under way before.
+        let Ok(runtime) = Handle::try_current() else { return };
         for partition in partitions {
             let wire = self.wire(partition.node());
             if !std::mem::replace(&mut lock(&wire.started).sending, true) {
                 let sending =
                     send(Arc::clone(&self.nodes), Arc::clone(&wire), self.shutdown.clone());
-                self.tasks.spawn(sending);
+                self.tasks.spawn_on(sending, &runtime);
             }
             wire.pending.add(&[*partition]);
         }
@@ -132,6 +156,8 @@ impl Notifier for PostgresNotifier {
 /// Sends what is pending, one NOTIFY at a time; what comes meanwhile goes with the next. At a shutdown it
 /// sends the rest, if the node answers soon: a process often ends right after its last message.
 async fn send(nodes: Arc<Nodes>, wire: Arc<Wire>, shutdown: CancellationToken) {
+    let _ended = Ended { wire: Arc::clone(&wire), listening: false };
+    let mut trouble = Trouble::new(REMIND);
     let too_late = async {
         shutdown.cancelled().await;
         tokio::time::sleep(LAST_HINTS).await;
@@ -140,7 +166,7 @@ async fn send(nodes: Arc<Nodes>, wire: Arc<Wire>, shutdown: CancellationToken) {
         loop {
             tokio::select! {
                 biased;
-                () = wire.pending.added() => send_pending(&nodes, &wire).await,
+                () = wire.pending.added() => send_pending(&nodes, &wire, &mut trouble).await,
                 () = shutdown.cancelled() => return,
             }
         }
@@ -151,7 +177,7 @@ async fn send(nodes: Arc<Nodes>, wire: Arc<Wire>, shutdown: CancellationToken) {
     }
 }
 
-async fn send_pending(nodes: &Nodes, wire: &Wire) {
+async fn send_pending(nodes: &Nodes, wire: &Wire, trouble: &mut Trouble) {
     loop {
         let partitions = wire.pending.take(MAX_PARTITIONS);
         if partitions.is_empty() {
@@ -162,15 +188,21 @@ async fn send_pending(nodes: &Nodes, wire: &Wire) {
         if let Err(error) = in_time(ANSWER, "notify", notify(nodes, node, &payload)).await {
             // Consumers look by themselves.
             ::metrics::counter!(names::NOTIFY_FAILED).increment(1);
-            tracing::debug!(%node, error = %error.chain(), "a hint was not sent");
+            if trouble.meet(Instant::now()) {
+                tracing::warn!(
+                    %node, error = %error.chain(),
+                    "hints can't be sent: consumers find messages by looking"
+                );
+            }
+        } else if trouble.end() {
+            tracing::info!(%node, "hints are sent again");
         }
     }
 }
 
 async fn notify(nodes: &Nodes, id: NodeId, payload: &str) -> Result<()> {
-    let connection = nodes.node(id).await?.get().await?;
-    node::write(connection, node::Durability::Relaxed, sql::NOTIFY, &[&payload])
-        .await
-        .map_err(|error| connect::refused(error, "notify"))?;
-    Ok(())
+    let connection = Unfinished::new(nodes.node(id).await?.get().await?);
+    let sent = query(connection.connection(), sql::NOTIFY, &[&payload]).await;
+    connection.finished();
+    sent.map(drop).map_err(|error| connect::refused(error, "notify"))
 }

@@ -22,7 +22,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::error::Result;
 use crate::id::{NodeId, PartitionId};
-use crate::notifier::channel::{Channel, Pending, lock, merged};
+use crate::notifier::channel::{Channel, ENDED, Pending, lock, merged};
 use crate::notifier::{Health, HealthCell, Hints, Notifier};
 
 mod address;
@@ -34,6 +34,8 @@ pub(crate) use address::without_password;
 
 /// How long hints may take that are left at a shutdown.
 const LAST_HINTS: Duration = Duration::from_secs(1);
+/// How often it is said that there is no connection.
+const REMIND: Duration = Duration::from_mins(5);
 /// Between attempts to connect again.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(5));
 /// How long the server may take to let in, or to answer.
@@ -41,13 +43,12 @@ const ANSWER: Duration = Duration::from_secs(2);
 
 /// Carries hints through a Redis, a Valkey, or what else speaks their protocol and has pub/sub.
 ///
-/// Must be made within a tokio runtime, in which its tasks live until it is dropped or shut down. Nothing
-/// is connected before the first use.
+/// Its tasks live in the tokio runtime of its first use, until it is dropped or shut down. Where that runtime
+/// ends before, they begin anew with the next use. Nothing is connected before the first.
 #[derive(Debug)]
 pub struct RedisNotifier {
     wire: Arc<Wire>,
     tasks: TaskTracker,
-    started: Mutex<Started>,
     stop: CancellationToken,
     _ends_with_it: DropGuard,
 }
@@ -61,6 +62,7 @@ struct Started {
 /// What the tasks share.
 #[derive(Debug)]
 struct Wire {
+    started: Mutex<Started>,
     address: Address,
     prefix: String,
     /// The channel of this process' canaries.
@@ -80,6 +82,11 @@ impl RedisNotifier {
     /// `redis+sentinel://[USER:PASSWORD@]HOST[:PORT][,...]/NAME[/DB]`, `rediss+sentinel://` with TLS to all;
     /// user and password are the servers', not the Sentinels'.
     ///
+    /// The user needs the rights to `PUBLISH`, `SUBSCRIBE` and `UNSUBSCRIBE` with channels of the prefix, and
+    /// behind Sentinels to `ROLE`. TLS goes by the authorities that this machine trusts, or those of
+    /// `SSL_CERT_FILE`; where the process has no default provider of rustls' cryptography, it is `ring` from
+    /// then on.
+    ///
     /// A password that is not in the address is taken from `SHARDMQ_REDIS_PASSWORD`. Channels begin with
     /// the prefix, such as the cluster's id: those of one prefix hear each other.
     ///
@@ -90,6 +97,7 @@ impl RedisNotifier {
         let stop = CancellationToken::new();
         Ok(Self {
             wire: Arc::new(Wire {
+                started: Mutex::default(),
                 address: Address::parse(url)?,
                 prefix: prefix.to_owned(),
                 own,
@@ -99,16 +107,19 @@ impl RedisNotifier {
                 canary: Mutex::default(),
             }),
             tasks: TaskTracker::new(),
-            started: Mutex::default(),
             _ends_with_it: stop.clone().drop_guard(),
             stop,
         })
     }
 
-    /// Starts what is not started yet. False outside of a runtime.
+    /// Starts what is not started yet. False outside of a runtime, and to listen after a shutdown: a message
+    /// may be stored then that was under way before.
     fn start(&self, subscribing: bool) -> bool {
         let Ok(runtime) = Handle::try_current() else { return false };
-        let mut started = lock(&self.started);
+        if subscribing && self.stop.is_cancelled() {
+            return false;
+        }
+        let mut started = lock(&self.wire.started);
         if !std::mem::replace(&mut started.sending, true) {
             let sending = sending::run(Arc::clone(&self.wire), self.stop.clone());
             self.tasks.spawn_on(sending, &runtime);
@@ -119,6 +130,26 @@ impl RedisNotifier {
             self.tasks.spawn_on(stop.run_until_cancelled_owned(listening), &runtime);
         }
         true
+    }
+}
+
+/// Tells that a task has ended, however it did: by a shutdown, or with its runtime.
+struct Ended {
+    wire: Arc<Wire>,
+    listening: bool,
+}
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        let mut started = lock(&self.wire.started);
+        if !self.listening {
+            started.sending = false;
+            return;
+        }
+        started.subscribing = false;
+        for channel in lock(&self.wire.channels).values() {
+            channel.interrupt(ENDED);
+        }
     }
 }
 

@@ -44,6 +44,11 @@ pub(crate) async fn set(connection: &Connection, name: &str, value: &str) -> Res
     query(connection, sql::CONTROL_SET, &[&name, &value]).await.map(drop)
 }
 
+/// Forgets one, inside a change.
+pub(crate) async fn unset(connection: &Connection, name: &str) -> Result<(), Error> {
+    query(connection, sql::CONTROL_UNSET, &[&name]).await.map(drop)
+}
+
 /// The addresses of databases that have an outbox and are no nodes.
 pub(crate) async fn outboxes(connection: &Connection) -> Result<Vec<String>, Error> {
     let rows = query(connection, sql::CONTROL_OUTBOXES, &[]).await?;

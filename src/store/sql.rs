@@ -54,6 +54,7 @@ statements! {
     CONTROL_SET = "control_set";
     CONTROL_SETTINGS = "control_settings";
     CONTROL_SLOTS = "control_slots";
+    CONTROL_UNSET = "control_unset";
     CONTROL_TELL_GROUP = "control_tell_group";
     CONTROL_TOPIC = "control_topic";
     CONTROL_TOPICS = "control_topics";
@@ -90,7 +91,6 @@ statements! {
     MISSED = "missed";
     NODE_CLOCK = "node_clock";
     NOTIFY = "notify";
-    NOTIFY_BEAT = "notify_beat";
     OUTBOX_ARM = "outbox_arm";
     OUTBOX_BEGIN = "outbox_begin";
     OUTBOX_BURY = "outbox_bury";

@@ -50,7 +50,7 @@ impl Finished {
     }
 
     /// The JSON objects on stdout, one a line.
-    fn json(&self) -> Vec<Value> {
+    pub fn json(&self) -> Vec<Value> {
         let lines = self.stdout.split_inclusive(|byte| *byte == b'\n');
         lines.map(|line| serde_json::from_slice(line).unwrap()).collect()
     }
@@ -71,7 +71,7 @@ fn command(url: &str, arguments: &str) -> Command {
 }
 
 /// Runs the program to its end.
-async fn run(url: &str, arguments: &str) -> Finished {
+pub async fn run(url: &str, arguments: &str) -> Finished {
     finish(command(url, arguments).spawn().unwrap()).await
 }
 

@@ -28,7 +28,7 @@ const SOON: Duration = Duration::from_secs(20);
 /// Whatever happens to hints, a message comes by looking.
 const LATEST: Duration = Duration::from_secs(5);
 /// What it takes to read it then, on a busy machine.
-const READ: Duration = Duration::from_millis(500);
+const READ: Duration = Duration::from_secs(2);
 
 /// Sends a message every 10 ms while something happens and for a second more, all of which must come, in time
 /// from when each was stored. `topic` must be there, with one node.

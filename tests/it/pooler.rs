@@ -7,7 +7,8 @@ use std::time::Duration;
 use shardmq::migrate::{Schema, migrate};
 use shardmq::notifier::{HealthState, LocalNotifier};
 use shardmq::{
-    Cluster, ErrorKind, Message, Messages, PartitionId, PreparedStatements, Retention, TopicOptions,
+    Cluster, ErrorKind, Message, Messages, NodeId, PartitionId, PreparedStatements, Retention,
+    TopicOptions,
 };
 use tokio::task::JoinSet;
 use tokio::time::Instant;
@@ -19,7 +20,7 @@ use crate::support::pgbouncer::{
 use crate::support::proxy::{Proxy, Rule};
 use crate::support::reading::{append_texts, next_text, take, text, texts_until};
 use crate::support::stored::{all_stored, assert_acknowledged, assert_dense, stored, topic};
-use crate::support::{TestCluster, eventually, shared_server, within};
+use crate::support::{TestCluster, database, eventually, shared_server, within};
 
 /// A server that comes back without the end of its log, while clients' connections go on.
 mod lost_tail;
@@ -366,7 +367,7 @@ async fn all_that_looks_after_a_cluster_goes_through_it() {
 async fn migrations_are_refused_before_anything_is_done() {
     for unknown in [Unknown::Refused, Unknown::Ignored] {
         let pooler = PgBouncer::start(shared_server().await, 1, unknown).await;
-        let url = crate::support::database(shared_server().await).await;
+        let url = database(shared_server().await).await;
         let error = migrate(&pooler.url(&url), Schema::Node).await.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Invalid);
         assert!(error.to_string().contains("Postgres itself"), "{error}");
@@ -420,10 +421,37 @@ async fn without_one_messages_come_with_the_next_look_and_nobodys_session_listen
     messages.shutdown(SECOND).await.unwrap();
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_cluster_says_where_to_listen_and_it_must_lead_to_the_node() {
+    let pooler = pooler(2).await;
+    let test = cluster_through(shared_server().await, pooler.port()).await;
+    topic_made_directly(&test).await;
+    let node = NodeId::new(1).unwrap();
+    let elsewhere = database(shared_server().await).await;
+    let error = test.cluster.set_listen_url(node, Some(&elsewhere)).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Conflict, "{}", error.chain());
+    let two = NodeId::new(2).unwrap();
+    let error = test.cluster.set_listen_url(two, Some(&elsewhere)).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::NotFound);
+    test.cluster.set_listen_url(node, Some(&test.node_urls[0])).await.unwrap();
+    let health = async |builder: shardmq::ClusterBuilder| {
+        let cluster = builder.connect().await.unwrap();
+        cluster.notifier_health().await.unwrap().remove(0).health
+    };
+    let builder = || Cluster::builder(&test.control_url).upkeep(false);
+    let well = health(builder()).await;
+    assert!(well.is_ok(), "{well:?}");
+    // A process that was told otherwise, and wrong, hears nothing there, and knows.
+    let deaf = health(builder().listen_url(node, &elsewhere)).await;
+    assert!(!deaf.is_ok() && deaf.error.is_some(), "{deaf:?}");
+    test.cluster.set_listen_url(node, None).await.unwrap();
+    assert_eq!(health(builder()).await.state, HealthState::Polling);
+}
+
 #[tokio::test]
 async fn an_address_for_listening_that_is_none_is_refused_and_not_shown() {
     let test = TestCluster::new(1).await;
-    let node = shardmq::NodeId::new(1).unwrap();
+    let node = NodeId::new(1).unwrap();
     let builder = Cluster::builder("postgresql://u:secret@h/d");
     let builder = builder.listen_url(node, "postgresql://u:secret@h:port/d");
     assert!(!format!("{builder:?}").contains("secret"));

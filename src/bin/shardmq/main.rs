@@ -18,6 +18,7 @@ mod look;
 mod migrate;
 mod node;
 mod notifier;
+mod outbox;
 mod output;
 mod produce;
 mod servers;
@@ -79,6 +80,8 @@ enum Command {
     #[command(subcommand)]
     Notifier(notifier::Command),
     #[command(subcommand)]
+    Outbox(outbox::Command),
+    #[command(subcommand)]
     Topic(topic::Command),
     #[command(subcommand)]
     Group(group::Command),
@@ -124,6 +127,7 @@ async fn run(command: Command, context: Context) -> Result<(), Failure> {
         Command::Migrate(args) => migrate::run(&context, args).await,
         Command::Node(command) => node::run(&context, command).await,
         Command::Notifier(command) => notifier::run(&context, command).await,
+        Command::Outbox(command) => outbox::run(&context, command).await,
         Command::Topic(command) => topic::run(&context, command).await,
         Command::Group(command) => group::run(&context, command).await,
         Command::Dead(command) => dead::run(&context, command).await,

@@ -24,6 +24,14 @@ pub(crate) enum Command {
         /// postgres, redis, both or none.
         notifier: NotifierKind,
     },
+    /// Say where to listen to a node whose address leads to a pooler in transaction mode: at Postgres itself.
+    Listen {
+        /// The node's number.
+        node: NodeId,
+        /// A libpq URL. Its password is used now and not stored. Default: at the node's own address again.
+        #[arg(value_name = "URL")]
+        address: Option<String>,
+    },
 }
 
 /// What `--json` prints.
@@ -44,12 +52,15 @@ struct ShownNode {
 }
 
 pub(crate) async fn run(context: &Context, command: Command) -> Result<(), Failure> {
-    if let Command::Set { notifier } = command {
-        let cluster = context.connect_by(NotifierKind::None).await?;
-        let set = cluster.set_notifier(notifier, context.redis_url.as_deref()).await;
-        cluster.shutdown().await;
-        set?;
-    }
+    let cluster = context.connect_by(NotifierKind::None).await?;
+    let redis_url = context.redis_url.as_deref();
+    let set = match command {
+        Command::Show => Ok(()),
+        Command::Set { notifier } => cluster.set_notifier(notifier, redis_url).await,
+        Command::Listen { node, address } => cluster.set_listen_url(node, address.as_deref()).await,
+    };
+    cluster.shutdown().await;
+    set?;
     // As any process has it now.
     let cluster = context.connect().await?;
     let shown = show(&cluster).await;

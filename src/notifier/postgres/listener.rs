@@ -9,7 +9,7 @@
 //!
 //! A connection whose peer is gone without a word looks idle for ever, and where the server's queue of
 //! notifications is full nothing comes through one that is well. So hints count as arriving only once a canary,
-//! a notification of this process through the same channel, was heard, and whoever has heard nothing for
+//! a notification of this process, sent as hints are, was heard, and whoever has heard nothing for
 //! a while sends another, which all listeners of the node hear: one of them sends for all. Where it does not
 //! come back in time, the connection is given up, 11 s after the last hint at most, or 29 s after the last
 //! canary where there were no hints. Where hints keep coming, one is sent each minute, to measure.
@@ -17,20 +17,20 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures_util::StreamExt;
 use futures_util::future::{BoxFuture, OptionFuture};
+use futures_util::{StreamExt, TryFutureExt};
 use tokio::time::{Instant, sleep, sleep_until};
-use tokio_postgres::types::Type;
-use tokio_postgres::{AsyncMessage, Client};
+use tokio_postgres::AsyncMessage;
 
-use super::Wire;
+use super::{Wire, notify};
 use crate::cluster::{ListenAt, Nodes, Place};
-use crate::deadline::jitter;
+use crate::deadline::{in_time, jitter};
 use crate::error::{Error, ErrorKind, Result};
+use crate::id::NodeId;
 use crate::metrics as names;
 use crate::notifier::channel::{Channel, parse};
+use crate::store::connect;
 use crate::store::listen::{self, HINTS, Session};
-use crate::store::{connect, sql};
 
 /// How long it may be silent before a canary is sent, give or take a fifth.
 const QUIET: Duration = Duration::from_secs(5);
@@ -38,6 +38,8 @@ const QUIET: Duration = Duration::from_secs(5);
 const IDLE: Duration = Duration::from_secs(20);
 /// How often one is sent all the same.
 const MEASURE: Duration = Duration::from_mins(1);
+/// Before another, where one could not be sent.
+const AGAIN: Duration = Duration::from_secs(1);
 /// How long it may take.
 const ANSWER: Duration = Duration::from_secs(5);
 /// Between attempts to listen again.
@@ -47,7 +49,7 @@ const POOLED: Duration = Duration::from_mins(1);
 /// What is wrong there, and what to do.
 const IS_POOLED: &str = "the node's address leads to a pooler, which can't listen: its hints are not heard, and \
                          messages come when consumers next look; give the address of Postgres itself for \
-                         listening (ClusterBuilder::listen_url)";
+                         listening (shardmq notifier listen, or ClusterBuilder::listen_url)";
 
 /// Listens to a node for as long as somebody is subscribed.
 pub(super) async fn listen(nodes: Arc<Nodes>, wire: Arc<Wire>) {
@@ -56,7 +58,7 @@ pub(super) async fn listen(nodes: Arc<Nodes>, wire: Arc<Wire>) {
             () = keep_listening(&nodes, &wire.channel) => {}
             () = wire.channel.unheard() => {}
         }
-        wire.channel.interrupt("nobody listened until now");
+        wire.channel.rest();
         if wire.ends_listening() {
             return;
         }
@@ -98,11 +100,12 @@ enum End {
     Pooled,
 }
 
-/// What a statement found; false where a pooler answered, which was not asked to listen.
-type Answer<'a> = BoxFuture<'a, Result<bool, tokio_postgres::Error>>;
+/// What was found; false where a pooler answered, which was not asked to listen.
+type Answer<'a> = BoxFuture<'a, Result<bool>>;
 
 /// One life of a listening connection.
 async fn listen_once(nodes: &Nodes, channel: &Channel, backoff: &mut Duration) -> Result<End> {
+    channel.begin();
     let at = nodes.listen_at(channel.node).await?;
     let (ListenAt::Node(from) | ListenAt::Given(from)) = &at;
     // At an address that was given for listening no pooler is looked for.
@@ -115,18 +118,26 @@ async fn listen_once(nodes: &Nodes, channel: &Channel, backoff: &mut Duration) -
         return Ok(End::Pooled);
     };
     // The connection is driven while statements are answered; what is heard meanwhile goes out too.
-    let begin: Answer<'_> = Box::pin(listen::begin(&client, marker.as_ref(), &[HINTS]));
-    let mut statement = OptionFuture::from(Some(begin));
+    let begin = listen::begin(&client, marker.as_ref(), &[HINTS]);
+    let begin = begin.map_err(|error| connect::refused(error, "listen for hints"));
+    let mut under_way = OptionFuture::from(Some(Box::pin(begin) as Answer<'_>));
     let (mut answered, mut present, mut arrives) = (false, None, false);
     let mut pulse = Pulse::new();
     loop {
         tokio::select! {
-            Some(answer) = &mut statement => {
-                if !answer.map_err(|error| connect::refused(error, "listen for hints"))? {
-                    return Ok(End::Pooled);
-                }
-                statement = None.into();
+            Some(answer) = &mut under_way => {
+                under_way = None.into();
                 answered = true;
+                match answer {
+                    Ok(true) => {}
+                    Ok(false) => return Ok(End::Pooled),
+                    Err(error) if present.is_none() => return Err(error),
+                    // That is no fault of this connection; whether hints arrive is not known any more.
+                    Err(error) => if pulse.not_sent() {
+                        channel.interrupt(&error.chain());
+                        arrives = false;
+                    }
+                }
                 if present.is_none() {
                     present = Some(nodes.presence().arrive(place));
                     pulse.begin();
@@ -146,17 +157,17 @@ async fn listen_once(nodes: &Nodes, channel: &Channel, backoff: &mut Duration) -
             () = pulse.due() => {
                 pulse.ask()?;
                 if std::mem::replace(&mut answered, false) {
-                    let canary: Answer<'_> = Box::pin(send(&client, pulse.canary()));
-                    statement = Some(canary).into();
+                    let canary = send(nodes, channel.node, pulse.canary());
+                    under_way = Some(Box::pin(canary) as Answer<'_>).into();
                 }
             }
         }
     }
 }
 
-async fn send(client: &Client, canary: String) -> Result<bool, tokio_postgres::Error> {
-    client.query_typed(sql::NOTIFY_BEAT, &[(&canary, Type::TEXT)]).await?;
-    Ok(true)
+/// As hints are sent: where their way leads elsewhere than here, none comes back.
+async fn send(nodes: &Nodes, node: NodeId, canary: String) -> Result<bool> {
+    in_time(ANSWER / 2, "send a canary", notify(nodes, node, &canary)).await.map(|()| true)
 }
 
 /// Takes what the server says. True where it came through the channel.
@@ -180,13 +191,15 @@ struct Pulse {
     /// What this process knows its canary by, and when it was sent.
     canary: Option<(String, Instant)>,
     measure_at: Instant,
+    /// How many could not be sent, one after the other.
+    unsent: u32,
 }
 
 impl Pulse {
     /// Of a connection that is asked to listen.
     fn new() -> Self {
         let now = Instant::now();
-        Self { due: now + jitter(QUIET), asked: false, canary: None, measure_at: now }
+        Self { due: now + jitter(QUIET), asked: false, canary: None, measure_at: now, unsent: 0 }
     }
 
     /// It listens: a canary is due.
@@ -200,6 +213,7 @@ impl Pulse {
 
     /// A hint, or a canary. How long that took, where it is this process' own.
     fn heard(&mut self, payload: &str, is_hint: bool) -> Option<Duration> {
+        self.unsent = 0;
         let quiet = if is_hint { QUIET } else { IDLE };
         (self.due, self.asked) = ((Instant::now() + jitter(quiet)).min(self.measure_at), false);
         let (_, sent) = self.canary.take_if(|(canary, _)| canary == payload)?;
@@ -209,12 +223,21 @@ impl Pulse {
     /// Asks, or fails where the last question was not answered.
     fn ask(&mut self) -> Result<()> {
         if self.asked {
-            let what = "listen for hints: a canary through the channel did not come back";
+            let what = "listen for hints: a canary through the channel did not come back (is it the node's \
+                        database where we listen?)";
             return Err(Error::new(ErrorKind::Unavailable, what));
         }
         let now = Instant::now();
         (self.due, self.asked, self.measure_at) = (now + ANSWER, true, now + jitter(MEASURE));
         Ok(())
+    }
+
+    /// It could not be sent: another try comes soon. True where it is not the first.
+    fn not_sent(&mut self) -> bool {
+        self.canary = None;
+        (self.due, self.asked) = (Instant::now() + jitter(AGAIN), false);
+        self.unsent += 1;
+        self.unsent > 1
     }
 
     /// A canary to be sent now.

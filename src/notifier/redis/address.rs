@@ -1,7 +1,6 @@
 //! Where a Redis is.
 
 use std::fmt;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use redis::sentinel::{SentinelClient, SentinelClientBuilder, SentinelServerType};
@@ -12,6 +11,8 @@ use crate::error::{Error, ErrorKind, Result};
 
 /// Where the password is that an address lacks.
 const PASSWORD: &str = "SHARDMQ_REDIS_PASSWORD";
+const PASSWORD_FROM: &str =
+    " (the password is taken from the address, or from SHARDMQ_REDIS_PASSWORD)";
 /// The port of Sentinels where none is given.
 const SENTINEL_PORT: u16 = 26_379;
 /// How long all Sentinels together may take.
@@ -26,7 +27,7 @@ pub(super) struct Address {
 
 enum Way {
     /// Tried in turn.
-    Hosts { all: Vec<Client>, next: AtomicUsize },
+    Hosts(Vec<Client>),
     /// Asked for the master.
     Sentinels(Box<tokio::sync::Mutex<SentinelClient>>),
 }
@@ -38,26 +39,34 @@ impl Address {
     }
 
     fn with_password(url: &str, password: Option<&str>) -> Result<Self> {
-        let Some(parts) = Parts::of(url) else {
-            return Err(Error::new(ErrorKind::Invalid, format!("no Redis address: {FORMS}")));
-        };
-        let shown = format!("{}://{}", parts.scheme, parts.hosts);
-        let invalid = |error: RedisError| {
-            let what = format!("no Redis address: {shown}: {FORMS}");
-            Error::with_source(ErrorKind::Invalid, what, error)
-        };
+        // What is no address may have its password anywhere: nothing of it is shown.
+        let what = || format!("no Redis address: {FORMS}");
+        let none = || Error::new(ErrorKind::Invalid, what());
+        let parts = Parts::of(url).ok_or_else(none)?;
+        let invalid = |error: RedisError| Error::with_source(ErrorKind::Invalid, what(), error);
         let way = match parts.scheme.strip_suffix("+sentinel") {
             Some(scheme) => parts.sentinels(scheme, password).map_err(invalid)?,
             None => parts.hosts(password).map_err(invalid)?,
         };
-        Ok(Self { shown, way })
+        if parts.scheme.starts_with("rediss") || parts.scheme == "valkeys" {
+            have_cryptography();
+        }
+        Ok(Self { shown: format!("{}://{}", parts.scheme, parts.hosts), way })
     }
 
-    /// A client of the server to connect to next.
-    pub(super) async fn client(&self) -> Result<Client> {
+    /// How many servers may be tried one after the other.
+    pub(super) fn count(&self) -> usize {
         match &self.way {
-            Way::Hosts { all, next } => {
-                let at = next.fetch_add(1, Ordering::Relaxed) % all.len().max(1);
+            Way::Hosts(all) => all.len(),
+            Way::Sentinels(_) => 1,
+        }
+    }
+
+    /// A client of the nth server to be tried.
+    pub(super) async fn client(&self, nth: usize) -> Result<Client> {
+        match &self.way {
+            Way::Hosts(all) => {
+                let at = nth % all.len().max(1);
                 let none = || Error::new(ErrorKind::Invalid, "a Redis address without hosts");
                 all.get(at).cloned().ok_or_else(none)
             }
@@ -66,7 +75,7 @@ impl Address {
                 let asking = async { sentinels.lock().await.async_get_client().await };
                 let late = |_| Error::new(ErrorKind::Unavailable, format!("{what}: no answer"));
                 let asked = timeout(ASK, asking).await.map_err(late)?;
-                asked.map_err(|error| self.refused(&what, error))
+                asked.map_err(|error| Self::refused(&what, error))
             }
         }
     }
@@ -77,9 +86,25 @@ impl Address {
     }
 
     /// Redis' errors say what is wrong and show no password.
-    #[allow(clippy::unused_self)]
-    pub(super) fn refused(&self, what: &str, error: RedisError) -> Error {
-        Error::with_source(ErrorKind::Unavailable, what.to_owned(), error)
+    pub(super) fn refused(what: &str, error: RedisError) -> Error {
+        let locked_out = error.kind() == redis::ErrorKind::AuthenticationFailed;
+        let remedy = match error.code() {
+            _ if locked_out => PASSWORD_FROM,
+            Some("NOAUTH" | "WRONGPASS") => PASSWORD_FROM,
+            Some("NOPERM") => {
+                " (the user needs +publish +subscribe +unsubscribe, and &shardmq:* for the channels)"
+            }
+            _ => "",
+        };
+        Error::with_source(ErrorKind::Unavailable, format!("{what}{remedy}"), error)
+    }
+}
+
+/// The library of Redis takes the process' default, and panics where there is none and several could be it.
+fn have_cryptography() {
+    if rustls::crypto::CryptoProvider::get_default().is_none() {
+        // Somebody may have been quicker.
+        let _ = rustls::crypto::ring::default_provider().install_default();
     }
 }
 
@@ -109,7 +134,8 @@ impl<'a> Parts<'a> {
         let (authority, rest) = rest.split_at(end);
         let at = authority.rfind('@').map_or(0, |at| at + 1);
         let (user, hosts) = authority.split_at(at);
-        Some(Self { scheme, user, hosts, rest })
+        // A password with a character that ends the hosts: it must be percent-encoded.
+        (!rest.contains('@')).then_some(Self { scheme, user, hosts, rest })
     }
 
     fn hosts(&self, password: Option<&str>) -> Result<Way, RedisError> {
@@ -119,7 +145,7 @@ impl<'a> Parts<'a> {
             Client::open(info)
         };
         let all = self.hosts.split(',').map(client).collect::<Result<_, _>>()?;
-        Ok(Way::Hosts { all, next: AtomicUsize::new(0) })
+        Ok(Way::Hosts(all))
     }
 
     fn sentinels(&self, scheme: &str, password: Option<&str>) -> Result<Way, RedisError> {
@@ -179,7 +205,14 @@ pub(crate) fn without_password(url: &str) -> Result<String> {
     let Some(parts) = Parts::of(url) else { return Ok(url.to_owned()) };
     let user = parts.user.trim_end_matches('@').split(':').next().unwrap_or_default();
     let at = if user.is_empty() { "" } else { "@" };
-    Ok(format!("{}://{user}{at}{}{}", parts.scheme, parts.hosts, parts.rest))
+    let address = format!("{}://{user}{at}{}{}", parts.scheme, parts.hosts, parts.rest);
+    let secret = |part: &str| ["pass=", "password="].iter().any(|name| part.starts_with(name));
+    if parts.rest.split(['?', '&', '#']).any(secret) {
+        let what = "a Redis address with a password in its query is not stored: give the password apart, in \
+                    SHARDMQ_REDIS_PASSWORD";
+        return Err(Error::new(ErrorKind::Invalid, what));
+    }
+    Ok(address)
 }
 
 #[cfg(test)]
@@ -188,7 +221,7 @@ mod tests {
 
     fn hosts(url: &str, password: Option<&str>) -> Vec<ConnectionInfo> {
         match Address::with_password(url, password).unwrap().way {
-            Way::Hosts { all, .. } => {
+            Way::Hosts(all) => {
                 all.iter().map(|client| client.get_connection_info().clone()).collect()
             }
             Way::Sentinels(_) => panic!("no hosts"),
@@ -233,6 +266,9 @@ mod tests {
             "redis://u:secret@one:port",
             "redis+sentinel://u:secret@one",
             "redis://u:secret@one/x",
+            "redis://u:secret#@one",
+            "redis://u:secret/3@one",
+            "redis://u:secret?x@one",
         ] {
             let error = Address::parse(url).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Invalid, "{url}");
@@ -250,5 +286,7 @@ mod tests {
         ] {
             assert_eq!(without_password(url).unwrap(), expected);
         }
+        let error = without_password("redis+unix:///run/redis.sock?db=1&pass=secret").unwrap_err();
+        assert!(!error.chain().contains("secret"), "{}", error.chain());
     }
 }

@@ -6,37 +6,37 @@ use std::time::Duration;
 
 use redis::aio::MultiplexedConnection;
 use redis::{AsyncConnectionConfig, Client, RedisResult};
-use tokio::time::{Instant, sleep_until, timeout};
+use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
-use super::{ANSWER, BACKOFF, LAST_HINTS, Wire};
-use crate::error::Result;
+use super::address::Address;
+use super::{ANSWER, BACKOFF, Ended, LAST_HINTS, REMIND, Wire};
 use crate::id::{NodeId, PartitionId};
 use crate::metrics as names;
 use crate::notifier::channel::{lock, payload};
+use crate::trouble::Trouble;
 
 /// Partitions of one pipeline.
 const MAX_PARTITIONS: usize = 10_000;
 
 /// Sends what is pending until it is told to stop, and then the rest, if the server answers soon.
 pub(super) async fn run(wire: Arc<Wire>, stop: CancellationToken) {
+    let _ended = Ended { wire: Arc::clone(&wire), listening: false };
     let too_late = async {
         stop.cancelled().await;
-        tokio::time::sleep(LAST_HINTS).await;
+        sleep(LAST_HINTS).await;
     };
     let sending = async {
-        let mut sender = Sender { wire: &wire, connection: None, backoff: BACKOFF.0 };
+        let mut sender = Sender::new(&wire);
         loop {
             tokio::select! {
                 biased;
                 () = wire.pending.added() => {}
                 () = stop.cancelled() => return,
             }
-            let until = sender.send_all().await;
-            // What comes meanwhile is merged.
-            tokio::select! {
-                () = sleep_until(until) => {}
-                () = stop.cancelled() => {}
+            while let Err(pause) = sender.send_all().await {
+                // What comes meanwhile is merged.
+                sleep(pause).await;
             }
         }
     };
@@ -49,32 +49,55 @@ pub(super) async fn run(wire: Arc<Wire>, stop: CancellationToken) {
 struct Sender<'a> {
     wire: &'a Wire,
     connection: Option<MultiplexedConnection>,
+    /// Which of the servers comes next.
+    nth: usize,
     backoff: Duration,
+    trouble: Trouble,
 }
 
-impl Sender<'_> {
-    /// Sends all there is. Returns until when to wait, where that failed.
-    async fn send_all(&mut self) -> Instant {
+impl<'a> Sender<'a> {
+    fn new(wire: &'a Wire) -> Self {
+        let trouble = Trouble::new(REMIND);
+        Self { wire, connection: None, nth: 0, backoff: BACKOFF.0, trouble }
+    }
+
+    /// Sends all there is. Where that fails, what was not sent waits, for so long.
+    async fn send_all(&mut self) -> Result<(), Duration> {
         loop {
             let partitions = self.wire.pending.take(MAX_PARTITIONS);
             let canary = lock(&self.wire.canary).take();
             if partitions.is_empty() && canary.is_none() {
-                return Instant::now();
+                return Ok(());
             }
-            if let Err(error) = self.send(&partitions, canary.as_deref()).await {
-                // Consumers look by themselves.
-                ::metrics::counter!(names::NOTIFY_FAILED).increment(1);
-                tracing::debug!(error = %error.chain(), "hints were not sent to Redis");
-                let until = Instant::now() + self.backoff;
-                self.backoff = (self.backoff * 2).min(BACKOFF.1);
-                return until;
+            let Err(error) = self.send(&partitions, canary.as_deref()).await else {
+                self.backoff = BACKOFF.0;
+                if self.trouble.end() {
+                    tracing::info!("hints are sent to Redis again");
+                }
+                continue;
+            };
+            ::metrics::counter!(names::NOTIFY_FAILED).increment(1);
+            if self.trouble.meet(Instant::now()) {
+                tracing::warn!(
+                    error = %error.chain(),
+                    "hints can't be sent to Redis: consumers find messages by looking"
+                );
             }
-            self.backoff = BACKOFF.0;
+            self.wire.pending.add(&partitions);
+            let mut waiting = lock(&self.wire.canary);
+            *waiting = waiting.take().or(canary);
+            let pause = self.backoff;
+            self.backoff = (self.backoff * 2).min(BACKOFF.1);
+            return Err(pause);
         }
     }
 
-    /// Sends once; where that fails on a connection that was open, once more on another.
-    async fn send(&mut self, partitions: &[PartitionId], canary: Option<&str>) -> Result<()> {
+    /// Sends once on the connection that is open; where that fails, to each of the servers in turn.
+    async fn send(
+        &mut self,
+        partitions: &[PartitionId],
+        canary: Option<&str>,
+    ) -> crate::Result<()> {
         let pipeline = self.pipeline(partitions, canary);
         if let Some(mut connection) = self.connection.take()
             && publish(&pipeline, &mut connection).await.is_ok()
@@ -82,14 +105,31 @@ impl Sender<'_> {
             self.connection = Some(connection);
             return Ok(());
         }
-        let client = self.wire.address.client().await?;
-        let what = || self.wire.address.what("send hints to");
-        let mut connection =
-            connect(&client).await.map_err(|error| self.wire.address.refused(&what(), error))?;
-        let sent = publish(&pipeline, &mut connection).await;
-        sent.map_err(|error| self.wire.address.refused(&what(), error))?;
-        self.connection = Some(connection);
-        Ok(())
+        let mut outcome = Ok(());
+        for _ in 0..self.wire.address.count() {
+            self.nth = self.nth.wrapping_add(1);
+            match self.send_to(self.nth, &pipeline).await {
+                Ok(connection) => {
+                    self.connection = Some(connection);
+                    return Ok(());
+                }
+                Err(error) => outcome = Err(error),
+            }
+        }
+        outcome
+    }
+
+    async fn send_to(
+        &self,
+        nth: usize,
+        pipeline: &redis::Pipeline,
+    ) -> crate::Result<MultiplexedConnection> {
+        let what = self.wire.address.what("send hints to");
+        let client = self.wire.address.client(nth).await?;
+        let refused = |error| Address::refused(&what, error);
+        let mut connection = connect(&client).await.map_err(refused)?;
+        publish(pipeline, &mut connection).await.map_err(refused)?;
+        Ok(connection)
     }
 
     fn pipeline(&self, partitions: &[PartitionId], canary: Option<&str>) -> redis::Pipeline {

@@ -10,7 +10,8 @@ use redis::aio::PubSubSink;
 use redis::{Msg, RedisResult};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
-use super::{ANSWER, BACKOFF, Wire};
+use super::address::Address;
+use super::{ANSWER, BACKOFF, Ended, REMIND, Wire};
 use crate::deadline::jitter;
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::NodeId;
@@ -20,28 +21,28 @@ use crate::trouble::Trouble;
 
 /// Between canaries, give or take a fifth.
 const CANARY: Duration = Duration::from_secs(5);
-/// How often it is said that there is no connection.
-const REMIND: Duration = Duration::from_mins(5);
 /// For how long a connection that nobody needs is kept.
 const KEPT: Duration = Duration::from_secs(10);
 
 /// Listens as long as somebody does, again after every failure. Never ends.
 pub(super) async fn run(wire: Arc<Wire>) {
-    let mut backoff = BACKOFF.0;
-    let mut trouble = Trouble::new(REMIND);
-    loop {
+    let _ended = Ended { wire: Arc::clone(&wire), listening: true };
+    let (mut backoff, mut trouble) = (BACKOFF.0, Trouble::new(REMIND));
+    for nth in 0.. {
         while wire.heard().is_empty() {
             wire.subscribed.notified().await;
         }
-        let ended = listen(&wire, &mut backoff, &mut trouble).await;
-        let nobody = || "nobody listened until now".to_owned();
-        let why = ended.as_ref().err().map_or_else(nobody, Error::chain);
+        let ended = listen(&wire, nth, &mut backoff, &mut trouble).await;
         let channels: Vec<Arc<Channel>> = lock(&wire.channels).values().map(Arc::clone).collect();
+        let Err(error) = ended else {
+            for channel in &channels {
+                channel.rest();
+            }
+            continue;
+        };
+        let why = error.chain();
         for channel in &channels {
             channel.interrupt(&why);
-        }
-        if ended.is_ok() {
-            continue;
         }
         ::metrics::counter!(names::LISTENER_LOST).increment(1);
         if trouble.meet(Instant::now()) {
@@ -53,18 +54,26 @@ pub(super) async fn run(wire: Arc<Wire>) {
 }
 
 /// One life of a connection. Ends well when nobody listens any more.
-async fn listen(wire: &Wire, backoff: &mut Duration, trouble: &mut Trouble) -> Result<()> {
+async fn listen(
+    wire: &Wire,
+    nth: usize,
+    backoff: &mut Duration,
+    trouble: &mut Trouble,
+) -> Result<()> {
+    for channel in wire.heard() {
+        channel.begin();
+    }
     let what = wire.address.what("hear from");
-    let refused = |error| wire.address.refused(&what, error);
-    let client = wire.address.client().await?;
+    let refused = |error| Address::refused(&what, error);
+    let client = wire.address.client(nth).await?;
     let connecting = timeout(ANSWER, client.get_async_pubsub()).await;
     let connected = connecting.map_err(|_| silent(&what))?.map_err(refused)?;
     let (sink, mut messages) = connected.split();
     let mut life = Life::new(wire, sink);
-    life.subscribe_own().await.map_err(|error| life.failed(&what, error))?;
+    life.subscribe_own().await.map_err(|error| failed(&what, error))?;
     let mut idle_since = None;
     loop {
-        life.subscribe().await.map_err(|error| life.failed(&what, error))?;
+        life.subscribe().await.map_err(|error| failed(&what, error))?;
         tokio::select! {
             message = messages.next() => {
                 let Some(message) = message else {
@@ -139,7 +148,7 @@ impl<'a> Life<'a> {
         for name in gone {
             in_time(self.sink.unsubscribe(&name)).await?;
             if let Some(channel) = self.nodes.remove(&name) {
-                channel.interrupt("nobody listened until now");
+                channel.rest();
             }
         }
         for channel in heard {
@@ -178,7 +187,7 @@ impl<'a> Life<'a> {
     /// Has one sent, unless the last one did not come back.
     fn send_canary(&mut self, what: &str) -> Result<()> {
         if self.canary.is_some() {
-            let what = format!("{what}: a canary did not come back");
+            let what = format!("{what}: a canary did not come back (can it be published?)");
             return Err(Error::new(ErrorKind::Unavailable, what));
         }
         let canary = uuid::Uuid::new_v4().simple().to_string();
@@ -188,12 +197,12 @@ impl<'a> Life<'a> {
         self.due = Instant::now() + CANARY;
         Ok(())
     }
+}
 
-    fn failed(&self, what: &str, failed: Failed) -> Error {
-        match failed {
-            Failed::Late => silent(what),
-            Failed::Refused(error) => self.wire.address.refused(what, error),
-        }
+fn failed(what: &str, failed: Failed) -> Error {
+    match failed {
+        Failed::Late => silent(what),
+        Failed::Refused(error) => Address::refused(what, error),
     }
 }
 

@@ -91,8 +91,8 @@ async fn another_password() {
 async fn a_user_of_its_own_needs_its_channels_only() {
     let redis = Redis::builder().start().await.unwrap();
     let mut by_hand = ByHand::connect(redis.port()).await;
-    let user = "ACL SETUSER mq on >secret resetchannels &shardmq:* +publish +subscribe +unsubscribe +ping \
-                +select +client";
+    let user =
+        "ACL SETUSER mq on >secret resetchannels &shardmq:* +publish +subscribe +unsubscribe";
     assert_eq!(by_hand.say(user).await, "+OK");
     assert_eq!(by_hand.say("ACL SETUSER default off").await, "+OK");
     let url = format!("redis://mq:secret@127.0.0.1:{}", redis.port());
@@ -249,6 +249,51 @@ async fn the_members_of_a_redis_cluster_are_one() {
     suite.check().await.unwrap();
     one.stop_server(StopMode::Immediate).await.unwrap();
     suite.check().await.unwrap();
+}
+
+/// Who only listens must not depend on which of the servers is the first.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_that_is_dead_from_the_beginning_is_passed_over() {
+    let (dead, alive) = (Redis::builder().start().await.unwrap(), start().await.0);
+    dead.stop_server(StopMode::Immediate).await.unwrap();
+    for order in [[dead.port(), alive.port()], [alive.port(), dead.port()]] {
+        let url = format!("redis://127.0.0.1:{},127.0.0.1:{}", order[0], order[1]);
+        let notifier = RedisNotifier::new(&url, "x").unwrap();
+        arrive(&mut notifier.subscribe(&[partition()])).await;
+    }
+}
+
+/// Where the tasks end, hints do not arrive, and the next use begins anew.
+#[test]
+fn a_runtime_that_ends_and_a_shutdown_are_noticed() {
+    let runtime = || tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let servers = runtime();
+    let redis = servers.block_on(Redis::builder().start()).unwrap();
+    let notifier = RedisNotifier::new(&redis.url(), "x").unwrap();
+    // Outside of a runtime nothing can be sent, and nobody panics.
+    notifier.publish(&[partition()]);
+    let node = partition().node();
+    for _ in 0..2 {
+        let mut hints = None;
+        runtime().block_on(async {
+            let mut subscribed = notifier.subscribe(&[partition()]);
+            arrive(&mut subscribed).await;
+            notifier.publish(&[partition()]);
+            hears(&mut subscribed, partition()).await;
+            hints = Some(subscribed);
+        });
+        assert!(!notifier.health(node).is_ok());
+    }
+    runtime().block_on(async {
+        let mut hints = notifier.subscribe(&[partition()]);
+        arrive(&mut hints).await;
+        notifier.shutdown().await;
+        interrupted(&mut hints).await;
+        assert!(notifier.health(node).error.is_some());
+        notifier.publish(&[partition()]);
+        let _late = notifier.subscribe(&[partition()]);
+        assert!(!notifier.health(node).is_ok());
+    });
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

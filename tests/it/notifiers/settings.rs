@@ -3,8 +3,10 @@
 use shardmq::embedded::{Redis, StopMode};
 use shardmq::notifier::NotifierKind;
 use shardmq::{Cluster, ErrorKind, Message};
+use tokio::process::Command;
 
 use super::{SECOND, SOON};
+use crate::support::authority::Authority;
 use crate::support::reading::next_text;
 use crate::support::redis::subscribed_channels;
 use crate::support::stored::topic;
@@ -99,8 +101,50 @@ async fn a_redis_that_does_not_answer_or_is_none_is_not_set() {
     assert_eq!(error.kind(), ErrorKind::Invalid);
     let error = builder().redis_url("redis://u:secret@h:port").connect().await.unwrap_err();
     assert!(error.kind() == ErrorKind::Invalid && !error.chain().contains("secret"));
-    // One that does not answer keeps nobody from starting.
+    // One that does not answer keeps nobody from starting, nor from leaving it.
     builder().redis_url(&url).connect().await.unwrap();
+    test.cluster.set_notifier(NotifierKind::None, Some(&url)).await.unwrap();
+    // Nor does what the cluster has wrong.
+    let sql = test.sql(0).await;
+    sql.batch_execute("update shardmq_control.setting set value = 'pigeons'").await.unwrap();
+    builder().connect().await.unwrap();
+    test.cluster.set_notifier(NotifierKind::Postgres, None).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_could_not_connect_leaves_nothing_behind() {
+    let test = TestCluster::new(1).await;
+    let sql = test.sql(0).await;
+    let sessions = "select count(*) from pg_stat_activity where datname = current_database()";
+    let sessions = async || sql.query_one(sessions, &[]).await.unwrap().get::<_, i64>(0);
+    let before = sessions().await;
+    for _ in 0..10 {
+        let builder = Cluster::builder(&test.control_url).notifier_kind(NotifierKind::Redis);
+        builder.connect().await.unwrap_err();
+    }
+    eventually("all sessions end", SOON, async || sessions().await <= before).await;
+}
+
+/// Its commands have an environment of their own, in which the authority is trusted.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_redis_may_want_tls() {
+    let authority = Authority::new("hints");
+    let signed = authority.sign("redis", &["127.0.0.1"]);
+    let builder = Redis::builder().tls(signed.certificate, signed.key).password("secret");
+    let redis = builder.start().await.unwrap();
+    let test = TestCluster::new(1).await;
+    let other = Authority::new("another");
+    let url = format!("rediss://127.0.0.1:{}", redis.port());
+    let set = async |authorities: String| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_shardmq"));
+        command.args(["--url", &test.control_url, "notifier", "set", "redis", "--redis-url", &url]);
+        command.env("SSL_CERT_FILE", authorities).env("SHARDMQ_REDIS_PASSWORD", "secret");
+        command.output().await.unwrap()
+    };
+    let refused = set(other.file()).await;
+    assert!(!refused.status.success());
+    let set = set(authority.file()).await;
+    assert!(set.status.success(), "{}", String::from_utf8_lossy(&set.stderr));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -4,9 +4,79 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use futures_util::{StreamExt, stream};
-use shardmq::notifier::{Health, Hint, Hints, LocalNotifier, NoNotifier, Notifier};
+use shardmq::notifier::{Health, HealthCell, Hint, Hints, LocalNotifier, NoNotifier, Notifier};
 use shardmq::testing::NotifierSuite;
 use shardmq::{NodeId, PartitionId};
+use tokio::sync::broadcast;
+
+/// What is wrong with one around an interruption.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Relapse {
+    SaysAllIsWell,
+    DoesNotSayWhy,
+    NeverLooksAgain,
+    NeverSaysItIsWell,
+}
+
+/// One that can be interrupted by hand.
+#[derive(Debug, Clone)]
+struct Breakable {
+    relapse: Option<Relapse>,
+    health: Arc<HealthCell>,
+    hints: broadcast::Sender<Hint>,
+}
+
+impl Breakable {
+    fn new(relapse: Option<Relapse>) -> Self {
+        let health = HealthCell::new();
+        health.arrive();
+        Self { relapse, health: Arc::new(health), hints: broadcast::channel(1024).0 }
+    }
+
+    fn interrupt(&self) {
+        match self.relapse {
+            Some(Relapse::SaysAllIsWell) => return,
+            Some(Relapse::DoesNotSayWhy) => self.health.rest(),
+            _ => drop(self.health.interrupt("by hand")),
+        }
+        let _ = self.hints.send(Hint::Interrupted);
+    }
+
+    fn mend(&self) {
+        if self.relapse != Some(Relapse::NeverSaysItIsWell) {
+            self.health.arrive();
+        }
+        if self.relapse != Some(Relapse::NeverLooksAgain) {
+            let _ = self.hints.send(Hint::Look);
+        }
+    }
+}
+
+impl Notifier for Breakable {
+    fn publish(&self, partitions: &[PartitionId]) {
+        if self.health.is_ok() {
+            let _ = self.hints.send(Hint::Partitions(partitions.to_vec()));
+        }
+    }
+
+    fn subscribe(&self, _: &[PartitionId]) -> Hints {
+        let receiver = self.hints.subscribe();
+        let now = if self.health.is_ok() { Hint::Look } else { Hint::Interrupted };
+        let later = stream::unfold(receiver, |mut receiver| async {
+            let hint = receiver.recv().await.unwrap_or(Hint::Look);
+            Some((hint, receiver))
+        });
+        Box::pin(stream::iter([now]).chain(later))
+    }
+
+    fn health(&self, _: NodeId) -> Health {
+        let mut health = self.health.get();
+        if self.relapse == Some(Relapse::DoesNotSayWhy) {
+            health.error = None;
+        }
+        health
+    }
+}
 
 /// What is wrong with it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -32,7 +102,7 @@ impl Notifier for Faulty {
         match self.fault {
             Fault::LosesEveryThird if nth % 3 == 2 => {}
             Fault::Blocks => {
-                std::thread::sleep(std::time::Duration::from_micros(100));
+                std::thread::sleep(std::time::Duration::from_millis(1));
                 self.sound.publish(partitions);
             }
             _ => self.sound.publish(partitions),
@@ -89,4 +159,24 @@ async fn each_fault_is_found() {
 #[tokio::test]
 async fn to_block_is_found_by_the_clock() {
     assert!(violation(Fault::Blocks).await.contains("MUST return from publish at once"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn each_relapse_is_found() {
+    let check = async |relapse| {
+        let one = Breakable::new(relapse);
+        let partition = PartitionId::new(1, 1).unwrap();
+        let suite = NotifierSuite::new(one.clone(), one.clone(), partition);
+        suite.check_interruption(async { one.interrupt() }, async { one.mend() }).await
+    };
+    check(None).await.unwrap();
+    for (relapse, named) in [
+        (Relapse::SaysAllIsWell, "SHOULD find out"),
+        (Relapse::DoesNotSayWhy, "MUST say in its health why"),
+        (Relapse::NeverLooksAgain, "MUST yield a look after"),
+        (Relapse::NeverSaysItIsWell, "MUST yield a look after"),
+    ] {
+        let found = check(Some(relapse)).await.unwrap_err().to_string();
+        assert!(found.contains(named), "{relapse:?}: {found}");
+    }
 }

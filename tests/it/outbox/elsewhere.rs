@@ -7,6 +7,7 @@ use shardmq::{ErrorKind, Message};
 use tokio::process::Command;
 use tracing::Level;
 
+use crate::command::run;
 use crate::support::relays::{Relay, arrive, publish, texts, through};
 use crate::support::said::said;
 use crate::support::stored::topic;
@@ -55,7 +56,10 @@ async fn a_database_that_is_registered_is_relayed_from_by_all() {
     let held = "select holder is not null from shardmq.outbox_relay";
     let is_held = async || shop.query_one(held, &[]).await.unwrap().get::<_, bool>(0);
     assert!(is_held().await);
-    test.cluster.remove_outbox(&url).await.unwrap();
+    let listed = run(&test.control_url, "outbox list --json").await.good().json();
+    assert_eq!(listed[0]["url"], url);
+    let rest = run(&test.control_url, &format!("outbox remove {url} --json")).await.good().json();
+    assert!(rest.is_empty(), "{rest:?}");
     eventually("its relay ends", SOON, async || !is_held().await).await;
     let error = test.cluster.remove_outbox(&url).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::NotFound);
