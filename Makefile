@@ -3,6 +3,8 @@
 .PHONY: help demo test test-majors bench check
 
 ARGS ?=
+# Tests wait for servers more than they work: with two at a time on two cores they take nearly twice as long.
+export RUST_TEST_THREADS ?= 4
 # The versions of PostgreSQL that `make test-majors` runs the tests on.
 MAJORS ?= 14 15 16 17 18
 

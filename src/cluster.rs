@@ -69,6 +69,7 @@ pub struct ClusterBuilder {
     pools: PoolOptions,
     listen_urls: HashMap<NodeId, String>,
     told: Told,
+    hint_interval: Duration,
     upkeep: bool,
     outboxes: Vec<String>,
     relay_failpoint: Option<relay::Failpoint>,
@@ -153,6 +154,15 @@ impl ClusterBuilder {
         self
     }
 
+    /// How long this process waits between two notifications of a node through `LISTEN/NOTIFY`, at least: 0 by
+    /// default, up to 500 ms. What is stored meanwhile goes with the next, and a lone message does not wait. For
+    /// nodes on which many processes send one message at a time: each notification is a transaction, and
+    /// wakes all that listen.
+    pub fn hint_interval(mut self, interval: Duration) -> Self {
+        self.hint_interval = interval.min(Duration::from_millis(500));
+        self
+    }
+
     /// Where the Redis is through which hints go, whatever the environment (`SHARDMQ_REDIS_URL`) or the
     /// cluster say: see `notifier::RedisNotifier::new`. That says where, and not whether: a process uses it
     /// where its own setting or the cluster's has a notifier that needs one, or where neither has any, and then
@@ -215,7 +225,9 @@ impl ClusterBuilder {
         let close_idle = nodes::close_idle(Arc::clone(&nodes), self.idle_timeout);
         tasks.spawn(shutdown.child_token().run_until_cancelled_owned(close_idle));
         let (known, stop) = (Arc::clone(&nodes), shutdown.child_token());
-        let means = Means { cluster: id, nodes: known, shutdown: stop, tasks: tasks.clone() };
+        let (tasks_too, hint_interval) = (tasks.clone(), self.hint_interval);
+        let means =
+            Means { cluster: id, nodes: known, shutdown: stop, tasks: tasks_too, hint_interval };
         let notifier = self.told.make(&settings, means)?;
         let relay = Arc::new(relay::Context {
             cluster: id,
@@ -264,6 +276,7 @@ impl Cluster {
             pools: PoolOptions { connections: CONNECTIONS, prepared_statements },
             listen_urls: HashMap::new(),
             told: Told::default(),
+            hint_interval: Duration::ZERO,
             upkeep: true,
             outboxes: Vec::new(),
             relay_failpoint: None,

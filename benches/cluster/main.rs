@@ -67,8 +67,13 @@ async fn server(connections: u32) -> Server {
     builder.setting("max_connections", connections.to_string()).start().await.unwrap()
 }
 
-/// A cluster of a node on each server; the first has the control database too.
+/// A cluster of a node on each server; the first has the control database too, which is that of its node.
 async fn cluster(servers: &[&Server]) -> (Cluster, String) {
+    cluster_by(servers, None).await
+}
+
+/// The same; the control database may have another name.
+async fn cluster_by(servers: &[&Server], control: Option<&str>) -> (Cluster, String) {
     let mut urls = Vec::new();
     for server in servers {
         server.create_database("node").await.unwrap();
@@ -76,10 +81,15 @@ async fn cluster(servers: &[&Server]) -> (Cluster, String) {
         migrate(&url, Schema::Node).await.unwrap();
         urls.push(url);
     }
-    migrate(&urls[0], Schema::Control).await.unwrap();
-    let cluster = Cluster::builder(&urls[0]).upkeep(false).connect().await.unwrap();
+    let mut control_url = urls[0].clone();
+    if let Some(name) = control {
+        servers[0].create_database(name).await.unwrap();
+        control_url = servers[0].url(name);
+    }
+    migrate(&control_url, Schema::Control).await.unwrap();
+    let cluster = Cluster::builder(&control_url).upkeep(false).connect().await.unwrap();
     for (url, number) in urls.iter().zip(1..) {
         cluster.add_node(NodeId::new(number).unwrap(), url).await.unwrap();
     }
-    (cluster, urls.swap_remove(0))
+    (cluster, control_url)
 }

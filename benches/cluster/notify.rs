@@ -32,8 +32,8 @@ async fn connect(url: &str) -> Client {
     client
 }
 
-async fn process(url: &str, kind: NotifierKind, redis: &Redis) -> Cluster {
-    let builder = Cluster::builder(url).upkeep(false).notifier_kind(kind);
+async fn process(url: &str, kind: NotifierKind, redis: &Redis, interval: Duration) -> Cluster {
+    let builder = Cluster::builder(url).upkeep(false).notifier_kind(kind).hint_interval(interval);
     builder.redis_url(&redis.url()).connect().await.unwrap()
 }
 
@@ -53,14 +53,20 @@ async fn sent(producers: &[Producer], slice: Duration) -> f64 {
 }
 
 /// Of so many processes with so many producers each.
-async fn commits(url: &str, redis: &Redis, plan: &Plan, processes: usize, each: usize) {
-    let listener = connect(url).await;
+async fn commits(
+    url: &str,
+    redis: &Redis,
+    plan: &Plan,
+    (processes, each): (usize, usize),
+    interval: Duration,
+) {
+    let listener = connect(&url.replace("/control", "/node")).await;
     listener.batch_execute("listen shardmq").await.unwrap();
     let mut sides = Vec::new();
     for kind in [NotifierKind::Postgres, NotifierKind::None] {
         let mut producers = Vec::new();
         for _ in 0..processes {
-            let cluster = process(url, kind, redis).await;
+            let cluster = process(url, kind, redis, interval).await;
             for _ in 0..each {
                 producers.push(cluster.producer("commits").build().await.unwrap());
             }
@@ -79,7 +85,7 @@ async fn commits(url: &str, redis: &Redis, plan: &Plan, processes: usize, each: 
     }
     println!(
         "notify: {processes} processes of {each} producers, a message at a time: {:.0} messages/s with \
-         notifications",
+         notifications {interval:?} apart",
         Spread::of(rates).quantile(0.5)
     );
     println!("  to those without: {}", Spread::of(ratios).text());
@@ -113,7 +119,7 @@ async fn idle(server: &Server, url: &str, redis: &Redis, plan: &Plan) {
         for count in plan.consumers {
             let mut consumers: Vec<(Cluster, Messages)> = Vec::new();
             for _ in 0..*count {
-                let cluster = process(url, kind, redis).await;
+                let cluster = process(url, kind, redis, Duration::ZERO).await;
                 let messages = cluster.consumer("idle", &format!("{kind}-{count}"));
                 consumers.push((cluster, messages.stream().await.unwrap()));
             }
@@ -160,10 +166,14 @@ pub(crate) async fn measure(size: Size) {
         },
     };
     let (server, redis) = (crate::server(600).await, Redis::builder().start().await.unwrap());
-    let (cluster, url) = crate::cluster(&[&server]).await;
+    // Of its own, so that who listens to the topology is not woken by every hint.
+    let (cluster, url) = crate::cluster_by(&[&server], Some("control")).await;
     cluster.create_topic("commits", TopicOptions::partitions(16)).await.unwrap();
-    commits(&url, &redis, &plan, 1, PRODUCERS).await;
-    commits(&url, &redis, &plan, PRODUCERS, 1).await;
+    commits(&url, &redis, &plan, (1, PRODUCERS), Duration::ZERO).await;
+    for interval in [0, 20] {
+        let interval = Duration::from_millis(interval);
+        commits(&url, &redis, &plan, (PRODUCERS, 1), interval).await;
+    }
     cluster.delete_topic("commits", true).await.unwrap();
     cluster.create_topic("idle", TopicOptions::partitions(PARTITIONS)).await.unwrap();
     idle(&server, &url, &redis, &plan).await;

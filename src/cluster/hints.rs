@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::env;
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -57,6 +58,7 @@ pub(super) struct Means {
     pub(super) nodes: Arc<Nodes>,
     pub(super) shutdown: CancellationToken,
     pub(super) tasks: TaskTracker,
+    pub(super) hint_interval: Duration,
 }
 
 impl Told {
@@ -125,7 +127,7 @@ impl Means {
     }
 
     fn postgres(self) -> PostgresNotifier {
-        PostgresNotifier::new(self.nodes, self.shutdown, self.tasks)
+        PostgresNotifier::new(self.nodes, self.shutdown, self.tasks, self.hint_interval)
     }
 
     #[cfg(feature = "redis")]

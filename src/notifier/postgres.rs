@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tokio::runtime::Handle;
-use tokio::time::Instant;
+use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -47,6 +47,8 @@ pub(crate) struct PostgresNotifier {
     nodes: Arc<Nodes>,
     shutdown: CancellationToken,
     tasks: TaskTracker,
+    /// Between two notifications of a node, at least.
+    interval: Duration,
     wires: Mutex<HashMap<NodeId, Arc<Wire>>>,
 }
 
@@ -94,8 +96,13 @@ impl Wire {
 }
 
 impl PostgresNotifier {
-    pub(crate) fn new(nodes: Arc<Nodes>, shutdown: CancellationToken, tasks: TaskTracker) -> Self {
-        Self { nodes, shutdown, tasks, wires: Mutex::default() }
+    pub(crate) fn new(
+        nodes: Arc<Nodes>,
+        shutdown: CancellationToken,
+        tasks: TaskTracker,
+        interval: Duration,
+    ) -> Self {
+        Self { nodes, shutdown, tasks, interval, wires: Mutex::default() }
     }
 
     fn wire(&self, node: NodeId) -> Arc<Wire> {
@@ -132,8 +139,8 @@ impl Notifier for PostgresNotifier {
         for partition in partitions {
             let wire = self.wire(partition.node());
             if !std::mem::replace(&mut lock(&wire.started).sending, true) {
-                let sending =
-                    send(Arc::clone(&self.nodes), Arc::clone(&wire), self.shutdown.clone());
+                let (nodes, shutdown) = (Arc::clone(&self.nodes), self.shutdown.clone());
+                let sending = send(nodes, Arc::clone(&wire), shutdown, self.interval);
                 self.tasks.spawn_on(sending, &runtime);
             }
             wire.pending.add(&[*partition]);
@@ -155,12 +162,12 @@ impl Notifier for PostgresNotifier {
 
 /// Sends what is pending, one NOTIFY at a time; what comes meanwhile goes with the next. At a shutdown it
 /// sends the rest, if the node answers soon: a process often ends right after its last message.
-async fn send(nodes: Arc<Nodes>, wire: Arc<Wire>, shutdown: CancellationToken) {
+async fn send(nodes: Arc<Nodes>, wire: Arc<Wire>, shutdown: CancellationToken, interval: Duration) {
     let _ended = Ended { wire: Arc::clone(&wire), listening: false };
     let mut trouble = Trouble::new(REMIND);
     let too_late = async {
         shutdown.cancelled().await;
-        tokio::time::sleep(LAST_HINTS).await;
+        sleep(LAST_HINTS).await;
     };
     let sending = async {
         loop {
@@ -168,6 +175,10 @@ async fn send(nodes: Arc<Nodes>, wire: Arc<Wire>, shutdown: CancellationToken) {
                 biased;
                 () = wire.pending.added() => send_pending(&nodes, &wire, &mut trouble).await,
                 () = shutdown.cancelled() => return,
+            }
+            // What comes meanwhile goes with the next; a lone message does not wait.
+            if !interval.is_zero() {
+                shutdown.run_until_cancelled(sleep(interval)).await;
             }
         }
     };

@@ -3,9 +3,10 @@
 
 use std::time::Duration;
 
+use futures_util::StreamExt;
 use futures_util::future::join_all;
 use shardmq::embedded::{Server, StopMode};
-use shardmq::notifier::{HealthState, Notifier};
+use shardmq::notifier::{HealthState, Hint, Notifier};
 use shardmq::testing::NotifierSuite;
 use shardmq::{Cluster, Message, NodeId, PartitionId};
 use tokio::time::Instant;
@@ -201,6 +202,28 @@ async fn a_million_notifications_while_nobody_listens() {
         other.notifier().publish(&[partition()]);
     }
     suite.check().await.unwrap();
+}
+
+/// The first at once, the others together.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn hints_are_merged_for_as_long_as_was_asked_for() {
+    let test = TestCluster::new(1).await;
+    let interval = Duration::from_millis(400);
+    let builder = Cluster::builder(&test.control_url).upkeep(false);
+    let slow = builder.hint_interval(interval).connect().await.unwrap();
+    let all: Vec<_> = (1..=50).map(|table| PartitionId::new(1, table).unwrap()).collect();
+    let mut hints = test.cluster.notifier().subscribe(&all);
+    arrive(&mut hints).await;
+    let began = Instant::now();
+    slow.notifier().publish(&all[..1]);
+    hears(&mut hints, all[0]).await;
+    assert!(began.elapsed() < interval, "{:?}", began.elapsed());
+    for partition in &all[1..] {
+        slow.notifier().publish(&[*partition]);
+    }
+    let second = hints.next().await.unwrap();
+    assert_eq!(second, Hint::Partitions(all[1..].to_vec()));
+    assert!(began.elapsed() >= interval, "{:?}", began.elapsed());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
