@@ -83,8 +83,8 @@ pub trait Notifier: fmt::Debug + Send + Sync + 'static {
     /// How hints of a node's partitions arrive here, where somebody is subscribed to some. Called often.
     fn health(&self, node: NodeId) -> Health;
 
-    /// Sends what waits to be sent, if that takes no longer than a second, and nothing after that. Does
-    /// nothing by default. Cancel safe: then what waits is dropped.
+    /// Sends what waits to be sent, if that takes no longer than a second. What is published later may be sent
+    /// or not. Does nothing by default. Cancel safe: then what waits is dropped.
     fn shutdown(&self) -> BoxFuture<'_, ()> {
         Box::pin(future::ready(()))
     }

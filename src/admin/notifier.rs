@@ -157,10 +157,12 @@ impl Cluster {
 async fn hear(notifier: &dyn Notifier, node: NodeId) -> Result<NodeHints> {
     let mut hints = notifier.subscribe(&[PartitionId::new(node.number(), 1)?]);
     let arrive = async {
-        // What can't arrive as things are set is not waited for.
-        while hints.next().await != Some(Hint::Look)
-            && notifier.health(node).state != HealthState::Polling
-        {}
+        // What can't arrive as things are set is not waited for: no hint tells of that.
+        while notifier.health(node).state != HealthState::Polling {
+            if let Ok(Some(Hint::Look)) = timeout(HEARD / 50, hints.next()).await {
+                return;
+            }
+        }
     };
     let arrive = timeout(HEARD, arrive).await;
     let mut health = notifier.health(node);

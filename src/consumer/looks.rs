@@ -98,13 +98,13 @@ impl Looks {
         let (since, pause) = self.waiting.unwrap_or((now, BUSY.0));
         self.waiting = Some((since, (pause * 2).min(BUSY.1)));
         self.at = now + jitter(pause);
-        now - since < PATIENCE
+        now - since < PATIENCE.min(self.longest / 5)
     }
 }
 
-/// Some time before this is over, and never after it.
+/// Some time before this is over, so that there is time to wait for others.
 fn before(longest: Duration) -> Duration {
-    jitter(longest * 4 / 5)
+    jitter(longest * 2 / 3)
 }
 
 #[cfg(test)]
@@ -135,7 +135,7 @@ mod tests {
         assert!(!looks.observe(HealthState::Ok, now));
         for found in [true, false] {
             let waited = look(&mut looks, &mut now, found);
-            assert!((3 * SECOND..=5 * SECOND).contains(&waited), "{waited:?}");
+            assert!((2 * SECOND..=4 * SECOND).contains(&waited), "{waited:?}");
         }
         assert!(looks.observe(HealthState::Reconnecting, now));
         assert!(look(&mut looks, &mut now, true) <= SHORTEST);
@@ -144,7 +144,7 @@ mod tests {
         assert!(looks.observe(HealthState::Polling, now));
         let mut all = Duration::ZERO;
         let mut waits: Vec<Duration> = Vec::new();
-        while waits.last().is_none_or(|last| *last < 3 * SECOND) {
+        while waits.last().is_none_or(|last| *last < 2 * SECOND) {
             waits.push(look(&mut looks, &mut now, false));
             all += waits[waits.len() - 1];
         }
@@ -178,7 +178,7 @@ mod tests {
             looks.found(HashMap::from([(partition(), 7)]));
             looks.looked(now);
         }
-        assert!(all > 30 * SECOND, "{all:?}");
+        assert!(all > 25 * SECOND, "{all:?}");
         looks.found(HashMap::from([(partition(), 8)]));
         looks.looked(now);
         assert!(look(&mut looks, &mut now, false) <= SHORTEST);

@@ -367,8 +367,9 @@ impl Member {
     /// How hints arrive: tells of news, and looks more often while they do not.
     fn observe_notifier(&mut self) {
         let health = self.shared.cluster.inner.notifier.health(self.node);
+        // Each time: other consumers of the process have the same gauge.
+        self.notifier_gauge().set(f64::from(health.state.code()));
         if self.looks.observe(health.state, Instant::now()) {
-            self.notifier_gauge().set(f64::from(health.state.code()));
             self.shared.told.tell(ConsumerEvent::Notifier { node: self.node, health });
         }
     }

@@ -140,6 +140,10 @@ impl Pending {
         self.added.notified().await;
     }
 
+    pub(super) fn is_empty(&self) -> bool {
+        lock(&self.partitions).is_empty()
+    }
+
     /// Takes at most so many.
     pub(super) fn take(&self, most: usize) -> Vec<PartitionId> {
         let mut pending = lock(&self.partitions);

@@ -102,7 +102,7 @@ impl HealthCell {
     /// Hints arrive. Returns for how long they did not; none where they did.
     pub fn arrive(&self) -> Option<Duration> {
         let mut kept = self.lock();
-        kept.health.error = None;
+        (kept.health.error, kept.idle) = (None, false);
         if kept.health.is_ok() {
             return None;
         }
@@ -118,7 +118,7 @@ impl HealthCell {
     /// Hints do not arrive, and why. True where they did.
     pub fn interrupt(&self, error: &str) -> bool {
         let mut kept = self.lock();
-        kept.health.error = Some(error.to_owned());
+        (kept.health.error, kept.idle) = (Some(error.to_owned()), false);
         if kept.interrupted.is_some() {
             return false;
         }
@@ -131,7 +131,7 @@ impl HealthCell {
     /// Hints can't arrive, as things are set, and why.
     pub fn give_up(&self, error: &str) {
         let mut kept = self.lock();
-        kept.health.error = Some(error.to_owned());
+        (kept.health.error, kept.idle) = (Some(error.to_owned()), false);
         if kept.health.state != HealthState::Polling {
             (kept.health.state, kept.health.since) = (HealthState::Polling, SystemTime::now());
         }
@@ -147,7 +147,7 @@ impl HealthCell {
     pub fn get(&self) -> Health {
         let kept = self.lock();
         let mut health = kept.health.clone();
-        if kept.interrupted.is_some_and(|since| since.elapsed() >= PATIENCE) {
+        if !kept.idle && kept.interrupted.is_some_and(|since| since.elapsed() >= PATIENCE) {
             health.state = HealthState::Polling;
             health.since += PATIENCE;
         }

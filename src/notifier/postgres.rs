@@ -71,20 +71,35 @@ struct Started {
 struct Ended {
     wire: Arc<Wire>,
     listening: bool,
+    /// It has told so itself.
+    told: bool,
 }
 
 impl Drop for Ended {
     fn drop(&mut self) {
+        if self.told {
+            return;
+        }
         let mut started = lock(&self.wire.started);
-        if !self.listening {
-            started.sending = false;
-        } else if std::mem::replace(&mut started.listening, false) {
+        if self.listening {
+            started.listening = false;
             self.wire.channel.interrupt(ENDED);
+        } else {
+            started.sending = false;
         }
     }
 }
 
 impl Wire {
+    /// Nothing is left, and who publishes from now on starts another task: who does adds first, and then looks
+    /// whether there is one.
+    fn ends_sending(&self) -> bool {
+        let mut started = lock(&self.started);
+        let done = self.pending.is_empty();
+        started.sending &= !done;
+        done
+    }
+
     /// Nobody listens any more, unless somebody has subscribed meanwhile. Who subscribes does so before
     /// it looks whether somebody listens.
     fn ends_listening(&self) -> bool {
@@ -115,16 +130,21 @@ impl PostgresNotifier {
 
     fn subscribe_node(&self, node: NodeId, wanted: Arc<HashSet<PartitionId>>) -> Hints {
         let wire = self.wire(node);
-        let hints = wire.channel.subscribe(wanted);
         // Outside of a runtime, and after a shutdown, nothing is heard.
         let runtime = Handle::try_current().ok().filter(|_| !self.shutdown.is_cancelled());
+        if runtime.is_some() {
+            wire.channel.begin();
+        }
+        let hints = wire.channel.subscribe(wanted);
         let Some(runtime) = runtime else { return hints };
-        if !std::mem::replace(&mut lock(&wire.started).listening, true) {
-            let ended = Ended { wire: Arc::clone(&wire), listening: true };
+        let first = !std::mem::replace(&mut lock(&wire.started).listening, true);
+        if first {
+            let ended = Ended { wire: Arc::clone(&wire), listening: true, told: false };
             let (nodes, shutdown) = (Arc::clone(&self.nodes), self.shutdown.clone());
             let listening = async move {
-                let _ended = ended;
-                shutdown.run_until_cancelled(listen(nodes, wire)).await;
+                let mut ended = ended;
+                let done = shutdown.run_until_cancelled(listen(nodes, wire)).await;
+                ended.told = done.is_some();
             };
             self.tasks.spawn_on(listening, &runtime);
         }
@@ -138,12 +158,14 @@ impl Notifier for PostgresNotifier {
         let Ok(runtime) = Handle::try_current() else { return };
         for partition in partitions {
             let wire = self.wire(partition.node());
-            if !std::mem::replace(&mut lock(&wire.started).sending, true) {
+            wire.pending.add(&[*partition]);
+            let first = !std::mem::replace(&mut lock(&wire.started).sending, true);
+            if first {
+                let ended = Ended { wire: Arc::clone(&wire), listening: false, told: false };
                 let (nodes, shutdown) = (Arc::clone(&self.nodes), self.shutdown.clone());
-                let sending = send(nodes, Arc::clone(&wire), shutdown, self.interval);
+                let sending = send(nodes, ended, shutdown, self.interval);
                 self.tasks.spawn_on(sending, &runtime);
             }
-            wire.pending.add(&[*partition]);
         }
     }
 
@@ -162,8 +184,13 @@ impl Notifier for PostgresNotifier {
 
 /// Sends what is pending, one NOTIFY at a time; what comes meanwhile goes with the next. At a shutdown it
 /// sends the rest, if the node answers soon: a process often ends right after its last message.
-async fn send(nodes: Arc<Nodes>, wire: Arc<Wire>, shutdown: CancellationToken, interval: Duration) {
-    let _ended = Ended { wire: Arc::clone(&wire), listening: false };
+async fn send(
+    nodes: Arc<Nodes>,
+    mut ended: Ended,
+    shutdown: CancellationToken,
+    interval: Duration,
+) {
+    let wire = Arc::clone(&ended.wire);
     let mut trouble = Trouble::new(REMIND);
     let too_late = async {
         shutdown.cancelled().await;
@@ -173,42 +200,47 @@ async fn send(nodes: Arc<Nodes>, wire: Arc<Wire>, shutdown: CancellationToken, i
         loop {
             tokio::select! {
                 biased;
-                () = wire.pending.added() => send_pending(&nodes, &wire, &mut trouble).await,
-                () = shutdown.cancelled() => return,
+                () = wire.pending.added() => {}
+                () = shutdown.cancelled() => {}
             }
-            // What comes meanwhile goes with the next; a lone message does not wait.
-            if !interval.is_zero() {
-                shutdown.run_until_cancelled(sleep(interval)).await;
+            while send_pending(&nodes, &wire, &mut trouble).await {
+                // What comes meanwhile goes with the next; a lone message does not wait.
+                if !interval.is_zero() {
+                    shutdown.run_until_cancelled(sleep(interval)).await;
+                }
+            }
+            if shutdown.is_cancelled() && wire.ends_sending() {
+                return;
             }
         }
     };
-    tokio::select! {
-        () = sending => {}
-        () = too_late => {}
-    }
+    ended.told = tokio::select! {
+        () = sending => true,
+        () = too_late => false,
+    };
 }
 
-async fn send_pending(nodes: &Nodes, wire: &Wire, trouble: &mut Trouble) {
-    loop {
-        let partitions = wire.pending.take(MAX_PARTITIONS);
-        if partitions.is_empty() {
-            return;
-        }
-        let node = wire.channel.node;
-        let payload = payload(&partitions);
-        if let Err(error) = in_time(ANSWER, "notify", notify(nodes, node, &payload)).await {
-            // Consumers look by themselves.
-            ::metrics::counter!(names::NOTIFY_FAILED).increment(1);
-            if trouble.meet(Instant::now()) {
-                tracing::warn!(
-                    %node, error = %error.chain(),
-                    "hints can't be sent: consumers find messages by looking"
-                );
-            }
-        } else if trouble.end() {
-            tracing::info!(%node, "hints are sent again");
-        }
+/// One notification of what is pending. False where nothing was.
+async fn send_pending(nodes: &Nodes, wire: &Wire, trouble: &mut Trouble) -> bool {
+    let partitions = wire.pending.take(MAX_PARTITIONS);
+    if partitions.is_empty() {
+        return false;
     }
+    let node = wire.channel.node;
+    let payload = payload(&partitions);
+    if let Err(error) = in_time(ANSWER, "notify", notify(nodes, node, &payload)).await {
+        // Consumers look by themselves.
+        ::metrics::counter!(names::NOTIFY_FAILED).increment(1);
+        if trouble.meet(Instant::now()) {
+            tracing::warn!(
+                %node, error = %error.chain(),
+                "hints can't be sent: consumers find messages by looking"
+            );
+        }
+    } else if trouble.end() {
+        tracing::info!(%node, "hints are sent again");
+    }
+    true
 }
 
 async fn notify(nodes: &Nodes, id: NodeId, payload: &str) -> Result<()> {

@@ -119,15 +119,22 @@ impl RedisNotifier {
         if subscribing && self.stop.is_cancelled() {
             return false;
         }
-        let mut started = lock(&self.wire.started);
-        if !std::mem::replace(&mut started.sending, true) {
-            let sending = sending::run(Arc::clone(&self.wire), self.stop.clone());
-            self.tasks.spawn_on(sending, &runtime);
+        // The lock is let go first: a runtime that ends drops the task at once.
+        let first = |flag: fn(&mut Started) -> &mut bool| {
+            !std::mem::replace(flag(&mut lock(&self.wire.started)), true)
+        };
+        if first(|started| &mut started.sending) {
+            let ended = Ended { wire: Arc::clone(&self.wire), listening: false, told: false };
+            self.tasks.spawn_on(sending::run(ended, self.stop.clone()), &runtime);
         }
-        if subscribing && !std::mem::replace(&mut started.subscribing, true) {
-            let listening = subscribing::run(Arc::clone(&self.wire));
+        if subscribing && first(|started| &mut started.subscribing) {
+            let ended = Ended { wire: Arc::clone(&self.wire), listening: true, told: false };
             let stop = self.stop.clone();
-            self.tasks.spawn_on(stop.run_until_cancelled_owned(listening), &runtime);
+            let listening = async move {
+                let ended = ended;
+                stop.run_until_cancelled(subscribing::run(&ended.wire)).await;
+            };
+            self.tasks.spawn_on(listening, &runtime);
         }
         true
     }
@@ -137,10 +144,15 @@ impl RedisNotifier {
 struct Ended {
     wire: Arc<Wire>,
     listening: bool,
+    /// It has told so itself.
+    told: bool,
 }
 
 impl Drop for Ended {
     fn drop(&mut self) {
+        if self.told {
+            return;
+        }
         let mut started = lock(&self.wire.started);
         if !self.listening {
             started.sending = false;
@@ -154,6 +166,15 @@ impl Drop for Ended {
 }
 
 impl Wire {
+    /// Nothing is left, and who publishes from now on starts another task: who does adds first, and then looks
+    /// whether there is one.
+    fn ends_sending(&self) -> bool {
+        let mut started = lock(&self.started);
+        let done = self.pending.is_empty();
+        started.sending &= !done;
+        done
+    }
+
     fn channel(&self, node: NodeId) -> Arc<Channel> {
         let mut channels = lock(&self.channels);
         Arc::clone(channels.entry(node).or_insert_with(|| Arc::new(Channel::new(node))))
@@ -172,15 +193,23 @@ impl Wire {
 
 impl Notifier for RedisNotifier {
     fn publish(&self, partitions: &[PartitionId]) {
-        if !partitions.is_empty() && self.start(false) {
-            self.wire.pending.add(partitions);
+        // Outside of a runtime it is sent with the next.
+        self.wire.pending.add(partitions);
+        if !partitions.is_empty() {
+            self.start(false);
         }
     }
 
     fn subscribe(&self, partitions: &[PartitionId]) -> Hints {
         let wanted: Arc<HashSet<PartitionId>> = Arc::new(partitions.iter().copied().collect());
         let nodes: BTreeSet<NodeId> = partitions.iter().map(|partition| partition.node()).collect();
-        let of = |node| self.wire.channel(node).subscribe(Arc::clone(&wanted));
+        let of = |node| {
+            let channel = self.wire.channel(node);
+            if Handle::try_current().is_ok() && !self.stop.is_cancelled() {
+                channel.begin();
+            }
+            channel.subscribe(Arc::clone(&wanted))
+        };
         let hints: Vec<Hints> = nodes.into_iter().map(of).collect();
         if !hints.is_empty() && self.start(true) {
             self.wire.subscribed.notify_one();

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use shardmq::migrate::{Schema, migrate};
 use shardmq::notifier::{HealthState, LocalNotifier};
+use shardmq::testing::NotifierSuite;
 use shardmq::{
     Cluster, ErrorKind, Message, Messages, NodeId, PartitionId, PreparedStatements, Retention,
     TopicOptions,
@@ -395,6 +396,29 @@ async fn hints_are_heard_at_the_address_that_is_given_for_listening() {
     assert_eq!(next_text(&mut messages).await, "at once");
     assert!(began.elapsed() < SECOND);
     messages.shutdown(SECOND).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_notifier_conforms_also_where_only_listening_goes_straight() {
+    let pooler = pooler(2).await;
+    let test = cluster_through(shared_server().await, pooler.port()).await;
+    let node = NodeId::new(1).unwrap();
+    let builder = || Cluster::builder(&test.control_url).upkeep(false);
+    let other = builder().listen_url(node, &test.node_urls[0]).connect().await.unwrap();
+    let partition = PartitionId::new(1, 1).unwrap();
+    let suite = NotifierSuite::new(test.cluster.notifier(), other.notifier(), partition);
+    suite.check().await.unwrap();
+    let sql = test.sql(0).await;
+    // Nobody gets through the pooler, and who listens is ended.
+    let console = pooler.console().await;
+    let cut = async {
+        let kill = "select pg_terminate_backend(pid) from pg_stat_activity
+                     where application_name like 'shardmq listen %' and datname = current_database()";
+        console.simple_query("pause").await.unwrap();
+        sql.query(kill, &[]).await.unwrap();
+    };
+    let mend = async { drop(console.simple_query("resume").await.unwrap()) };
+    suite.check_interruption(cut, mend).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -3,7 +3,7 @@
 //!
 //! ```text
 //! connect ─> LISTEN ─> canary ─ heard ─> hints arrive, look once ─┬─ heard ─> wait
-//!    ^                   │ not in 5 s, or refused                 v             │ nothing for a while
+//!    ^                   │ not in 5 s                             v             │ nothing for a while
 //!    └───── backoff <────┴──────────────────────────────────── canary <─────────┘
 //! ```
 //!
@@ -12,7 +12,8 @@
 //! a notification of this process, sent as hints are, was heard, and whoever has heard nothing for
 //! a while sends another, which all listeners of the node hear: one of them sends for all. Where it does not
 //! come back in time, the connection is given up, 11 s after the last hint at most, or 29 s after the last
-//! canary where there were no hints. Where hints keep coming, one is sent each minute, to measure.
+//! canary where there were no hints. Where hints keep coming, one is sent each minute, to measure. Where none can
+//! be sent, hints do not count as arriving, and the connection is kept.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -170,18 +171,19 @@ async fn send(nodes: &Nodes, node: NodeId, canary: String) -> Result<bool> {
     in_time(ANSWER / 2, "send a canary", notify(nodes, node, &canary)).await.map(|()| true)
 }
 
-/// Takes what the server says. True where it came through the channel.
+/// Takes what the server says. True where it is this process' own canary: others' may be of another node.
 fn hear(channel: &Channel, message: &AsyncMessage, pulse: &mut Pulse) -> bool {
     let AsyncMessage::Notification(note) = message else { return false };
     if note.channel() != HINTS {
         return false;
     }
     let partitions = parse(note.payload());
-    if let Some(round_trip) = pulse.heard(note.payload(), !partitions.is_empty()) {
+    let own = pulse.heard(note.payload(), !partitions.is_empty());
+    if let Some(round_trip) = own {
         channel.measured(round_trip);
     }
     channel.hear(partitions);
-    true
+    own.is_some()
 }
 
 /// When a connection was heard of last, and which canary is under way.
@@ -204,19 +206,28 @@ impl Pulse {
 
     /// It listens: a canary is due.
     fn begin(&mut self) {
-        self.due = Instant::now();
+        (self.due, self.asked) = (Instant::now(), false);
     }
 
     async fn due(&self) {
         sleep_until(self.due).await;
     }
 
-    /// A hint, or a canary. How long that took, where it is this process' own.
+    /// A hint, or a canary. How long that took, where it is this process' own, which is waited for whatever
+    /// else is heard.
     fn heard(&mut self, payload: &str, is_hint: bool) -> Option<Duration> {
-        self.unsent = 0;
+        let own = self.canary.take_if(|(canary, _)| canary == payload);
         let quiet = if is_hint { QUIET } else { IDLE };
-        (self.due, self.asked) = ((Instant::now() + jitter(quiet)).min(self.measure_at), false);
-        let (_, sent) = self.canary.take_if(|(canary, _)| canary == payload)?;
+        let due = (Instant::now() + jitter(quiet)).min(self.measure_at);
+        // What others send puts off neither the answer nor, where none could be sent, the next try.
+        self.due = match &self.canary {
+            Some((_, sent)) => due.min(*sent + ANSWER),
+            None if self.unsent > 0 && own.is_none() => due.min(self.due),
+            None => due,
+        };
+        self.asked = self.canary.is_some();
+        let (_, sent) = own?;
+        self.unsent = 0;
         Some(sent.elapsed())
     }
 
@@ -290,5 +301,37 @@ mod tests {
             }
         }
         panic!("none was due in {:?}", begun.elapsed());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_others_send_puts_off_neither_an_answer_nor_the_next_try() {
+        let mut pulse = Pulse::new();
+        pulse.begin();
+        pulse.ask().unwrap();
+        pulse.canary();
+        let begun = Instant::now();
+        // Hints of others, all the time.
+        let heard = async |pulse: &mut Pulse| {
+            loop {
+                pulse.heard("10101", true);
+                if tokio::time::timeout(Duration::from_millis(100), pulse.due()).await.is_ok() {
+                    return;
+                }
+            }
+        };
+        heard(&mut pulse).await;
+        assert!(begun.elapsed() <= ANSWER, "{:?}", begun.elapsed());
+        assert!(pulse.ask().is_err());
+
+        let mut pulse = Pulse::new();
+        pulse.begin();
+        pulse.ask().unwrap();
+        pulse.canary();
+        assert!(!pulse.not_sent());
+        let begun = Instant::now();
+        heard(&mut pulse).await;
+        assert!(begun.elapsed() <= 2 * AGAIN, "{:?}", begun.elapsed());
+        pulse.ask().unwrap();
+        assert!(pulse.not_sent());
     }
 }

@@ -20,8 +20,8 @@ use crate::trouble::Trouble;
 const MAX_PARTITIONS: usize = 10_000;
 
 /// Sends what is pending until it is told to stop, and then the rest, if the server answers soon.
-pub(super) async fn run(wire: Arc<Wire>, stop: CancellationToken) {
-    let _ended = Ended { wire: Arc::clone(&wire), listening: false };
+pub(super) async fn run(mut ended: Ended, stop: CancellationToken) {
+    let wire = Arc::clone(&ended.wire);
     let too_late = async {
         stop.cancelled().await;
         sleep(LAST_HINTS).await;
@@ -32,18 +32,25 @@ pub(super) async fn run(wire: Arc<Wire>, stop: CancellationToken) {
             tokio::select! {
                 biased;
                 () = wire.pending.added() => {}
-                () = stop.cancelled() => return,
+                () = stop.cancelled() => {}
             }
             while let Err(pause) = sender.send_all().await {
-                // What comes meanwhile is merged.
-                sleep(pause).await;
+                // What comes meanwhile is merged. At a shutdown it is tried once more at once.
+                if stop.is_cancelled() {
+                    sleep(BACKOFF.0).await;
+                } else {
+                    stop.run_until_cancelled(sleep(pause)).await;
+                }
+            }
+            if stop.is_cancelled() && wire.ends_sending() {
+                return;
             }
         }
     };
-    tokio::select! {
-        () = sending => {}
-        () = too_late => {}
-    }
+    ended.told = tokio::select! {
+        () = sending => true,
+        () = too_late => false,
+    };
 }
 
 struct Sender<'a> {

@@ -11,7 +11,7 @@ use redis::{Msg, RedisResult};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use super::address::Address;
-use super::{ANSWER, BACKOFF, Ended, REMIND, Wire};
+use super::{ANSWER, BACKOFF, REMIND, Wire};
 use crate::deadline::jitter;
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::NodeId;
@@ -22,17 +22,16 @@ use crate::trouble::Trouble;
 /// Between canaries, give or take a fifth.
 const CANARY: Duration = Duration::from_secs(5);
 /// For how long a connection that nobody needs is kept.
-const KEPT: Duration = Duration::from_secs(10);
+const KEPT: Duration = Duration::from_secs(3);
 
 /// Listens as long as somebody does, again after every failure. Never ends.
-pub(super) async fn run(wire: Arc<Wire>) {
-    let _ended = Ended { wire: Arc::clone(&wire), listening: true };
+pub(super) async fn run(wire: &Wire) {
     let (mut backoff, mut trouble) = (BACKOFF.0, Trouble::new(REMIND));
     for nth in 0.. {
         while wire.heard().is_empty() {
             wire.subscribed.notified().await;
         }
-        let ended = listen(&wire, nth, &mut backoff, &mut trouble).await;
+        let ended = listen(wire, nth, &mut backoff, &mut trouble).await;
         let channels: Vec<Arc<Channel>> = lock(&wire.channels).values().map(Arc::clone).collect();
         let Err(error) = ended else {
             for channel in &channels {

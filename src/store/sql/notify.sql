@@ -1,4 +1,4 @@
--- A hint, alone in its transaction, which the server begins and ends: it writes nothing, so that its commit
--- waits for no flush and no standby, and there is nothing that a setting of the database could spoil.
+-- A hint, alone in its transaction, which the server begins and ends: its commit waits for no flush and no standby,
+-- since it has written nothing before.
 -- $1 payload
 select pg_notify('shardmq', $1)

@@ -95,6 +95,12 @@ async fn fill_the_queue(sql: &Client, holder: &Client) {
     while sql.query(fill, &[]).await.is_ok() {}
 }
 
+/// What was read goes with the next LISTEN or NOTIFY that ends well, of who came upon the end of a page.
+async fn empty_the_queue(sql: &Client, holder: &Client) {
+    holder.batch_execute("commit; unlisten noise").await.unwrap();
+    sql.batch_execute("listen noise; unlisten noise").await.unwrap();
+}
+
 /// Before that no notification can be sent: what they are sent with has another name.
 async fn forbid(sql: &Client) {
     sql.batch_execute("alter function pg_notify(text, text) rename to pg_notify_away")
@@ -142,7 +148,7 @@ async fn messages_come_though_no_notification_can_be_sent() {
         eventually("it is found out", SOON, ill).await;
         tokio::time::sleep(SECOND).await;
         if full {
-            holder.batch_execute("commit").await.unwrap();
+            empty_the_queue(&sql, &holder).await;
         } else {
             allow(&sql).await;
         }
@@ -214,6 +220,10 @@ async fn hints_are_merged_for_as_long_as_was_asked_for() {
     let all: Vec<_> = (1..=50).map(|table| PartitionId::new(1, table).unwrap()).collect();
     let mut hints = test.cluster.notifier().subscribe(&all);
     arrive(&mut hints).await;
+    // Connected, and rested.
+    slow.notifier().publish(&all[..1]);
+    hears(&mut hints, all[0]).await;
+    tokio::time::sleep(2 * interval).await;
     let began = Instant::now();
     slow.notifier().publish(&all[..1]);
     hears(&mut hints, all[0]).await;
@@ -279,9 +289,12 @@ async fn consumers_of_one_process_look_one_at_a_time() {
                     where datname = current_database() and wait_event_type = 'Lock'
                       and query like '-- One part of a look%'";
     let waits = async || sql.query_one(looking, &[]).await.unwrap().get::<_, i64>(0);
-    eventually("somebody looks", SOON, async || waits().await == 1).await;
-    for _ in 0..50 {
-        assert!(waits().await <= 1);
+    let before = Instant::now();
+    eventually("somebody looks", SOON, async || waits().await >= 1).await;
+    // For less than it takes until the others do not wait any more.
+    while before.elapsed() < SECOND / 2 {
+        let waiting = waits().await;
+        assert!(waiting <= 1 || before.elapsed() >= SECOND / 2, "{waiting}");
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
     lock.batch_execute("commit").await.unwrap();
