@@ -26,6 +26,7 @@ mod journal;
 mod keys;
 mod lanes;
 mod lease;
+mod looking;
 mod looks;
 mod member;
 mod messages;

@@ -18,7 +18,7 @@ use std::time::{Duration, SystemTime};
 use futures_util::StreamExt;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
-use tokio::time::{Instant, sleep, sleep_until, timeout};
+use tokio::time::{Instant, sleep_until, timeout};
 use uuid::Uuid;
 
 use crate::cluster::Place;
@@ -28,13 +28,11 @@ use crate::consumer::expiry::Expiry;
 use crate::consumer::holding::Holding;
 use crate::consumer::looks::Looks;
 use crate::consumer::parked::{Expected, Fetched};
-use crate::consumer::status::ConsumerEvent;
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::{NodeId, PartitionId};
-use crate::metrics as names;
-use crate::notifier::{Hint, Hints};
+use crate::notifier::Hints;
 use crate::store::connect::refused;
-use crate::store::{fetch, group};
+use crate::store::group;
 use crate::trouble::Trouble;
 
 /// What a member is told.
@@ -72,8 +70,6 @@ const RENEW_AGAIN: Duration = Duration::from_millis(500);
 const UNSETTLED: Duration = Duration::from_millis(100);
 /// How often to say that a node is still in trouble.
 const REMIND: Duration = Duration::from_mins(1);
-/// For how long one consumer looks at a node while the others of the process wait.
-const TURN: Duration = Duration::from_secs(1);
 
 pub(super) struct Member {
     pub(super) shared: Arc<Shared>,
@@ -102,7 +98,7 @@ pub(super) struct Member {
     /// Since when something is wanted that is not held.
     lacking_since: Option<Instant>,
     trouble: Trouble,
-    looks: Looks,
+    pub(super) looks: Looks,
     stop: Option<(Instant, oneshot::Sender<Result<()>>)>,
 }
 
@@ -293,7 +289,7 @@ impl Member {
     }
 
     /// Tries something that may fail and is tried again; says whether it was done.
-    async fn attempt(&mut self, work: Work) -> bool {
+    pub(super) async fn attempt(&mut self, work: Work) -> bool {
         let outcome = match work {
             Work::Renew => timeout(STATEMENT, self.renew()).await,
             Work::Balance => timeout(STATEMENT, self.balance()).await,
@@ -344,91 +340,7 @@ impl Member {
         }
     }
 
-    /// Looks, unless somebody else of this process looks at the node.
-    async fn look_in_turn(&mut self) {
-        let turn = self.shared.cluster.inner.nodes.turn(self.node);
-        if turn.is_none() && self.looks.busy(Instant::now()) {
-            return;
-        }
-        // Whoever hangs keeps the others for a second, and no longer.
-        let hand_on = async {
-            sleep(TURN).await;
-            drop(turn);
-            std::future::pending::<()>().await;
-        };
-        tokio::select! {
-            _ = self.attempt(Work::Look) => {}
-            () = hand_on => {}
-        }
-        self.looks.looked(Instant::now());
-        self.observe_notifier();
-    }
-
-    /// How hints arrive: tells of news, and looks more often while they do not.
-    fn observe_notifier(&mut self) {
-        let health = self.shared.cluster.inner.notifier.health(self.node);
-        // Each time: other consumers of the process have the same gauge.
-        self.notifier_gauge().set(f64::from(health.state.code()));
-        if self.looks.observe(health.state, Instant::now()) {
-            self.shared.told.tell(ConsumerEvent::Notifier { node: self.node, health });
-        }
-    }
-
-    fn notifier_gauge(&self) -> ::metrics::Gauge {
-        ::metrics::gauge!(names::NOTIFIER_STATE, "node" => self.node.to_string())
-    }
-
-    /// Asks all partitions at once whether they have something, and wakes the readers of those.
-    async fn look(&mut self) -> Result<()> {
-        let (mut known, mut found) = (Vec::new(), HashMap::new());
-        // Who is paused is woken when it is resumed, and its day may be gone by then.
-        let read = |holding: &&Arc<Holding>| holding.is_held() && !holding.is_paused();
-        for holding in self.holdings.values().filter(read) {
-            match holding.position() {
-                (Some(day), position) => known.push((holding.partition, day, position)),
-                (None, _) => holding.wake.notify_one(),
-            }
-        }
-        // In one order, so that one statement serves many looks.
-        known.sort_unstable_by_key(|(partition, ..)| *partition);
-        for part in known.chunks(fetch::MAX_LOOK) {
-            let connection = self.shared.connection(self.node).await?;
-            let changed = fetch::look(&connection, part)
-                .await
-                .map_err(|error| refused(error, &format!("look at node {}", self.node)))?;
-            let position = |partition: &PartitionId| {
-                part.iter().find(|known| known.0 == *partition).map(|known| (known.0, known.2))
-            };
-            found.extend(changed.iter().filter_map(position));
-            self.wake(&changed);
-        }
-        self.looks.found(found);
-        Ok(())
-    }
-
-    /// Something was appended, or a partition given back; true where that is one that it lacks.
-    fn hear(&mut self, hint: Hint) -> bool {
-        let lacks = |partition: &PartitionId| {
-            !self.holdings.contains_key(partition) && self.shared.wants(*partition)
-        };
-        match hint {
-            Hint::Partitions(partitions) => {
-                self.wake(&partitions);
-                partitions.iter().any(lacks)
-            }
-            Hint::Look => {
-                self.observe_notifier();
-                self.wake_all();
-                false
-            }
-            Hint::Interrupted => {
-                self.observe_notifier();
-                false
-            }
-        }
-    }
-
-    fn wake(&self, partitions: &[PartitionId]) {
+    pub(super) fn wake(&self, partitions: &[PartitionId]) {
         for holding in partitions.iter().filter_map(|partition| self.holdings.get(partition)) {
             holding.wake.notify_one();
         }
@@ -503,7 +415,7 @@ impl Member {
 
 /// What a member does from time to time.
 #[derive(Clone, Copy)]
-enum Work {
+pub(super) enum Work {
     Renew,
     Balance,
     Flush,
