@@ -23,7 +23,7 @@ use futures_util::{StreamExt, TryFutureExt};
 use tokio::time::{Instant, sleep, sleep_until};
 use tokio_postgres::AsyncMessage;
 
-use super::{Wire, notify};
+use super::{REMIND, Wire, notify};
 use crate::cluster::{ListenAt, Nodes, Place};
 use crate::deadline::{in_time, jitter};
 use crate::error::{Error, ErrorKind, Result};
@@ -32,6 +32,7 @@ use crate::metrics as names;
 use crate::notifier::channel::{Channel, parse};
 use crate::store::connect;
 use crate::store::listen::{self, HINTS, Session};
+use crate::trouble::Trouble;
 
 /// How long it may be silent before a canary is sent, give or take a fifth.
 const QUIET: Duration = Duration::from_secs(5);
@@ -69,6 +70,7 @@ pub(super) async fn listen(nodes: Arc<Nodes>, wire: Arc<Wire>) {
 /// Listens again after every failure, and never ends.
 async fn keep_listening(nodes: &Nodes, channel: &Channel) {
     let (mut backoff, mut told) = (BACKOFF.0, false);
+    let mut trouble = Trouble::new(REMIND);
     loop {
         match listen_once(nodes, channel, &mut backoff).await {
             Ok(End::Closed) => {
@@ -84,7 +86,13 @@ async fn keep_listening(nodes: &Nodes, channel: &Channel) {
                 continue;
             }
             Err(error) => {
-                tracing::warn!(node = %channel.node, error = %error.chain(), "listening failed");
+                // Hints arrived since it was said last.
+                if backoff == BACKOFF.0 {
+                    trouble.end();
+                }
+                if trouble.meet(Instant::now()) {
+                    tracing::warn!(node = %channel.node, error = %error.chain(), "listening failed");
+                }
                 channel.interrupt(&error.chain());
             }
         }
