@@ -258,6 +258,25 @@ async fn transactions_of_one_partition_wait_for_each_other_and_all_count() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_has_not_heard_of_a_seek_is_told_and_moves_nothing() {
+    let test = TestCluster::new(1).await;
+    let partition = topic(&test, "orders", 1).await[0];
+    let mut sql = test.sql(0).await;
+    append_texts(&sql, partition, 0..2).await;
+    let builder = consumer(&test).lease(600 * SECOND).flush_interval(60 * SECOND);
+    let mut messages = builder.partitions([partition]).stream().await.unwrap();
+    let mut hand = take(&mut messages, 2).await;
+    let before = cursor(&sql, "g", partition).await;
+    seek(&sql, "g", partition, before.acked_id).await;
+    let transaction = sql.transaction().await.unwrap();
+    let error = hand[1].commit_in(&transaction).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Reset, "{}", error.chain());
+    transaction.rollback().await.unwrap();
+    assert_eq!(cursor(&sql, "g", partition).await.acked_id, before.acked_id);
+    let _ = messages.shutdown(SECOND).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn who_may_not_acknowledge_is_told_why_and_moves_nothing() {
     let test = TestCluster::new(2).await;
     let partitions = topic(&test, "orders", 2).await;
@@ -274,13 +293,7 @@ async fn who_may_not_acknowledge_is_told_why_and_moves_nothing() {
     assert_eq!(error.kind(), ErrorKind::Invalid);
     assert!(error.chain().contains("not on node 01"), "{}", error.chain());
     transaction.rollback().await.unwrap();
-    // A seek that the consumer has not heard of.
     let before = cursor(&sql, "g", partitions[0]).await;
-    seek(&sql, "g", partitions[0], before.acked_id).await;
-    let transaction = sql.transaction().await.unwrap();
-    let error = hand[1].commit_in(&transaction).await.unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::Reset, "{}", error.chain());
-    transaction.rollback().await.unwrap();
     // Another owner that it has not heard of.
     let steal = "update shardmq.cursor set owner = gen_random_uuid(), epoch = epoch + 1
                   where partition = $1";
@@ -289,8 +302,8 @@ async fn who_may_not_acknowledge_is_told_why_and_moves_nothing() {
     let error = hand[2].commit_in(&transaction).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::LeaseLost, "{}", error.chain());
     transaction.rollback().await.unwrap();
-    // It hears of it, and asks nobody.
-    hand.remove(0).ack().unwrap();
+    // It hears of it, and asks nobody. Refused at once where it has heard already.
+    let _ = hand.remove(0).ack();
     assert_eq!(messages.flush().await.unwrap_err().kind(), ErrorKind::LeaseLost);
     let transaction = elsewhere.transaction().await.unwrap();
     let error = hand[0].commit_in(&transaction).await.unwrap_err();

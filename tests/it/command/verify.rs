@@ -125,7 +125,9 @@ async fn nodes_that_are_killed_and_suspended_at_random_cost_nothing() {
     });
     let patience = Duration::from_secs(seconds + 120);
     let ended = finish_within(patience, child);
-    let (broken, finished) = tokio::join!(break_at_random(&servers, seconds), ended);
+    // All are well at the end of the workload, or the last reading would fail. The last one broken takes a while.
+    let breaking = break_at_random(&servers, seconds.saturating_sub(5).max(1));
+    let (broken, finished) = tokio::join!(breaking, ended);
     let said = rest.await.unwrap();
     assert_eq!(finished.code, Some(0), "{said}");
     let report: Value = finished.json().remove(0);
