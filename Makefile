@@ -3,8 +3,8 @@
 .PHONY: help demo test test-majors bench check
 
 ARGS ?=
-# Tests wait for servers more than they work: with two at a time on two cores they take nearly twice as long.
-export RUST_TEST_THREADS ?= 4
+# Tests wait for servers more than they work. Many more at a time than processors, and some are late.
+export RUST_TEST_THREADS ?= 3
 # The versions of PostgreSQL that `make test-majors` runs the tests on.
 MAJORS ?= 14 15 16 17 18
 
