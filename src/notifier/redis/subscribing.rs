@@ -70,9 +70,9 @@ async fn listen(
     let (sink, mut messages) = connected.split();
     let mut life = Life::new(wire, sink);
     life.subscribe_own().await.map_err(|error| failed(&what, error))?;
+    life.subscribe().await.map_err(|error| failed(&what, error))?;
     let mut idle_since = None;
     loop {
-        life.subscribe().await.map_err(|error| failed(&what, error))?;
         tokio::select! {
             message = messages.next() => {
                 let Some(message) = message else {
@@ -85,8 +85,12 @@ async fn listen(
                     }
                 }
             }
-            () = wire.subscribed.notified() => {}
+            () = wire.subscribed.notified() => {
+                life.subscribe().await.map_err(|error| failed(&what, error))?;
+            }
             () = sleep_until(life.due) => {
+                // Nobody tells that a subscription was dropped.
+                life.subscribe().await.map_err(|error| failed(&what, error))?;
                 life.send_canary(&what)?;
                 if wire.heard().is_empty() {
                     let since = *idle_since.get_or_insert_with(Instant::now);

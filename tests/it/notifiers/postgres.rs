@@ -87,6 +87,26 @@ async fn a_user_that_may_not_log_in_any_more() {
     suite.check_interruption(lock_out, mend).await.unwrap();
 }
 
+/// What comes there is not of the node, however much it is.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_listening_address_of_another_node_is_found_out() {
+    let test = TestCluster::new(2).await;
+    let two = NodeId::new(2).unwrap();
+    let builder = Cluster::builder(&test.control_url).upkeep(false);
+    let other = builder.listen_url(two, &test.node_urls[0]).connect().await.unwrap();
+    let notifier = other.notifier();
+    let mut hints = notifier.subscribe(&[partition(), PartitionId::new(2, 1).unwrap()]);
+    let ill = async || {
+        test.cluster.notifier().publish(&[partition()]);
+        notifier.health(two).error.is_some_and(|error| error.contains("did not come back"))
+    };
+    eventually("it is found out", SOON, ill).await;
+    assert!(notifier.health(NodeId::new(1).unwrap()).is_ok());
+    test.cluster.notifier().publish(&[partition()]);
+    hears(&mut hints, partition()).await;
+    assert!(!notifier.health(two).is_ok());
+}
+
 /// From 17 on the queue of notifications has a size that can be set; it is full where somebody listens in a
 /// transaction that does not end.
 async fn fill_the_queue(sql: &Client, holder: &Client) {
