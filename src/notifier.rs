@@ -21,6 +21,7 @@ mod none;
 mod postgres;
 #[cfg(feature = "redis")]
 mod redis;
+mod task;
 
 pub use both::Both;
 pub use health::{Health, HealthCell, HealthState};

@@ -23,6 +23,7 @@ use crate::error::Result;
 use crate::id::{NodeId, PartitionId};
 use crate::metrics as names;
 use crate::notifier::channel::{Channel, ENDED, Pending, lock, merged, payload};
+use crate::notifier::task::{Running, Task};
 use crate::notifier::{Health, HealthCell, Hints, Notifier};
 use crate::store::node::{Unfinished, query};
 use crate::store::{connect, sql};
@@ -57,57 +58,8 @@ pub(crate) struct PostgresNotifier {
 struct Wire {
     channel: Channel,
     pending: Pending,
-    /// Whether the tasks of the two directions were started.
-    started: Mutex<Started>,
-}
-
-#[derive(Debug, Default)]
-struct Started {
-    sending: bool,
-    listening: bool,
-}
-
-/// Tells that a task has ended, however it did: by a shutdown, or with its runtime.
-struct Ended {
-    wire: Arc<Wire>,
-    listening: bool,
-    /// It has told so itself.
-    told: bool,
-}
-
-impl Drop for Ended {
-    fn drop(&mut self) {
-        if self.told {
-            return;
-        }
-        let mut started = lock(&self.wire.started);
-        if self.listening {
-            started.listening = false;
-            self.wire.channel.interrupt(ENDED);
-        } else {
-            started.sending = false;
-        }
-    }
-}
-
-impl Wire {
-    /// Nothing is left, and who publishes from now on starts another task: who does adds first, and then looks
-    /// whether there is one.
-    fn ends_sending(&self) -> bool {
-        let mut started = lock(&self.started);
-        let done = self.pending.is_empty();
-        started.sending &= !done;
-        done
-    }
-
-    /// Nobody listens any more, unless somebody has subscribed meanwhile. Who subscribes does so before
-    /// it looks whether somebody listens.
-    fn ends_listening(&self) -> bool {
-        let mut started = lock(&self.started);
-        let heard = self.channel.is_heard();
-        started.listening &= heard;
-        !heard
-    }
+    sending: Task,
+    listening: Task,
 }
 
 impl PostgresNotifier {
@@ -122,8 +74,9 @@ impl PostgresNotifier {
 
     fn wire(&self, node: NodeId) -> Arc<Wire> {
         let make = || {
-            let (pending, started) = (Pending::default(), Mutex::default());
-            Arc::new(Wire { channel: Channel::new(node), pending, started })
+            let (sending, listening) = (Task::default(), Task::default());
+            let (channel, pending) = (Channel::new(node), Pending::default());
+            Arc::new(Wire { channel, pending, sending, listening })
         };
         Arc::clone(lock(&self.wires).entry(node).or_insert_with(make))
     }
@@ -137,16 +90,11 @@ impl PostgresNotifier {
         }
         let hints = wire.channel.subscribe(wanted);
         let Some(runtime) = runtime else { return hints };
-        let first = !std::mem::replace(&mut lock(&wire.started).listening, true);
-        if first {
-            let ended = Ended { wire: Arc::clone(&wire), listening: true, told: false };
+        let lost = Arc::clone(&wire);
+        if let Some(running) = wire.listening.start(move || lost.channel.interrupt(ENDED)) {
             let (nodes, shutdown) = (Arc::clone(&self.nodes), self.shutdown.clone());
-            let listening = async move {
-                let mut ended = ended;
-                let done = shutdown.run_until_cancelled(listen(nodes, wire)).await;
-                ended.told = done.is_some();
-            };
-            self.tasks.spawn_on(listening, &runtime);
+            let listening = listen(nodes, Arc::clone(&wire), running);
+            self.tasks.spawn_on(shutdown.run_until_cancelled_owned(listening), &runtime);
         }
         hints
     }
@@ -159,11 +107,9 @@ impl Notifier for PostgresNotifier {
         for partition in partitions {
             let wire = self.wire(partition.node());
             wire.pending.add(&[*partition]);
-            let first = !std::mem::replace(&mut lock(&wire.started).sending, true);
-            if first {
-                let ended = Ended { wire: Arc::clone(&wire), listening: false, told: false };
+            if let Some(running) = wire.sending.start(|| ()) {
                 let (nodes, shutdown) = (Arc::clone(&self.nodes), self.shutdown.clone());
-                let sending = send(nodes, ended, shutdown, self.interval);
+                let sending = send(nodes, Arc::clone(&wire), running, shutdown, self.interval);
                 self.tasks.spawn_on(sending, &runtime);
             }
         }
@@ -186,11 +132,11 @@ impl Notifier for PostgresNotifier {
 /// sends the rest, if the node answers soon: a process often ends right after its last message.
 async fn send(
     nodes: Arc<Nodes>,
-    mut ended: Ended,
+    wire: Arc<Wire>,
+    mut running: Running,
     shutdown: CancellationToken,
     interval: Duration,
 ) {
-    let wire = Arc::clone(&ended.wire);
     let mut trouble = Trouble::new(REMIND);
     let too_late = async {
         shutdown.cancelled().await;
@@ -209,15 +155,15 @@ async fn send(
                     shutdown.run_until_cancelled(sleep(interval)).await;
                 }
             }
-            if shutdown.is_cancelled() && wire.ends_sending() {
+            if shutdown.is_cancelled() && running.end_if(|| wire.pending.is_empty()) {
                 return;
             }
         }
     };
-    ended.told = tokio::select! {
-        () = sending => true,
-        () = too_late => false,
-    };
+    tokio::select! {
+        () = sending => {}
+        () = too_late => {}
+    }
 }
 
 /// One notification of what is pending. False where nothing was.

@@ -23,6 +23,7 @@ use tokio_util::task::TaskTracker;
 use crate::error::Result;
 use crate::id::{NodeId, PartitionId};
 use crate::notifier::channel::{Channel, ENDED, Pending, lock, merged};
+use crate::notifier::task::Task;
 use crate::notifier::{Health, HealthCell, Hints, Notifier};
 
 mod address;
@@ -53,16 +54,11 @@ pub struct RedisNotifier {
     _ends_with_it: DropGuard,
 }
 
-#[derive(Debug, Default)]
-struct Started {
-    sending: bool,
-    subscribing: bool,
-}
-
 /// What the tasks share.
 #[derive(Debug)]
 struct Wire {
-    started: Mutex<Started>,
+    sending: Task,
+    listening: Task,
     address: Address,
     prefix: String,
     /// The channel of this process' canaries.
@@ -97,7 +93,8 @@ impl RedisNotifier {
         let stop = CancellationToken::new();
         Ok(Self {
             wire: Arc::new(Wire {
-                started: Mutex::default(),
+                sending: Task::default(),
+                listening: Task::default(),
                 address: Address::parse(url)?,
                 prefix: prefix.to_owned(),
                 own,
@@ -119,60 +116,28 @@ impl RedisNotifier {
         if subscribing && self.stop.is_cancelled() {
             return false;
         }
-        // The lock is let go first: a runtime that ends drops the task at once.
-        let first = |flag: fn(&mut Started) -> &mut bool| {
-            !std::mem::replace(flag(&mut lock(&self.wire.started)), true)
-        };
-        if first(|started| &mut started.sending) {
-            let ended = Ended { wire: Arc::clone(&self.wire), listening: false, told: false };
-            self.tasks.spawn_on(sending::run(ended, self.stop.clone()), &runtime);
+        if let Some(running) = self.wire.sending.start(|| ()) {
+            let sending = sending::run(Arc::clone(&self.wire), running, self.stop.clone());
+            self.tasks.spawn_on(sending, &runtime);
         }
-        if subscribing && first(|started| &mut started.subscribing) {
-            let ended = Ended { wire: Arc::clone(&self.wire), listening: true, told: false };
+        let lost = Arc::clone(&self.wire);
+        if subscribing
+            && let Some(running) = self.wire.listening.start(move || lost.interrupt(ENDED))
+        {
+            let listening = subscribing::run(Arc::clone(&self.wire), running);
             let stop = self.stop.clone();
-            let listening = async move {
-                let ended = ended;
-                stop.run_until_cancelled(subscribing::run(&ended.wire)).await;
-            };
-            self.tasks.spawn_on(listening, &runtime);
+            self.tasks.spawn_on(stop.run_until_cancelled_owned(listening), &runtime);
         }
         true
     }
 }
 
-/// Tells that a task has ended, however it did: by a shutdown, or with its runtime.
-struct Ended {
-    wire: Arc<Wire>,
-    listening: bool,
-    /// It has told so itself.
-    told: bool,
-}
-
-impl Drop for Ended {
-    fn drop(&mut self) {
-        if self.told {
-            return;
-        }
-        let mut started = lock(&self.wire.started);
-        if !self.listening {
-            started.sending = false;
-            return;
-        }
-        started.subscribing = false;
-        for channel in lock(&self.wire.channels).values() {
-            channel.interrupt(ENDED);
-        }
-    }
-}
-
 impl Wire {
-    /// Nothing is left, and who publishes from now on starts another task: who does adds first, and then looks
-    /// whether there is one.
-    fn ends_sending(&self) -> bool {
-        let mut started = lock(&self.started);
-        let done = self.pending.is_empty();
-        started.sending &= !done;
-        done
+    /// Hints of no node arrive.
+    fn interrupt(&self, why: &str) {
+        for channel in lock(&self.channels).values() {
+            channel.interrupt(why);
+        }
     }
 
     fn channel(&self, node: NodeId) -> Arc<Channel> {

@@ -30,6 +30,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::id::NodeId;
 use crate::metrics as names;
 use crate::notifier::channel::{Channel, parse};
+use crate::notifier::task::Running;
 use crate::store::connect;
 use crate::store::listen::{self, HINTS, Session};
 use crate::trouble::Trouble;
@@ -54,14 +55,15 @@ const IS_POOLED: &str = "the node's address leads to a pooler, which can't liste
                          listening (shardmq notifier listen, or ClusterBuilder::listen_url)";
 
 /// Listens to a node for as long as somebody is subscribed.
-pub(super) async fn listen(nodes: Arc<Nodes>, wire: Arc<Wire>) {
+pub(super) async fn listen(nodes: Arc<Nodes>, wire: Arc<Wire>, mut running: Running) {
     loop {
         tokio::select! {
             () = keep_listening(&nodes, &wire.channel) => {}
             () = wire.channel.unheard() => {}
         }
         wire.channel.rest();
-        if wire.ends_listening() {
+        // Who subscribes does so before it looks whether somebody listens.
+        if running.end_if(|| !wire.channel.is_heard()) {
             return;
         }
     }

@@ -10,18 +10,18 @@ use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::address::Address;
-use super::{ANSWER, BACKOFF, Ended, LAST_HINTS, REMIND, Wire};
+use super::{ANSWER, BACKOFF, LAST_HINTS, REMIND, Wire};
 use crate::id::{NodeId, PartitionId};
 use crate::metrics as names;
 use crate::notifier::channel::{lock, payload};
+use crate::notifier::task::Running;
 use crate::trouble::Trouble;
 
 /// Partitions of one pipeline.
 const MAX_PARTITIONS: usize = 10_000;
 
 /// Sends what is pending until it is told to stop, and then the rest, if the server answers soon.
-pub(super) async fn run(mut ended: Ended, stop: CancellationToken) {
-    let wire = Arc::clone(&ended.wire);
+pub(super) async fn run(wire: Arc<Wire>, mut running: Running, stop: CancellationToken) {
     let too_late = async {
         stop.cancelled().await;
         sleep(LAST_HINTS).await;
@@ -42,15 +42,15 @@ pub(super) async fn run(mut ended: Ended, stop: CancellationToken) {
                     stop.run_until_cancelled(sleep(pause)).await;
                 }
             }
-            if stop.is_cancelled() && wire.ends_sending() {
+            if stop.is_cancelled() && running.end_if(|| wire.pending.is_empty()) {
                 return;
             }
         }
     };
-    ended.told = tokio::select! {
-        () = sending => true,
-        () = too_late => false,
-    };
+    tokio::select! {
+        () = sending => {}
+        () = too_late => {}
+    }
 }
 
 struct Sender<'a> {

@@ -17,6 +17,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::id::NodeId;
 use crate::metrics as names;
 use crate::notifier::channel::{Channel, lock, parse};
+use crate::notifier::task::Running;
 use crate::trouble::Trouble;
 
 /// Between canaries, give or take a fifth.
@@ -25,24 +26,21 @@ const CANARY: Duration = Duration::from_secs(5);
 const KEPT: Duration = Duration::from_secs(3);
 
 /// Listens as long as somebody does, again after every failure. Never ends.
-pub(super) async fn run(wire: &Wire) {
+pub(super) async fn run(wire: Arc<Wire>, _running: Running) {
     let (mut backoff, mut trouble) = (BACKOFF.0, Trouble::new(REMIND));
     for nth in 0.. {
         while wire.heard().is_empty() {
             wire.subscribed.notified().await;
         }
-        let ended = listen(wire, nth, &mut backoff, &mut trouble).await;
-        let channels: Vec<Arc<Channel>> = lock(&wire.channels).values().map(Arc::clone).collect();
+        let ended = listen(&wire, nth, &mut backoff, &mut trouble).await;
         let Err(error) = ended else {
-            for channel in &channels {
+            for channel in lock(&wire.channels).values() {
                 channel.rest();
             }
             continue;
         };
         let why = error.chain();
-        for channel in &channels {
-            channel.interrupt(&why);
-        }
+        wire.interrupt(&why);
         ::metrics::counter!(names::LISTENER_LOST).increment(1);
         if trouble.meet(Instant::now()) {
             tracing::warn!(error = %why, "no hints from Redis: consumers look by themselves");
