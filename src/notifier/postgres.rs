@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use tokio::runtime::Handle;
 use tokio::time::{Instant, sleep};
+use tokio_postgres::error::SqlState;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -192,6 +193,12 @@ async fn send_pending(nodes: &Nodes, wire: &Wire, trouble: &mut Trouble) -> bool
 async fn notify(nodes: &Nodes, id: NodeId, payload: &str) -> Result<()> {
     let connection = Unfinished::new(nodes.node(id).await?.get().await?);
     let sent = query(connection.connection(), sql::NOTIFY, &[&payload]).await;
+    if let Err(error) = &sent
+        && error.code() == Some(&SqlState::PROGRAM_LIMIT_EXCEEDED)
+    {
+        // The queue is full, or was: the next one finds room if those who listen have read.
+        let _ = query(connection.connection(), sql::NOTIFY_TAIL, &[]).await;
+    }
     connection.finished();
     sent.map(drop).map_err(|error| connect::refused(error, "notify"))
 }

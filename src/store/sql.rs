@@ -91,6 +91,7 @@ statements! {
     MISSED = "missed";
     NODE_CLOCK = "node_clock";
     NOTIFY = "notify";
+    NOTIFY_TAIL = "notify_tail";
     OUTBOX_ARM = "outbox_arm";
     OUTBOX_BEGIN = "outbox_begin";
     OUTBOX_BURY = "outbox_bury";
