@@ -155,11 +155,13 @@ async fn acknowledgements_of_the_old_history_move_nothing() {
         next(&mut messages, &mut news).await.1.ack().unwrap();
         read += 1;
     }
+    let early = behind.acked().await;
     behind.put_back_unseen(&before, 0).await;
     let handle = messages.handle();
     let flushed = within(SOON, "the flush", handle.flush()).await;
     assert_eq!(behind.acked().await, 2, "{flushed:?}");
-    assert_eq!(flushed.unwrap_err().kind(), ErrorKind::LeaseLost);
+    let error = flushed.expect_err(&format!("{early} were committed before: {news:?}"));
+    assert_eq!(error.kind(), ErrorKind::LeaseLost);
     behind.send("new", 5).await;
     for n in 0..5 {
         let (text, delivery) = next(&mut messages, &mut news).await;

@@ -102,10 +102,12 @@ impl Way {
         self.proxy.to_server_but_on(Rule::Pass, Some(original));
     }
 
-    /// Lets an original go and waits until the server has dealt with it.
+    /// Lets an original go that was given up, and waits until the server has dealt with it. That all of it is
+    /// on its way says nothing, nor that nobody is at work then: the server may not have read it. It
+    /// closes the connection when it has.
     pub async fn release(&self, original: &Link) {
         original.to_server.set(Rule::Pass);
-        let through = || async { original.to_server.kept() == 0 };
+        let through = || async { original.to_client.ended() };
         eventually("the original is through", 5 * SECOND, through).await;
         let idle = "select count(*) from pg_stat_activity where datname = current_database()
                         and state <> 'idle' and pid <> pg_backend_pid()";

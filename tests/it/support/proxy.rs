@@ -76,7 +76,7 @@ impl Way {
         self.received.load(Ordering::SeqCst) - passed
     }
 
-    /// Whether whoever sends here has closed its end.
+    /// Whether whoever sends here has closed its end, or the connection was cut.
     pub fn ended(&self) -> bool {
         self.ended.load(Ordering::SeqCst)
     }
@@ -264,6 +264,9 @@ async fn carry(client: TcpStream, server: TcpStream, link: Arc<Link>) {
         )
     };
     link.end.run_until_cancelled(both).await;
+    for way in [&link.to_server, &link.to_client] {
+        way.ended.store(true, Ordering::SeqCst);
+    }
 }
 
 /// Takes bytes as they come and gives them on as the rule says. The end is given on after them.
