@@ -1,7 +1,7 @@
 //! Receiving a backlog: each slice is a group of its own that reads it from the start.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use futures_util::future::join_all;
@@ -109,9 +109,8 @@ impl Consume<'_> {
     async fn read_by(&mut self, members: usize, slice: Duration) -> Result<Tally> {
         let group = self.join(members).await?;
         group.progress.reach(group.progress.start).await?;
-        let (begun, before) = (Instant::now(), group.progress.count());
         let _ = timeout(slice, group.progress.reach(self.backlog)).await;
-        let (elapsed, messages) = (begun.elapsed(), group.progress.count() - before);
+        let (elapsed, messages) = group.progress.of_the_clock();
         let latency = group.leave().await?;
         Ok(Tally { messages, elapsed, latency })
     }
@@ -197,6 +196,10 @@ struct Progress {
     start: u64,
     backlog: u64,
     count: AtomicU64,
+    /// When the clock began to run, and how many had been received then.
+    begun: OnceLock<(Instant, u64)>,
+    /// When the last message was received.
+    ended: OnceLock<Instant>,
     more: Notify,
 }
 
@@ -204,7 +207,14 @@ impl Progress {
     fn new(backlog: u64) -> Self {
         // More than several members have fetched before.
         let start = backlog.min(5_000_000) / 5;
-        Self { start, backlog, count: AtomicU64::new(0), more: Notify::new() }
+        Self {
+            start,
+            backlog,
+            count: AtomicU64::new(0),
+            begun: OnceLock::new(),
+            ended: OnceLock::new(),
+            more: Notify::new(),
+        }
     }
 
     fn count(&self) -> u64 {
@@ -213,11 +223,24 @@ impl Progress {
 
     fn add(&self, messages: u64) {
         let before = self.count.fetch_add(messages, Ordering::AcqRel);
-        // Few look, and only these moments interest them.
-        let crosses = |mark: u64| before < mark && before + messages >= mark;
-        if crosses(self.start) || crosses(self.backlog) {
+        let after = before + messages;
+        // Few look, and only these moments interest them. Whoever waits for one may wake when all is over.
+        let crosses = |mark: u64| before < mark && after >= mark;
+        if crosses(self.start) {
+            let _ = self.begun.set((Instant::now(), after));
             self.more.notify_waiters();
         }
+        if crosses(self.backlog) {
+            let _ = self.ended.set(Instant::now());
+            self.more.notify_waiters();
+        }
+    }
+
+    /// How long the clock has run, or did, and how many were received meanwhile.
+    fn of_the_clock(&self) -> (Duration, u64) {
+        let ended = self.ended.get().copied().unwrap_or_else(Instant::now);
+        let (begun, before) = self.begun.get().copied().unwrap_or((ended, self.count()));
+        (ended.saturating_duration_since(begun), self.count() - before)
     }
 
     /// Waits until so many have been received.

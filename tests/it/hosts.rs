@@ -139,8 +139,10 @@ async fn a_silent_host_holds_nobody_up_for_long_and_the_next_time_not_at_all() {
             .unwrap();
     let sql = client(&plain).await;
     // Whoever connects for the first time tries it. That is the pool, and the session that listens.
+    // One that is just coming in is there, and does not listen yet.
     let listens = "select count(*) from pg_stat_activity
-                    where application_name like 'shardmq topology %' and datname = current_database()";
+                    where application_name like 'shardmq topology %' and datname = current_database()
+                      and state = 'idle' and query like 'listen %'";
     let both = async || sql.query_one(listens, &[]).await.unwrap().get::<_, i64>(0) == 2;
     eventually("both clusters listen", SOON, both).await;
     let knocked = proxy.links().len();
