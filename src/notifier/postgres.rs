@@ -19,7 +19,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::cluster::Nodes;
-use crate::deadline::in_time;
+use crate::deadline::{in_time, jitter};
 use crate::error::Result;
 use crate::id::{NodeId, PartitionId};
 use crate::metrics as names;
@@ -40,6 +40,8 @@ const MAX_PARTITIONS: usize = 1_000;
 const REMIND: Duration = Duration::from_mins(5);
 /// How long the server may take for a hint: those that come later wait for it.
 const ANSWER: Duration = Duration::from_secs(2);
+/// Between attempts to send what could not be sent.
+const BACKOFF: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(5));
 /// How long hints may take that are left at a shutdown.
 const LAST_HINTS: Duration = Duration::from_secs(1);
 
@@ -150,10 +152,15 @@ async fn send(
                 () = wire.pending.added() => {}
                 () = shutdown.cancelled() => {}
             }
-            while send_pending(&nodes, &wire, &mut trouble).await {
+            let mut backoff = BACKOFF.0;
+            while let Some(sent) = send_pending(&nodes, &wire, &mut trouble).await {
                 // What comes meanwhile goes with the next; a lone message does not wait.
-                if !interval.is_zero() {
-                    shutdown.run_until_cancelled(sleep(interval)).await;
+                let pause = if sent { interval } else { jitter(backoff) };
+                backoff = if sent { BACKOFF.0 } else { (backoff * 2).min(BACKOFF.1) };
+                if !sent && shutdown.is_cancelled() {
+                    sleep(BACKOFF.0).await;
+                } else if !pause.is_zero() {
+                    shutdown.run_until_cancelled(sleep(pause)).await;
                 }
             }
             if shutdown.is_cancelled() && running.end_if(|| wire.pending.is_empty()) {
@@ -167,16 +174,17 @@ async fn send(
     }
 }
 
-/// One notification of what is pending. False where nothing was.
-async fn send_pending(nodes: &Nodes, wire: &Wire, trouble: &mut Trouble) -> bool {
+/// One notification of what is pending, and whether it was sent; if not, it is pending again. None where nothing was.
+async fn send_pending(nodes: &Nodes, wire: &Wire, trouble: &mut Trouble) -> Option<bool> {
     let partitions = wire.pending.take(MAX_PARTITIONS);
     if partitions.is_empty() {
-        return false;
+        return None;
     }
     let node = wire.channel.node;
     let payload = payload(&partitions);
     if let Err(error) = in_time(ANSWER, "notify", notify(nodes, node, &payload)).await {
-        // Consumers look by themselves.
+        // Consumers look by themselves, or hear of it late.
+        wire.pending.add(&partitions);
         ::metrics::counter!(names::NOTIFY_FAILED).increment(1);
         if trouble.meet(Instant::now()) {
             tracing::warn!(
@@ -184,10 +192,12 @@ async fn send_pending(nodes: &Nodes, wire: &Wire, trouble: &mut Trouble) -> bool
                 "hints can't be sent: consumers find messages by looking"
             );
         }
-    } else if trouble.end() {
+        return Some(false);
+    }
+    if trouble.end() {
         tracing::info!(%node, "hints are sent again");
     }
-    true
+    Some(true)
 }
 
 async fn notify(nodes: &Nodes, id: NodeId, payload: &str) -> Result<()> {

@@ -10,6 +10,7 @@
 //! count as arriving only once a canary came back through both connections, and consumers look once then.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -69,6 +70,8 @@ struct Wire {
     pending: Pending,
     /// The canary that is to be sent.
     canary: Mutex<Option<String>>,
+    /// One did not come back: it may have gone to another server than the one that is listened to.
+    astray: AtomicBool,
 }
 
 impl RedisNotifier {
@@ -102,6 +105,7 @@ impl RedisNotifier {
                 subscribed: Notify::new(),
                 pending: Pending::default(),
                 canary: Mutex::default(),
+                astray: AtomicBool::new(false),
             }),
             tasks: TaskTracker::new(),
             _ends_with_it: stop.clone().drop_guard(),

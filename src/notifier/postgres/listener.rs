@@ -99,7 +99,7 @@ async fn keep_listening(nodes: &Nodes, channel: &Channel) {
             }
         }
         ::metrics::counter!(names::LISTENER_LOST).increment(1);
-        sleep(backoff).await;
+        sleep(jitter(backoff)).await;
         backoff = (backoff * 2).min(BACKOFF.1);
     }
 }

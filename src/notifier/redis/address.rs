@@ -48,7 +48,8 @@ impl Address {
             Some(scheme) => parts.sentinels(scheme, password).map_err(invalid)?,
             None => parts.hosts(password).map_err(invalid)?,
         };
-        if parts.scheme.starts_with("rediss") || parts.scheme == "valkeys" {
+        let scheme = parts.scheme.to_ascii_lowercase();
+        if matches!(scheme.trim_end_matches("+sentinel"), "rediss" | "valkeys") {
             have_cryptography();
         }
         Ok(Self { shown: format!("{}://{}", parts.scheme, parts.hosts), way })

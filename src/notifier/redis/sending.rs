@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use redis::aio::MultiplexedConnection;
@@ -11,6 +12,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::address::Address;
 use super::{ANSWER, BACKOFF, LAST_HINTS, REMIND, Wire};
+use crate::deadline::jitter;
 use crate::id::{NodeId, PartitionId};
 use crate::metrics as names;
 use crate::notifier::channel::{lock, payload};
@@ -39,7 +41,7 @@ pub(super) async fn run(wire: Arc<Wire>, mut running: Running, stop: Cancellatio
                 if stop.is_cancelled() {
                     sleep(BACKOFF.0).await;
                 } else {
-                    stop.run_until_cancelled(sleep(pause)).await;
+                    stop.run_until_cancelled(sleep(jitter(pause))).await;
                 }
             }
             if stop.is_cancelled() && running.end_if(|| wire.pending.is_empty()) {
@@ -99,14 +101,16 @@ impl<'a> Sender<'a> {
         }
     }
 
-    /// Sends once on the connection that is open; where that fails, to each of the servers in turn.
+    /// Sends once on the connection that is open, unless what is sent there comes back nowhere; where that fails, to
+    /// each of the servers in turn.
     async fn send(
         &mut self,
         partitions: &[PartitionId],
         canary: Option<&str>,
     ) -> crate::Result<()> {
         let pipeline = self.pipeline(partitions, canary);
-        if let Some(mut connection) = self.connection.take()
+        let astray = self.wire.astray.swap(false, Ordering::Relaxed);
+        if let Some(mut connection) = self.connection.take().filter(|_| !astray)
             && publish(&pipeline, &mut connection).await.is_ok()
         {
             self.connection = Some(connection);

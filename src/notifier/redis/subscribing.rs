@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use futures_util::StreamExt;
@@ -188,6 +189,7 @@ impl<'a> Life<'a> {
     /// Has one sent, unless the last one did not come back.
     fn send_canary(&mut self, what: &str) -> Result<()> {
         if self.canary.is_some() {
+            self.wire.astray.store(true, Ordering::Relaxed);
             let what = format!("{what}: a canary did not come back (can it be published?)");
             return Err(Error::new(ErrorKind::Unavailable, what));
         }

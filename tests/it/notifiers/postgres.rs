@@ -9,6 +9,7 @@ use shardmq::embedded::{Server, StopMode};
 use shardmq::notifier::{HealthState, Hint, Notifier};
 use shardmq::testing::NotifierSuite;
 use shardmq::{Cluster, Message, NodeId, PartitionId};
+use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use tokio_postgres::Client;
 
@@ -16,9 +17,9 @@ use super::{LATEST, READ, SECOND, SOON, nothing_is_late};
 use crate::support::hints::{arrive, hears};
 use crate::support::proxy::{Rule, cluster_behind_proxy};
 use crate::support::reading::{append_texts, next_text};
-use crate::support::signals::signal_all;
+use crate::support::signals::{signal, signal_all};
 use crate::support::stored::topic;
-use crate::support::{TestCluster, client, eventually, own_server, prepared};
+use crate::support::{TestCluster, client, eventually, own_server, prepared, within};
 
 fn partition() -> PartitionId {
     PartitionId::new(1, 1).unwrap()
@@ -105,6 +106,92 @@ async fn a_listening_address_of_another_node_is_found_out() {
     test.cluster.notifier().publish(&[partition()]);
     hears(&mut hints, partition()).await;
     assert!(!notifier.health(two).is_ok());
+}
+
+/// A commit that takes the server's one lock of those who notify, and hangs with it.
+struct Hanging {
+    pid: u32,
+    commit: JoinHandle<()>,
+}
+
+impl Hanging {
+    async fn begin(sql: &Client, holder: Client) -> Self {
+        sql.batch_execute("create table public.written (n int)").await.unwrap();
+        let pid = holder.query_one("select pg_backend_pid()", &[]).await.unwrap();
+        let pid = u32::try_from(pid.get::<_, i32>(0)).unwrap();
+        // It waits for a standby that there is not, and is suspended there, so that nobody else need wait.
+        standby(sql, "nobody").await;
+        let commit = tokio::spawn(async move {
+            let notify = "begin; insert into public.written values (1); notify noise; commit";
+            holder.batch_execute(notify).await.unwrap();
+        });
+        let waits = format!(
+            "select exists (select from pg_stat_activity where pid = {pid} and wait_event = 'SyncRep')"
+        );
+        let waits = async || sql.query_one(&waits, &[]).await.unwrap().get(0);
+        eventually("the commit waits", SOON, waits).await;
+        signal(pid, "STOP").await;
+        standby(sql, "").await;
+        Self { pid, commit }
+    }
+
+    async fn end(self, sql: &Client) {
+        signal(self.pid, "CONT").await;
+        // What it waited for is there no more, and nobody told it while it was suspended.
+        let waits = format!(
+            "select pg_cancel_backend(pid) from pg_stat_activity
+              where pid = {} and wait_event = 'SyncRep'",
+            self.pid
+        );
+        sql.query(&waits, &[]).await.unwrap();
+        within(SOON, "the end of the commit", self.commit).await.unwrap();
+    }
+}
+
+/// The standby that commits wait for.
+async fn standby(sql: &Client, name: &str) {
+    let set = format!("alter system set synchronous_standby_names = '{name}'");
+    sql.batch_execute(&set).await.unwrap();
+    sql.batch_execute("select pg_reload_conf()").await.unwrap();
+    let shown = async || {
+        let shown = sql.query_one("show synchronous_standby_names", &[]).await.unwrap();
+        shown.get::<_, String>(0) == name
+    };
+    eventually("the setting holds", SOON, shown).await;
+}
+
+/// Somebody else's commit has the lock that all who notify take. Producers do not take it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_producer_waits_for_a_notification_that_hangs() {
+    let server = own_server().await;
+    let test = TestCluster::on(&server, 1).await;
+    topic(&test, "orders", 4).await;
+    let sql = test.sql(0).await;
+    let one = Cluster::builder(&test.control_url).upkeep(false).connections_per_node(1);
+    let (one, consuming) = (one.connect().await.unwrap(), another(&test).await);
+    let producer = one.producer("orders").build().await.unwrap();
+    let mut events = producer.events();
+    let trouble = async {
+        let hanging = Hanging::begin(&sql, test.sql(0).await).await;
+        let begun = Instant::now();
+        let mut longest = Duration::ZERO;
+        while begun.elapsed() < 8 * SECOND {
+            let sent = Instant::now();
+            producer.send(Message::new("one more")).await.unwrap();
+            longest = longest.max(sent.elapsed());
+        }
+        let left = "select count(*) from pg_stat_activity where wait_event_type = 'Lock'
+                      and query like '%pg_notify%'";
+        let left: i64 = sql.query_one(left, &[]).await.unwrap().get(0);
+        assert!(left <= 2, "{left} sessions wait");
+        assert!(longest < 2 * SECOND, "{longest:?}");
+        hanging.end(&sql).await;
+        let well = async || consuming.notifier().health(NodeId::new(1).unwrap()).is_ok();
+        eventually("it is well again", SOON, well).await;
+    };
+    nothing_is_late(&one, &consuming, "orders", trouble).await;
+    let down = futures_util::FutureExt::now_or_never(events.next());
+    assert!(down.is_none(), "{down:?}");
 }
 
 /// From 17 on the queue of notifications has a size that can be set; it is full where somebody listens in a

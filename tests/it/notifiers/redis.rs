@@ -119,6 +119,24 @@ async fn to_forget_everything_is_nothing_to_it() {
     suite.check().await.unwrap();
 }
 
+/// The address leads to another server by now, and the old one still takes what is published.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_goes_to_a_server_that_is_no_more_the_right_one_goes_to_that() {
+    let (old, new) = (start().await.0, start().await.0);
+    let proxy = Proxy::start(old.port()).await;
+    let url = format!("redis://127.0.0.1:{}", proxy.port());
+    let notifier = RedisNotifier::new(&url, "moved").unwrap();
+    let mut hints = notifier.subscribe(&[partition()]);
+    arrive(&mut hints).await;
+    proxy.lead_to(new.port());
+    let mut by_hand = ByHand::connect(old.port()).await;
+    assert_eq!(by_hand.say("CLIENT KILL TYPE pubsub").await, ":1");
+    interrupted(&mut hints).await;
+    arrive(&mut hints).await;
+    notifier.publish(&[partition()]);
+    hears(&mut hints, partition()).await;
+}
+
 /// A cluster whose hints go through a Redis, as two processes have it.
 async fn cluster_by(url: &str) -> (TestCluster, [Cluster; 2]) {
     let test = TestCluster::new(1).await;

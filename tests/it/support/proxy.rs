@@ -5,7 +5,7 @@
 //! held pipeline whose client gave up reaches the server when it is let go, as one does that hung in a
 //! socket's buffer.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -154,6 +154,8 @@ struct Shared {
     links: Mutex<Vec<Arc<Link>>>,
     /// For connections to come: to the server, to the client.
     rules: Mutex<(Rule, Rule)>,
+    /// Where they lead.
+    server_port: AtomicU16,
     refusing: AtomicBool,
 }
 
@@ -169,8 +171,9 @@ impl Proxy {
     pub async fn start(server_port: u16) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let port = listener.local_addr().unwrap().port();
-        let shared = Arc::new(Shared::default());
-        let accept = tokio::spawn(accept(listener, server_port, Arc::clone(&shared)));
+        let shared = Shared { server_port: AtomicU16::new(server_port), ..Shared::default() };
+        let shared = Arc::new(shared);
+        let accept = tokio::spawn(accept(listener, Arc::clone(&shared)));
         Self { port, shared, _accept: AbortOnDropHandle::new(accept) }
     }
 
@@ -221,6 +224,11 @@ impl Proxy {
         links.iter().for_each(|link| link.cut());
     }
 
+    /// Where connections to come lead from now on.
+    pub fn lead_to(&self, server_port: u16) {
+        self.shared.server_port.store(server_port, Ordering::SeqCst);
+    }
+
     /// Whether connections to come are closed at once.
     pub fn refuse(&self, refuse: bool) {
         self.shared.refusing.store(refuse, Ordering::SeqCst);
@@ -233,12 +241,13 @@ impl Drop for Proxy {
     }
 }
 
-async fn accept(listener: TcpListener, server_port: u16, shared: Arc<Shared>) {
+async fn accept(listener: TcpListener, shared: Arc<Shared>) {
     loop {
         let (stream, _) = listener.accept().await.unwrap();
         if shared.refusing.load(Ordering::SeqCst) {
             continue;
         }
+        let server_port = shared.server_port.load(Ordering::SeqCst);
         let Ok(server) = TcpStream::connect(("127.0.0.1", server_port)).await else {
             continue;
         };
