@@ -12,7 +12,7 @@ use crate::consumer::NodeHints;
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::{NodeId, PartitionId};
 use crate::notifier::{HealthState, Hint, Notifier, NotifierKind};
-use crate::store::connect::{refused, without_password};
+use crate::store::connect::{connect_directly, refused, without_password};
 use crate::store::control;
 use crate::store::node::{Node, Unfinished};
 
@@ -48,7 +48,7 @@ impl Cluster {
     }
 
     /// Sets which notifier processes have that are not told otherwise, and where its Redis is, if it needs one;
-    /// without an address that stays as it was set. Processes have it when they connect next. Producers and consumers
+    /// without an address that stays as it was set, and is tried again. Processes have it when they connect next. Producers and consumers
     /// must have one in common: to move from one to another, set [`NotifierKind::Both`] first, restart all,
     /// then set the other.
     ///
@@ -60,14 +60,16 @@ impl Cluster {
     /// [`ErrorKind::Unavailable`] where no canary comes back through that Redis within 5 s. Nothing is set
     /// then.
     pub async fn set_notifier(&self, kind: NotifierKind, redis_url: Option<&str>) -> Result<()> {
-        let address = match redis_url.filter(|_| kind.needs_redis()) {
-            Some(url) => Some(self.tried(url).await?),
-            None => None,
+        let address = if kind.needs_redis() {
+            let stored = self.setting(REDIS_URL).await?;
+            let url = redis_url.or(stored.as_deref()).ok_or_else(|| {
+                let what = format!("notifier {kind}: the address of a Redis is needed");
+                Error::new(ErrorKind::Invalid, what)
+            })?;
+            Some(self.tried(url).await?)
+        } else {
+            None
         };
-        if kind.needs_redis() && address.is_none() && self.setting(REDIS_URL).await?.is_none() {
-            let what = format!("notifier {kind}: the address of a Redis is needed");
-            return Err(Error::new(ErrorKind::Invalid, what));
-        }
         let what = |error| refused(error, "set the notifier");
         let change = Unfinished::new(self.inner.control.get().await?);
         control::begin_change(change.connection()).await.map_err(what)?;
@@ -87,7 +89,7 @@ impl Cluster {
     ///
     /// # Errors
     /// [`ErrorKind::NotFound`] where there is no node of this number, [`ErrorKind::Conflict`] where the
-    /// address leads to another database.
+    /// address leads to another database, [`ErrorKind::Invalid`] where it leads to a pooler too.
     pub async fn set_listen_url(&self, node: NodeId, url: Option<&str>) -> Result<()> {
         if !self.nodes().await?.iter().any(|info| info.node == node) {
             return Err(Error::new(ErrorKind::NotFound, format!("node {node} is not registered")));
@@ -115,6 +117,7 @@ impl Cluster {
         let reached = own.get().await.map(drop);
         own.close();
         reached?;
+        connect_directly(url, "shardmq").await?;
         without_password(url)
     }
 
@@ -153,13 +156,16 @@ impl Cluster {
     }
 }
 
-/// Subscribes to a node for as long as it takes to hear that hints arrive.
+/// Subscribes to a node for as long as it takes to hear that hints arrive, by both where there are two.
 async fn hear(notifier: &dyn Notifier, node: NodeId) -> Result<NodeHints> {
     let mut hints = notifier.subscribe(&[PartitionId::new(node.number(), 1)?]);
+    let mut arrives = false;
     let arrive = async {
         // What can't arrive as things are set is not waited for: no hint tells of that.
         while notifier.health(node).state != HealthState::Polling {
-            if let Ok(Some(Hint::Look)) = timeout(HEARD / 50, hints.next()).await {
+            let hint = timeout(HEARD / 50, hints.next()).await;
+            arrives |= matches!(hint, Ok(Some(Hint::Look)));
+            if arrives && notifier.health(node).error.is_none() {
                 return;
             }
         }

@@ -47,14 +47,18 @@ impl Notifier for Both {
         Box::pin(stream::select(first, second).filter(stands))
     }
 
-    /// The better one's; where neither is well, with the errors of both.
+    /// The better one's, with the errors of both: also where hints arrive by one of them only.
     fn health(&self, node: NodeId) -> Health {
-        let [first, second] = self.healths(node);
+        let healths = self.healths(node);
+        let why = |health: &Health| match &health.error {
+            Some(error) => Some(error.clone()),
+            None => (!health.is_ok()).then(|| "no canary came back so far".to_owned()),
+        };
+        let errors: Vec<String> = healths.iter().filter_map(why).collect();
+        let [first, second] = healths;
         let rank = |health: &Health| health.state.code();
-        let errors = [&first.error, &second.error].map(Clone::clone).into_iter().flatten();
-        let errors: Vec<String> = errors.collect();
         let mut better = if rank(&second) < rank(&first) { second } else { first };
-        better.error = (!better.is_ok() && !errors.is_empty()).then(|| errors.join("; "));
+        better.error = (!errors.is_empty()).then(|| errors.join("; "));
         better
     }
 

@@ -49,7 +49,8 @@ pub struct Health {
     pub since: SystemTime,
     /// How long the last canary took from its sending to its arrival here; none before the first.
     pub round_trip: Option<Duration>,
-    /// Why hints do not arrive, and what to do about it where that is known; none where they do.
+    /// Why hints do not arrive, and what to do about it where that is known; none where they do, unless it is by
+    /// one of [`Both`](crate::notifier::Both) only.
     pub error: Option<String>,
 }
 

@@ -457,6 +457,8 @@ async fn the_cluster_says_where_to_listen_and_it_must_lead_to_the_node() {
     let two = NodeId::new(2).unwrap();
     let error = test.cluster.set_listen_url(two, Some(&elsewhere)).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::NotFound);
+    let error = test.cluster.set_listen_url(node, Some(&test.control_url)).await.unwrap_err();
+    assert!(error.kind() == ErrorKind::Invalid && error.to_string().contains("pooler"), "{error}");
     test.cluster.set_listen_url(node, Some(&test.node_urls[0])).await.unwrap();
     let health = async |builder: shardmq::ClusterBuilder| {
         let cluster = builder.connect().await.unwrap();

@@ -12,6 +12,8 @@ pub(crate) struct Context {
     pub(crate) url: Option<String>,
     pub(crate) topology_file: Option<PathBuf>,
     pub(crate) redis_url: Option<String>,
+    /// It was given with the command, and not by the environment.
+    pub(crate) redis_url_is_argument: bool,
     pub(crate) json: bool,
 }
 

@@ -31,7 +31,7 @@ use std::io::{IsTerminal, stderr};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 
 use context::Context;
@@ -102,7 +102,10 @@ enum Command {
 }
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let matches = Cli::command().get_matches();
+    let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
+    let redis_url_is_argument =
+        matches.value_source("redis_url") == Some(clap::parser::ValueSource::CommandLine);
     log_to_stderr(cli.verbose);
     let runtime = match tokio::runtime::Runtime::new() {
         Ok(runtime) => runtime,
@@ -110,7 +113,7 @@ fn main() -> ExitCode {
     };
     let Cli { url, topology_file, redis_url, json, .. } = cli;
     let redis_url = redis_url.filter(|url| !url.is_empty());
-    let context = Context { url, topology_file, redis_url, json };
+    let context = Context { url, topology_file, redis_url, redis_url_is_argument, json };
     let outcome = runtime.block_on(run(cli.command, context));
     // A read of stdin or a write to a full pipe may still be waiting; nobody waits for it.
     runtime.shutdown_background();

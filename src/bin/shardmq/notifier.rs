@@ -18,8 +18,8 @@ pub(crate) enum Command {
     /// Set what processes have from when they connect next, unless they are told otherwise.
     ///
     /// Producers and consumers must have one in common. To move from one to another set `both`, restart all,
-    /// then set the other. The address of the Redis is --redis-url, which is kept without its password: every
-    /// process takes that from `SHARDMQ_REDIS_PASSWORD`.
+    /// then set the other. The address of the Redis is --redis-url, or the one that was set before; it is kept without
+    /// its password, which every process takes from `SHARDMQ_REDIS_PASSWORD`. `SHARDMQ_REDIS_URL` is not stored.
     Set {
         /// postgres, redis, both or none.
         notifier: NotifierKind,
@@ -53,7 +53,8 @@ struct ShownNode {
 
 pub(crate) async fn run(context: &Context, command: Command) -> Result<(), Failure> {
     let cluster = context.connect_by(NotifierKind::None).await?;
-    let redis_url = context.redis_url.as_deref();
+    // Not that of the environment: it is where this process finds it.
+    let redis_url = context.redis_url.as_deref().filter(|_| context.redis_url_is_argument);
     let set = match command {
         Command::Show => Ok(()),
         Command::Set { notifier } => cluster.set_notifier(notifier, redis_url).await,
@@ -73,6 +74,9 @@ pub(crate) async fn run(context: &Context, command: Command) -> Result<(), Failu
         print(&shown, &mut out);
     }
     out.flush().await?;
+    if shown.nodes.iter().any(|node| node.hints == HealthState::Ok && node.error.is_some()) {
+        return Err(Failure::new(FAILED, "hints arrive by one of two notifiers only"));
+    }
     let waits = |node: &&ShownNode| node.hints != HealthState::Ok;
     match shown.nodes.iter().filter(waits).count() {
         0 => Ok(()),

@@ -245,7 +245,7 @@ impl Pulse {
     fn ask(&mut self) -> Result<()> {
         if self.asked {
             let what = "listen for hints: a canary through the channel did not come back (is it the node's \
-                        database where we listen?)";
+                        database where we listen, and no pooler?)";
             return Err(Error::new(ErrorKind::Unavailable, what));
         }
         let now = Instant::now();

@@ -125,6 +125,56 @@ async fn who_could_not_connect_leaves_nothing_behind() {
     eventually("all sessions end", SOON, async || sessions().await <= before + 2).await;
 }
 
+/// Runs `shardmq notifier` with variables: whether it succeeded, and what it said.
+async fn by_command(
+    test: &TestCluster,
+    arguments: &str,
+    variables: &[(&str, &str)],
+) -> (bool, String) {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_shardmq"));
+    command.args(["--url", &test.control_url, "notifier"]).args(arguments.split(' '));
+    let output = command.envs(variables.iter().copied()).output().await.unwrap();
+    let said = [output.stdout, output.stderr].concat();
+    (output.status.success(), String::from_utf8_lossy(&said).into_owned())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_environment_says_what_a_process_has_and_nothing_of_the_cluster() {
+    let redis = Redis::builder().start().await.unwrap();
+    let (test, url) = (TestCluster::new(1).await, redis.url());
+    let at = ("SHARDMQ_REDIS_URL", url.as_str());
+    let [of_redis, of_postgres, none] =
+        ["redis", "postgres", "none"].map(|name| ("SHARDMQ_NOTIFIER", name));
+    // Where a Redis is, but not which notifier: both.
+    for variables in [&[at][..], &[at, of_redis], &[of_postgres]] {
+        let (well, said) = by_command(&test, "show", variables).await;
+        assert!(well, "{said}");
+    }
+    let (well, said) = by_command(&test, "show", &[none]).await;
+    assert!(!well && said.contains("polling"), "{said}");
+    let (well, said) = by_command(&test, "set both", &[at]).await;
+    assert!(!well && said.contains("address of a Redis is needed"), "{said}");
+    redis.stop_server(StopMode::Immediate).await.unwrap();
+    let (well, said) = by_command(&test, "show", &[at]).await;
+    assert!(!well && said.contains("by one of two notifiers only"), "{said}");
+    assert!(said.contains(&redis.port().to_string()), "{said}");
+    let (well, said) = by_command(&test, "show", &[at, of_redis]).await;
+    assert!(!well && said.contains("hints of 1 nodes do not arrive here"), "{said}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_address_that_was_set_before_is_tried_again() {
+    let redis = Redis::builder().start().await.unwrap();
+    let test = TestCluster::new(1).await;
+    test.cluster.set_notifier(NotifierKind::Both, Some(&redis.url())).await.unwrap();
+    redis.stop_server(StopMode::Immediate).await.unwrap();
+    let error = test.cluster.set_notifier(NotifierKind::Redis, None).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unavailable);
+    assert_eq!(test.cluster.notifier_setting().await.unwrap().notifier, NotifierKind::Both);
+    redis.start_server().await.unwrap();
+    test.cluster.set_notifier(NotifierKind::Redis, None).await.unwrap();
+}
+
 /// Its commands have an environment of their own, in which the authority is trusted.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_redis_may_want_tls() {
