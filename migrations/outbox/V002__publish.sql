@@ -3,13 +3,15 @@
 
 -- Wakes the relay where it sleeps, when the caller's transaction commits. A notification costs every
 -- commit of the server, so there is none while the relay is awake: whoever draws an id before it reads
--- that the relay is awake has drawn it before the relay last looked whether some were drawn.
+-- that the relay is awake has drawn it before the relay last looked whether some were drawn. There is
+-- none either where the server's queue of notifications is nearly full: the caller's commit would fail
+-- with it, and the relay looks by itself every two seconds.
 create function shardmq.wake_relay() returns void
     language plpgsql volatile
     set search_path = pg_catalog, pg_temp
     as $$
 begin
-    if (select f.last_value from shardmq.outbox_flag f) = 1 then
+    if (select f.last_value from shardmq.outbox_flag f) = 1 and pg_notification_queue_usage() < 0.9 then
         perform pg_notify('shardmq_outbox', '');
     end if;
 end $$;
@@ -41,7 +43,7 @@ begin
         insert into shardmq.outbox (id, topic, key, headers, payload, published_at)
         values (drawn, publish.topic, publish.key, publish.headers, publish.payload, now);
     end if;
-    if (select f.last_value from shardmq.outbox_flag f) = 1 then
+    if (select f.last_value from shardmq.outbox_flag f) = 1 and pg_notification_queue_usage() < 0.9 then
         perform pg_notify('shardmq_outbox', '');
     end if;
     return drawn;
@@ -155,7 +157,8 @@ create function shardmq.end_relaying(p_holder uuid) returns void
 
 -- Whoever may use the schema may publish; what takes messages back, puts them back or relays is for the
 -- owner and whom it is granted to. Ids follow each other: they are no secret.
-revoke execute on function
-    shardmq.cancel(bigint), shardmq.outbox_revive(text, text),
-    shardmq.keep_relaying(uuid, uuid, uuid, float8), shardmq.end_relaying(uuid)
-    from public;
+revoke execute on all functions in schema shardmq from public;
+grant execute on function
+    shardmq.publish(text, bytea, text, jsonb, timestamptz),
+    shardmq.deliver_all(uuid, text, timestamptz, float8, bytea[], text[], jsonb[])
+    to public;

@@ -268,6 +268,31 @@ async fn messages_come_though_no_notification_can_be_sent() {
     nothing_is_late(&test.cluster, &other, "orders", trouble).await;
 }
 
+/// Before 17 nobody can fill the queue in a test: it takes 8 GB.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_publishes_in_a_transaction_can_commit_though_the_queue_is_full() {
+    let server = server_with_a_small_queue().await;
+    let test = TestCluster::on(&server, 1).await;
+    let (sql, holder) = (test.sql(0).await, test.sql(0).await);
+    if !is_17(&sql).await {
+        return;
+    }
+    topic(&test, "orders", 1).await;
+    let relaying = Cluster::builder(&test.control_url).connect().await.unwrap();
+    let mut messages = relaying.consumer("orders", "g").stream().await.unwrap();
+    let asleep = "select last_value from shardmq.outbox_flag";
+    let asleep = async || sql.query_one(asleep, &[]).await.unwrap().get::<_, i64>(0) == 1;
+    eventually("the relay sleeps", SOON, asleep).await;
+    fill_the_queue(&sql, &holder).await;
+    for n in 0..3 {
+        eventually("the relay sleeps", SOON, asleep).await;
+        let publish = format!("select shardmq.publish('orders', '{n}')");
+        sql.batch_execute(&publish).await.unwrap();
+        assert_eq!(next_text(&mut messages).await, n.to_string());
+    }
+    messages.shutdown(SECOND).await.unwrap();
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn messages_come_while_the_server_restarts_and_listeners_are_killed() {
     let server = own_server().await;
