@@ -263,6 +263,7 @@ impl Holding {
         if self.order != Order::Unordered {
             self.gate.fetch_sub(FAILED, Ordering::SeqCst);
             self.tell_stream();
+            self.wake_what_is_parked();
         }
     }
 }

@@ -326,6 +326,7 @@ impl Holding {
     fn open(&self, why: u32) {
         self.gate.fetch_and(!why, Ordering::SeqCst);
         self.tell_stream();
+        self.wake_what_is_parked();
     }
 
     pub(super) fn tell_stream(&self) {

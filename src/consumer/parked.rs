@@ -44,6 +44,8 @@ pub(super) struct InHand {
     ids: HashSet<Uuid>,
     /// Done, to be deleted.
     done: HashSet<Uuid>,
+    /// The last fetch left its partition out.
+    left_out: bool,
     entrusted: Entrusted,
 }
 
@@ -67,9 +69,13 @@ pub(super) struct Claim {
 
 impl Drop for Claim {
     fn drop(&mut self) {
-        self.holding.parked().ids.remove(&self.id);
-        if !self.is_done() {
-            // It may be due.
+        let mut parked = self.holding.parked();
+        parked.ids.remove(&self.id);
+        let has_room = parked.left_out && parked.ids.len() <= MOST / 2;
+        parked.left_out &= !has_room;
+        drop(parked);
+        // If it is not done it may be due.
+        if has_room || !self.is_done() {
             self.holding.wake_parked.notify_one();
         }
     }
@@ -104,6 +110,22 @@ impl Holding {
         let free = !parked.done.contains(&id) && parked.ids.insert(id);
         drop(parked);
         free.then(|| Claim { holding: Arc::clone(self), id, done: AtomicBool::new(false) })
+    }
+
+    /// Whether parked messages are to be fetched. If not, its member is woken when they are.
+    fn has_room(&self) -> bool {
+        let mut parked = self.parked();
+        // In this order: whoever opens it looks at this afterwards.
+        parked.left_out = true;
+        parked.left_out = parked.ids.len() >= MOST || !self.may_go();
+        !parked.left_out
+    }
+
+    /// It may be handed out again.
+    pub(super) fn wake_what_is_parked(&self) {
+        if std::mem::take(&mut self.parked().left_out) {
+            self.wake_parked.notify_one();
+        }
     }
 
     /// What statements about its messages must name.
@@ -274,12 +296,10 @@ impl Shared {
     ) -> Result<Fetched> {
         let mut room = self.budget.reserve().await;
         let (mut partitions, mut in_hand) = (Vec::new(), Vec::new());
-        for holding in held.iter().filter(|holding| holding.may_go()) {
+        for holding in held.iter().filter(|holding| holding.has_room()) {
             let parked = holding.parked();
-            if parked.ids.len() < MOST {
-                partitions.push(holding.partition.as_i32());
-                in_hand.extend(parked.ids.union(&parked.done));
-            }
+            partitions.push(holding.partition.as_i32());
+            in_hand.extend(parked.ids.union(&parked.done));
         }
         let all = partitions.len() == held.len();
         let bounds = (FETCH, i64::try_from(room.size()).unwrap_or(i64::MAX));

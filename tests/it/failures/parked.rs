@@ -123,6 +123,35 @@ async fn when_everything_fails_everything_is_parked_and_comes_again() {
     assert_eq!((count(&sql, "retry").await, count(&sql, "dead_letter").await), (0, 0));
 }
 
+/// More than may be in hand come one after the other, and not at each renewal.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn thousands_that_are_due_come_as_fast_as_they_are_handled() {
+    let (test, partition, sql) = ready().await;
+    for from in (0..4_000).step_by(500) {
+        append_texts(&sql, partition, from..from + 500).await;
+    }
+    let builder = consumer(&test, Order::Unordered).lease(120 * SECOND);
+    let messages = builder.stream().await.unwrap();
+    let (handle, again) = (messages.handle(), Arc::new(AtomicUsize::new(0)));
+    let count = Arc::clone(&again);
+    let running = tokio::spawn(messages.run(4, move |delivery: Delivery| {
+        let count = Arc::clone(&count);
+        async move {
+            if delivery.attempt() == 1 {
+                return Err("down");
+            }
+            // They are fetched faster.
+            tokio::time::sleep(MS).await;
+            count.fetch_add(1, Ordering::SeqCst);
+            Ok(())
+        }
+    }));
+    let all = async || again.load(Ordering::SeqCst) == 4_000;
+    eventually("all are done", 30 * SECOND, all).await;
+    handle.shutdown(5 * SECOND).await.unwrap();
+    within(SOON, "the run ends", running).await.unwrap();
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_is_parked_and_in_hand_is_refused_after_its_partition_was_lost() {
     let (test, partition, sql) = ready().await;
