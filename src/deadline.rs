@@ -22,6 +22,11 @@ pub(crate) fn in_time<T>(
     }
 }
 
+/// What a slow line takes for so many bytes: a second for each MiB.
+pub(crate) fn on_a_slow_line(bytes: i32) -> Duration {
+    Duration::from_secs(1).mul_f64(f64::from(bytes.max(0)) / f64::from(1 << 20))
+}
+
 /// A duration give or take a fifth, so that many don't act at once.
 pub(crate) fn jitter(duration: Duration) -> Duration {
     let random = uuid::Uuid::new_v4().as_u128() % 401;

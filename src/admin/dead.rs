@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::str::FromStr;
-use std::time::SystemTime;
+use std::time::{Duration, Instant, SystemTime};
 
 use futures_util::future::join_all;
 use serde::{Deserialize, Serialize};
@@ -20,8 +20,12 @@ use crate::store::connect::refused;
 use crate::store::dead::{self, Chosen, What};
 use crate::store::group_admin;
 
-/// How many letters one transaction moves.
-const PORTION: i32 = 500;
+/// How many letters the first transaction moves, and at most.
+const PORTION: (i32, i32) = (100, 500);
+/// How long it shall take. The next one moves fewer where they were large, or hard to find.
+const PORTION_TIME: Duration = Duration::from_secs(1);
+/// How long it may take.
+const PORTION_LIMIT: Duration = Duration::from_mins(1);
 /// The most bytes of a node's part of a list, over the first letter.
 const LIST_BYTES: i64 = 16 << 20;
 
@@ -207,16 +211,20 @@ impl Cluster {
             dead::clock(&connection).await.map_err(|error| refused(error, &text))
         });
         let until = until.await?;
+        let mut most = PORTION.0;
         loop {
-            let portion = in_time(ANSWER, &text, async {
+            let begun = Instant::now();
+            let portion = in_time(PORTION_LIMIT, &text, async {
                 let connection = self.inner.nodes.node(node).await?.get().await?;
-                let moved = dead::portion(connection, what, &chosen, until, PORTION).await;
+                let moved = dead::portion(connection, what, &chosen, until, most).await;
                 moved.map_err(|error| refused(error, &text))
             });
             let groups = portion.await?;
             if groups.is_empty() {
                 return Ok(());
             }
+            most = if begun.elapsed() > PORTION_TIME { most / 4 } else { most * 2 };
+            most = most.clamp(1, PORTION.1);
             progress(groups.iter().map(|(.., count)| count.unsigned_abs()).sum());
             if what == What::Retry {
                 self.tell_of_retries(&groups).await;

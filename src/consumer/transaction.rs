@@ -3,6 +3,7 @@
 use std::fmt;
 
 use tokio_postgres::GenericClient;
+use tokio_postgres::error::SqlState;
 
 use crate::consumer::delivery::Delivery;
 use crate::error::{Error, ErrorKind, Result};
@@ -68,7 +69,11 @@ impl Delivery {
             }
             None => group::commit_in(transaction, &holding.group, &this).await,
         };
-        let outcome = outcome.map_err(|error| refused(error, &what))?;
+        let outcome = match outcome {
+            // A database that is no node has no such table.
+            Err(error) if is_no_node(&error) => Outcome::Elsewhere,
+            outcome => outcome.map_err(|error| refused(error, &what))?,
+        };
         let kind = match outcome {
             Outcome::Acknowledged => return Ok(Acknowledged { delivery: self }),
             Outcome::LeaseLost => ErrorKind::LeaseLost,
@@ -92,6 +97,10 @@ impl Delivery {
         };
         Err(holding.refusal(kind))
     }
+}
+
+fn is_no_node(error: &tokio_postgres::Error) -> bool {
+    matches!(error.code(), Some(&SqlState::UNDEFINED_TABLE | &SqlState::INVALID_SCHEMA_NAME))
 }
 
 /// A message that is acknowledged if a transaction is committed. Say so by

@@ -11,7 +11,7 @@ use tokio_postgres::GenericClient;
 use uuid::Uuid;
 
 use crate::cluster::Cluster;
-use crate::deadline::in_time;
+use crate::deadline::{in_time, on_a_slow_line};
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::{Day, NodeId, ScheduledId};
 use crate::message::Message;
@@ -285,6 +285,11 @@ async fn deliver_together(
             match later.attempt(node).await {
                 Ok(ids) => return Ok((node, ids)),
                 Err(error) if error.is_transient() || is_of_node(&error) => last = Some(error),
+                // It says nothing of an attempt before that had no answer.
+                Err(error) if later.unknown.is_some() => {
+                    let what = "deliver a message later: it may have been stored before";
+                    return Err(Error::with_source(ErrorKind::Unknown, what, error));
+                }
                 Err(error) => return Err(error),
             }
             if later.unknown.is_some() {
@@ -322,6 +327,8 @@ impl Later<'_> {
         let connection = async { shared.cluster.inner.nodes.node(node).await?.get().await };
         let connection = in_time(limit, &what, connection).await?;
         let stored = outbox::deliver(connection, self.token, topic, self.due, &self.arrays);
+        // What is large takes its time on a slow line.
+        let limit = limit + on_a_slow_line(self.arrays.bytes);
         match timeout(limit, stored).await {
             Ok(Ok(ids)) => Ok(ids),
             Ok(Err(error)) if is_definite(&error) => Err(explained(error, &what)),

@@ -21,7 +21,7 @@ use std::time::{Duration, SystemTime};
 use tokio::time::timeout;
 
 use super::Outlet;
-use crate::deadline::in_time;
+use crate::deadline::{in_time, on_a_slow_line};
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::Day;
 use crate::store::append::{self, Again, Append, Failure, Rolled};
@@ -31,8 +31,6 @@ use crate::store::outbox::{self, Frozen, State};
 
 /// How long an attempt may take, beyond the time for its bytes.
 const ATTEMPT: Duration = Duration::from_secs(2);
-/// What a slow connection takes in a second, in bytes.
-const SLOWEST: i32 = 1 << 20;
 /// How often days are found out before it is tried later.
 const DAYS: u32 = 4;
 /// Before a partition that is full, or whose clock is wrong, is tried again.
@@ -334,7 +332,7 @@ impl Delivery<'_> {
 
 /// How long an attempt may take to append so many bytes.
 fn time_for(bytes: i32) -> Duration {
-    ATTEMPT + Duration::from_secs(1).mul_f64(f64::from(bytes.max(0)) / f64::from(SLOWEST))
+    ATTEMPT + on_a_slow_line(bytes)
 }
 
 impl Pause {

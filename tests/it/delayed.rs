@@ -180,6 +180,31 @@ async fn a_call_whose_answer_was_lost_stores_nothing_twice() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_refusal_says_nothing_of_a_call_before_that_had_no_answer() {
+    let (test, proxy) = cluster_behind_proxy().await;
+    topic(&test, "orders", 1).await;
+    let builder = test.cluster.producer("orders").append_timeout(SECOND / 2);
+    let producer = builder.build().await.unwrap();
+    let sql = test.sql(0).await;
+    producer.deliver_after(HOUR, Message::new("first")).await.unwrap();
+    proxy.to_client(Rule::Hold);
+    let sending = producer.clone();
+    let later = tokio::spawn(async move { sending.deliver_after(HOUR, Message::new("x")).await });
+    let there = async || pending(&sql).await == 2;
+    eventually("it is stored", SOON, there).await;
+    let refuse = "create function public.no() returns trigger language plpgsql as
+                      $$ begin raise check_violation; end $$;
+                  create trigger no before insert on shardmq.delayed_call
+                      for each row execute function public.no()";
+    sql.batch_execute(refuse).await.unwrap();
+    proxy.cut();
+    proxy.to_client(Rule::Pass);
+    assert_eq!(later.await.unwrap().unwrap_err().kind(), ErrorKind::Unknown);
+    let refused = producer.deliver_after(HOUR, Message::new("y")).await.unwrap_err();
+    assert_ne!(refused.kind(), ErrorKind::Unknown);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn limits_are_refused_before_anything_is_sent() {
     let test = TestCluster::new(1).await;
     topic(&test, "orders", 1).await;

@@ -11,7 +11,7 @@ use tokio_postgres::Client;
 
 use crate::support::reading::{append_texts, cursor, cursors, next, next_text, seek, take, text};
 use crate::support::stored::{number, topic};
-use crate::support::{TestCluster, eventually, within};
+use crate::support::{TestCluster, client, eventually, shared_server, within};
 
 const SECOND: Duration = Duration::from_secs(1);
 const SOON: Duration = Duration::from_secs(15);
@@ -93,7 +93,7 @@ async fn commits_without_an_answer(order: Order) -> usize {
         let (url, counted) = (url.clone(), Arc::clone(&counted));
         async move {
             counted.fetch_add(1, Ordering::SeqCst);
-            let mut sql = crate::support::client(&url).await;
+            let mut sql = client(&url).await;
             let transaction = sql.transaction().await.unwrap();
             apply(&transaction, &delivery).await;
             drop(delivery.commit_in(&transaction).await.map_err(|error| error.chain())?);
@@ -286,13 +286,16 @@ async fn who_may_not_acknowledge_is_told_why_and_moves_nothing() {
     let builder = consumer(&test).lease(600 * SECOND).flush_interval(60 * SECOND);
     let mut messages = builder.partitions([partitions[0]]).stream().await.unwrap();
     let mut hand = take(&mut messages, 4).await;
-    // On the other node.
-    let mut elsewhere = test.sql(1).await;
-    let transaction = elsewhere.transaction().await.unwrap();
-    let error = hand[0].commit_in(&transaction).await.unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::Invalid);
-    assert!(error.chain().contains("not on node 01"), "{}", error.chain());
-    transaction.rollback().await.unwrap();
+    // On the other node, and in a database that is none.
+    let none = client(&shared_server().await.url("postgres")).await;
+    let mut elsewhere = [test.sql(1).await, none];
+    for elsewhere in &mut elsewhere {
+        let transaction = elsewhere.transaction().await.unwrap();
+        let error = hand[0].commit_in(&transaction).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Invalid);
+        assert!(error.chain().contains("not on node 01"), "{}", error.chain());
+        transaction.rollback().await.unwrap();
+    }
     let before = cursor(&sql, "g", partitions[0]).await;
     // Another owner that it has not heard of.
     let steal = "update shardmq.cursor set owner = gen_random_uuid(), epoch = epoch + 1
@@ -305,7 +308,7 @@ async fn who_may_not_acknowledge_is_told_why_and_moves_nothing() {
     // It hears of it, and asks nobody. Refused at once where it has heard already.
     let _ = hand.remove(0).ack();
     assert_eq!(messages.flush().await.unwrap_err().kind(), ErrorKind::LeaseLost);
-    let transaction = elsewhere.transaction().await.unwrap();
+    let transaction = elsewhere[0].transaction().await.unwrap();
     let error = hand[0].commit_in(&transaction).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::LeaseLost, "{}", error.chain());
     transaction.rollback().await.unwrap();
