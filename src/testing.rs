@@ -31,6 +31,8 @@ use crate::notifier::{Hint, Hints, Notifier};
 const SOON: Duration = Duration::from_secs(10);
 /// How long a call may take that must return at once. Long, since the machine may be busy.
 const AT_ONCE: Duration = Duration::from_secs(1);
+/// How often in a row it must take longer: a machine stalls once, and who waits does so each time.
+const TRIES: u32 = 3;
 /// Calls while nothing can be sent.
 const MANY: usize = 5_000;
 
@@ -57,7 +59,7 @@ fn require(holds: bool, otherwise: &str) -> Checked {
 pub struct NotifierSuite {
     publisher: Arc<dyn Notifier>,
     subscriber: Arc<dyn Notifier>,
-    /// Three of one node: the last is a stranger's.
+    /// Three of one node: the last is a stranger's, unless who subscribes asks for it.
     partitions: [PartitionId; 3],
 }
 
@@ -188,16 +190,16 @@ impl NotifierSuite {
     }
 
     async fn a_slow_subscription_holds_up_nobody(&self) -> Checked {
-        let [one, two, _] = self.partitions;
-        let mut slow = self.subscribe(&[one, two]).await?;
+        let [one, two, last] = self.partitions;
+        let mut slow = self.subscribe(&[one, two, last]).await?;
         let mut quick = self.subscribe(&[one, two]).await?;
         for _ in 0..50 {
             self.publishes_at_once(one)?;
             self.passes(&mut quick, two).await?;
         }
-        // It hears of the last one after all, or looks.
-        self.publisher.publish(&[two]);
-        self.hears(&mut slow, two).await
+        // It hears of what came last after all, of which nothing waits for it yet, or looks.
+        self.publisher.publish(&[last]);
+        self.hears(&mut slow, last).await
     }
 
     async fn subscriptions_do_not_end(&self) -> Checked {
@@ -218,9 +220,8 @@ impl NotifierSuite {
 
     /// A subscription whose first look was had.
     async fn subscribe(&self, partitions: &[PartitionId]) -> Checked<Hints> {
-        let began = Instant::now();
-        let mut hints = self.subscriber.subscribe(partitions);
-        require(began.elapsed() < AT_ONCE, "MUST return from subscribe at once")?;
+        let subscribe = || self.subscriber.subscribe(partitions);
+        let mut hints = at_once(subscribe, "MUST return from subscribe at once")?;
         let first = async {
             while next(&mut hints).await? != Hint::Look {}
             Ok(())
@@ -254,16 +255,23 @@ impl NotifierSuite {
 
     /// Many times, whether they can be sent or not.
     fn publishes_at_once(&self, partition: PartitionId) -> Checked {
-        let began = Instant::now();
-        for _ in 0..MANY {
-            self.publisher.publish(&[partition]);
-        }
-        require(began.elapsed() < AT_ONCE, "MUST return from publish at once")
+        let publish = || (0..MANY).for_each(|_| self.publisher.publish(&[partition]));
+        at_once(publish, "MUST return from publish at once")
     }
 
     fn health(&self) -> bool {
         self.subscriber.health(self.partitions[0].node()).is_ok()
     }
+}
+
+/// What a call returns that took no longer than it may, in one of some tries.
+fn at_once<T>(call: impl Fn() -> T, otherwise: &str) -> Checked<T> {
+    let quick = |_| {
+        let began = Instant::now();
+        let returned = call();
+        (began.elapsed() < AT_ONCE).then_some(returned)
+    };
+    (0..TRIES).find_map(quick).ok_or_else(|| Violation(otherwise.to_owned()))
 }
 
 async fn next(hints: &mut Hints) -> Checked<Hint> {

@@ -1,13 +1,14 @@
 //! What a suite is worth that has not failed.
 
-use std::sync::Arc;
+use std::collections::VecDeque;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 
 use futures_util::{StreamExt, stream};
 use shardmq::notifier::{Health, HealthCell, Hint, Hints, LocalNotifier, NoNotifier, Notifier};
 use shardmq::testing::NotifierSuite;
 use shardmq::{NodeId, PartitionId};
-use tokio::sync::broadcast;
+use tokio::sync::{Notify, broadcast};
 
 /// What is wrong with one around an interruption.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -102,7 +103,8 @@ impl Notifier for Faulty {
         match self.fault {
             Fault::LosesEveryThird if nth % 3 == 2 => {}
             Fault::Blocks => {
-                std::thread::sleep(std::time::Duration::from_millis(1));
+                // Over two seconds for as often as the suite publishes in a row.
+                std::thread::sleep(std::time::Duration::from_micros(500));
                 self.sound.publish(partitions);
             }
             _ => self.sound.publish(partitions),
@@ -134,6 +136,59 @@ impl Notifier for Faulty {
     }
 }
 
+/// Merges a hint into the same one before it, and drops what comes when too many wait for a subscription.
+#[derive(Debug, Clone)]
+struct Forgetful {
+    most: usize,
+    queues: Arc<Mutex<Vec<Arc<Queue>>>>,
+    sound: LocalNotifier,
+}
+
+/// What waits for a subscription.
+#[derive(Debug, Default)]
+struct Queue {
+    hints: Mutex<VecDeque<Vec<PartitionId>>>,
+    added: Notify,
+}
+
+impl Queue {
+    async fn heard(&self) -> Hint {
+        loop {
+            let first = self.hints.lock().unwrap().pop_front();
+            if let Some(partitions) = first {
+                return Hint::Partitions(partitions);
+            }
+            self.added.notified().await;
+        }
+    }
+}
+
+impl Notifier for Forgetful {
+    fn publish(&self, partitions: &[PartitionId]) {
+        let queues = self.queues.lock().unwrap();
+        for queue in &*queues {
+            let mut hints = queue.hints.lock().unwrap();
+            let is_known = hints.back().is_some_and(|last| last == partitions);
+            if !is_known && hints.len() < self.most {
+                hints.push_back(partitions.to_vec());
+                queue.added.notify_one();
+            }
+        }
+    }
+
+    fn subscribe(&self, _: &[PartitionId]) -> Hints {
+        let queue = Arc::<Queue>::default();
+        self.queues.lock().unwrap().push(Arc::clone(&queue));
+        let later =
+            stream::unfold(queue, |queue| async move { Some((queue.heard().await, queue)) });
+        Box::pin(stream::iter([Hint::Look]).chain(later))
+    }
+
+    fn health(&self, node: NodeId) -> Health {
+        self.sound.health(node)
+    }
+}
+
 async fn violation(fault: Fault) -> String {
     let sound = LocalNotifier::new();
     let faulty = Faulty { fault, sound, published: Arc::default() };
@@ -159,6 +214,19 @@ async fn each_fault_is_found() {
 #[tokio::test]
 async fn to_block_is_found_by_the_clock() {
     assert!(violation(Fault::Blocks).await.contains("MUST return from publish at once"));
+}
+
+/// Only who has not read for long misses something.
+#[tokio::test(start_paused = true)]
+async fn to_drop_what_comes_last_is_found() {
+    let check = async |most| {
+        let one = Forgetful { most, queues: Arc::default(), sound: LocalNotifier::new() };
+        let partition = PartitionId::new(1, 1).unwrap();
+        NotifierSuite::new(one.clone(), one, partition).check().await
+    };
+    check(1_000).await.unwrap();
+    let found = check(32).await.unwrap_err().to_string();
+    assert!(found.contains("MUST deliver"), "{found}");
 }
 
 #[tokio::test(start_paused = true)]
