@@ -14,7 +14,7 @@ help: ## Says what there is.
 	@echo '  make demo ARGS="--nodes 3 --messages 100000"    passes arguments on'
 
 demo: ## Installs what is missing, builds, and shows ShardMQ at work on private servers.
-	@.ci/install.sh demo
+	@.ci/install.sh demo $(filter --redis,$(ARGS))
 	cargo run --locked --release --features cli --bin shardmq -- demo $(ARGS)
 
 test: ## Installs what is missing and runs all tests.

@@ -2,8 +2,8 @@
 # Installs what `make demo` and `make test` need and this machine lacks, and prints what it found.
 # What is there already is never touched.
 #
-#   .ci/install.sh demo    Rust, a C linker, the Postgres server programs
-#   .ci/install.sh test    the same, and what only tests need
+#   .ci/install.sh demo [--redis]    Rust, a C linker, the Postgres server programs, or Redis too
+#   .ci/install.sh test              the same, and what only tests need
 set -euo pipefail
 
 # A PostgreSQL older than this can't hold the schemas.
@@ -160,7 +160,7 @@ redis_folders() {
     printf '%s\n' /usr/bin /opt/homebrew/bin /usr/local/bin
 }
 
-# Installs a server that only tests need. $1 says what it is, $2 prints its program; $3 and $4 are
+# Installs a server that is not Postgres. $1 says what it is, $2 prints its program; $3 and $4 are
 # its packages in Debian and in Homebrew.
 need_test_server() {
     local program hint="install $1"
@@ -200,11 +200,12 @@ case "${1:-}" in
     demo)
         need_rust
         need_postgres
+        if [ "${2:-}" = --redis ]; then need_redis; fi
         ;;
     test)
         need_rust
         need_postgres
         need_test_servers
         ;;
-    *) die "usage: .ci/install.sh demo|test" ;;
+    *) die "usage: .ci/install.sh demo [--redis] | test" ;;
 esac

@@ -124,17 +124,22 @@ async fn relay(server: &Server, plan: Plan) {
         ("a transaction id", "begin; select pg_current_xact_id()"),
     ];
     let mut free = Vec::new();
-    let mut ratios = holds.map(|_| Vec::new());
+    let (mut ratios, mut late) = (holds.map(|_| Vec::new()), holds.map(|_| Vec::new()));
     for _ in 0..plan.rounds {
         for (held, (_, hold)) in holds.iter().enumerate() {
             clean(&sql).await;
             let alone = node.relayed(&sql, plan.messages).await;
             free.push(alone);
             holder.batch_execute(hold).await.unwrap();
+            let mut rates = Vec::new();
             for _ in 0..plan.held {
-                ratios[held].push(node.relayed(&sql, plan.messages).await / alone);
+                rates.push(node.relayed(&sql, plan.messages).await);
             }
             holder.batch_execute("commit").await.unwrap();
+            let quarter = plan.held.div_ceil(4);
+            let sum = |rates: &[f64]| rates.iter().sum::<f64>();
+            late[held].push(sum(&rates[plan.held - quarter..]) / sum(&rates[..quarter]));
+            ratios[held].extend(rates.iter().map(|rate| rate / alone));
         }
     }
     println!(
@@ -142,9 +147,10 @@ async fn relay(server: &Server, plan: Plan) {
         plan.messages
     );
     println!("  relayed: {} messages/s", Spread::of(free).text());
-    for ((what, _), ratios) in holds.iter().zip(ratios) {
+    for (((what, _), ratios), late) in holds.iter().zip(ratios).zip(late) {
         let passed = plan.messages * i64::try_from(plan.held).unwrap();
         println!("  while {what} is held, {passed} messages: {}", Spread::of(ratios).text());
+        println!("    the last quarter of them to the first: {}", Spread::of(late).text());
     }
     node.cluster.shutdown().await;
 }
@@ -191,7 +197,7 @@ pub(crate) async fn measure(size: Size) {
         Size::Whole => Plan {
             rounds: 3,
             messages: 250_000,
-            held: 8,
+            held: 20,
             pending: 1_000_000,
             slices: 30,
             slice: Duration::from_secs(1),

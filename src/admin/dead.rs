@@ -153,8 +153,8 @@ impl Cluster {
         Ok(letters.into_iter().next())
     }
 
-    /// Gives dead letters to their groups again, and to no other: each is delivered by whoever has its
-    /// partition, in no order with others, its attempts counted anew; if it fails to the end it is a dead
+    /// Gives dead letters to their groups again, and to no other: each is delivered by the library's consumer that has
+    /// its partition (not by one that uses SQL), in no order with others, its attempts counted anew; if it fails to the end it is a dead
     /// letter again. Those that die after this was called are not taken up again. Letters of groups that
     /// are gone stay.
     ///

@@ -15,7 +15,7 @@ use tokio_postgres::Client;
 
 use super::{LATEST, READ, SECOND, SOON, nothing_is_late};
 use crate::support::hints::{arrive, hears};
-use crate::support::proxy::{Rule, cluster_behind_proxy};
+use crate::support::proxy::{Proxy, Rule, cluster_behind_proxy};
 use crate::support::reading::{append_texts, next_text};
 use crate::support::signals::{signal, signal_all};
 use crate::support::stored::topic;
@@ -67,25 +67,55 @@ async fn a_network_that_swallows_everything() {
     suite.check_interruption(rule(Rule::Swallow), rule(Rule::Pass)).await.unwrap();
 }
 
+/// A server, a cluster, and another that listens as a user of its own by another way.
+async fn listener_apart() -> (Server, TestCluster, Cluster, Proxy) {
+    let server = own_server().await;
+    let test = TestCluster::on(&server, 1).await;
+    test.sql(0).await.batch_execute("create role listener login").await.unwrap();
+    let proxy = Proxy::start(server.port()).await;
+    let url = proxy.url(&test.node_urls[0]).replace("shardmq@", "listener@");
+    let builder = Cluster::builder(&test.control_url).upkeep(false);
+    let other = builder.listen_url(NodeId::new(1).unwrap(), &url).connect().await.unwrap();
+    (server, test, other, proxy)
+}
+
+async fn lock_out(sql: &Client) {
+    sql.batch_execute("alter role listener nologin").await.unwrap();
+    let kill = "select pg_terminate_backend(pid) from pg_stat_activity where usename = 'listener'";
+    sql.query(kill, &[]).await.unwrap();
+}
+
+async fn let_in(sql: &Client) {
+    sql.batch_execute("alter role listener login").await.unwrap();
+}
+
 /// The listener's own user, who is locked out for a while.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_user_that_may_not_log_in_any_more() {
-    let server = own_server().await;
-    let test = TestCluster::on(&server, 1).await;
+    let (_server, test, other, _proxy) = listener_apart().await;
     let sql = test.sql(0).await;
-    sql.batch_execute("create role listener login").await.unwrap();
-    let url = test.node_urls[0].replace("shardmq@", "listener@");
-    let builder = Cluster::builder(&test.control_url).upkeep(false);
-    let other = builder.listen_url(NodeId::new(1).unwrap(), &url).connect().await.unwrap();
     let suite = NotifierSuite::new(test.cluster.notifier(), other.notifier(), partition());
-    let lock_out = async {
-        sql.batch_execute("alter role listener nologin").await.unwrap();
-        let kill =
-            "select pg_terminate_backend(pid) from pg_stat_activity where usename = 'listener'";
-        sql.query(kill, &[]).await.unwrap();
+    suite.check_interruption(lock_out(&sql), let_in(&sql)).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn messages_come_while_the_listener_is_locked_out_and_its_network_swallows_everything() {
+    let (_server, test, other, proxy) = listener_apart().await;
+    topic(&test, "orders", 4).await;
+    let sql = test.sql(0).await;
+    let trouble = async {
+        lock_out(&sql).await;
+        tokio::time::sleep(6 * SECOND).await;
+        let_in(&sql).await;
+        let well = async || other.notifier().health(NodeId::new(1).unwrap()).is_ok();
+        eventually("hints arrive again", SOON, well).await;
+        for rule in [Rule::Swallow, Rule::Pass] {
+            proxy.to_client(rule);
+            proxy.to_server(rule);
+            tokio::time::sleep(6 * SECOND).await;
+        }
     };
-    let mend = async { sql.batch_execute("alter role listener login").await.unwrap() };
-    suite.check_interruption(lock_out, mend).await.unwrap();
+    nothing_is_late(&test.cluster, &other, "orders", trouble).await;
 }
 
 /// What comes there is not of the node, however much it is.

@@ -71,20 +71,22 @@ async fn a_network_that_swallows_everything() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn another_password() {
     let (redis, suite) = start().await;
-    let mut by_hand = ByHand::connect(redis.port()).await;
-    let by_hand = tokio::sync::Mutex::new(&mut by_hand);
-    let lock_out = async {
-        let mut by_hand = by_hand.lock().await;
-        assert_eq!(by_hand.say("CONFIG SET requirepass new").await, "+OK");
-        for kind in ["normal", "pubsub"] {
-            by_hand.say(&format!("CLIENT KILL TYPE {kind} SKIPME yes")).await;
-        }
-    };
-    let mend = async {
-        let mut by_hand = by_hand.lock().await;
-        assert_eq!(by_hand.say("CONFIG SET requirepass \"\"").await, "+OK");
-    };
-    suite.check_interruption(lock_out, mend).await.unwrap();
+    let by_hand = tokio::sync::Mutex::new(ByHand::connect(redis.port()).await);
+    let out = async { lock_out(&mut *by_hand.lock().await).await };
+    let mend = async { let_in(&mut *by_hand.lock().await).await };
+    suite.check_interruption(out, mend).await.unwrap();
+}
+
+/// Nobody else has the password any more.
+async fn lock_out(by_hand: &mut ByHand) {
+    assert_eq!(by_hand.say("CONFIG SET requirepass new").await, "+OK");
+    for kind in ["normal", "pubsub"] {
+        by_hand.say(&format!("CLIENT KILL TYPE {kind} SKIPME yes")).await;
+    }
+}
+
+async fn let_in(by_hand: &mut ByHand) {
+    assert_eq!(by_hand.say("CONFIG SET requirepass \"\"").await, "+OK");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -170,6 +172,24 @@ async fn messages_come_while_it_is_killed_suspended_restarted_and_cut_off() {
         for _ in 0..5 {
             proxy.cut();
             redis.restart(StopMode::Fast).await.unwrap();
+        }
+    };
+    nothing_is_late(&producing, &consuming, "orders", trouble).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn messages_come_while_its_password_is_another_and_it_forgets_everything() {
+    let redis = Redis::builder().start().await.unwrap();
+    let (_test, [producing, consuming]) = cluster_by(&redis.url()).await;
+    let mut by_hand = ByHand::connect(redis.port()).await;
+    let trouble = async {
+        lock_out(&mut by_hand).await;
+        tokio::time::sleep(6 * SECOND).await;
+        let_in(&mut by_hand).await;
+        for _ in 0..5 {
+            assert_eq!(by_hand.say("FLUSHALL").await, "+OK");
+            by_hand.say("CLIENT KILL TYPE pubsub").await;
+            tokio::time::sleep(SECOND / 2).await;
         }
     };
     nothing_is_late(&producing, &consuming, "orders", trouble).await;

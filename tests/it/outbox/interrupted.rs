@@ -8,10 +8,10 @@ use shardmq::{Cluster, NodeId, PartitionId, TopicOptions};
 use tokio_postgres::Client;
 use tracing::Level;
 
-use crate::support::proxy::Proxy;
+use crate::support::proxy::{Proxy, Rule};
 use crate::support::relays::{Relay, arrive, publish, through};
 use crate::support::said::said;
-use crate::support::stored::{Stored, topic};
+use crate::support::stored::{Stored, all_stored, topic};
 use crate::support::{TestCluster, client, database, eventually, shared_server};
 
 const SOON: Duration = Duration::from_secs(15);
@@ -89,9 +89,61 @@ stops! {
     a_relay_that_stops_after_freezing_is_replaced = "frozen", 1;
     a_relay_that_stops_after_appending_is_replaced = "appended", 1;
     a_relay_that_stops_after_forgetting_is_replaced = "forgotten", 1;
+    a_relay_to_another_node_that_stops_after_a_look_is_replaced = "looked", 2;
     a_relay_to_another_node_that_stops_after_freezing_is_replaced = "frozen", 2;
     a_relay_to_another_node_that_stops_after_appending_is_replaced = "appended", 2;
     a_relay_to_another_node_that_stops_after_forgetting_is_replaced = "forgotten", 2;
+}
+
+/// The partition on the other node is sealed for a while: what was frozen for it is withdrawn and put back.
+async fn stops_while_it_puts_back(place: &'static str) {
+    let test = TestCluster::new(2).await;
+    let options = TopicOptions::partitions(1).nodes([NodeId::new(2).unwrap()]);
+    let made = test.cluster.create_topic("orders", options).await.unwrap();
+    let (sql, there) = (test.sql(0).await, test.sql(1).await);
+    there.batch_execute("update shardmq.partition set state = 'sealed'").await.unwrap();
+    publish_all(&sql, 0, 100).await;
+    let (relay, stopped) = stopping(&test, place).await;
+    eventually(place, SOON, async || stopped.load(Ordering::SeqCst)).await;
+    let _next = Relay::start(&test, "orders").await;
+    relay.cluster.shutdown().await;
+    publish_all(&sql, 100, 200).await;
+    there.batch_execute("update shardmq.partition set state = 'open'").await.unwrap();
+    check(&arrive(&there, &[made.partitions[0].partition], 200).await, 200);
+    through(&sql).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_relay_that_stops_where_a_batch_was_refused_is_replaced() {
+    stops_while_it_puts_back("refused").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_relay_that_stops_where_a_batch_was_withdrawn_is_replaced() {
+    stops_while_it_puts_back("withdrawn").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_relay_that_stops_where_a_batch_is_divided_is_replaced() {
+    let test = TestCluster::new(2).await;
+    let options = TopicOptions::partitions(1).nodes([NodeId::new(2).unwrap()]);
+    let made = test.cluster.create_topic("orders", options).await.unwrap();
+    let (sql, there) = (test.sql(0).await, test.sql(1).await);
+    let unchecked = "alter table shardmq.outbox drop constraint headers_of_65536_bytes";
+    sql.batch_execute(unchecked).await.unwrap();
+    publish_all(&sql, 0, 50).await;
+    let bad =
+        "insert into shardmq.outbox (topic, headers, payload) values ('orders', '[1]', 'bad')";
+    sql.batch_execute(bad).await.unwrap();
+    publish_all(&sql, 50, 100).await;
+    let (relay, stopped) = stopping(&test, "divided").await;
+    eventually("it divides", SOON, async || stopped.load(Ordering::SeqCst)).await;
+    let _next = Relay::start(&test, "orders").await;
+    relay.cluster.shutdown().await;
+    check(&arrive(&there, &[made.partitions[0].partition], 100).await, 100);
+    through(&sql).await;
+    let dead = "select convert_from(payload, 'UTF8') from shardmq.outbox_dead";
+    assert_eq!(sql.query_one(dead, &[]).await.unwrap().get::<_, String>(0), "bad");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -130,8 +182,37 @@ async fn connections_that_end_at_any_time_do_no_harm() {
     through(&sql).await;
 }
 
-/// A cluster whose second node is reached through a proxy, with a topic of two partitions on each.
-async fn with_a_node_apart() -> (TestCluster, Proxy, Vec<PartitionId>) {
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn connections_to_another_node_that_are_cut_at_any_time_do_no_harm() {
+    let options = TopicOptions::partitions(3).nodes([NodeId::new(2).unwrap()]);
+    let (test, proxy, partitions) = with_a_node_apart(options).await;
+    let _relay = Relay::start(&test, "orders").await;
+    let (sql, there) = (test.sql(0).await, test.sql(1).await);
+    for part in 0..9 {
+        let before = all_stored(&there, &partitions).await.len();
+        match part % 3 {
+            0 => {}
+            // What is stored is not told.
+            1 => proxy.to_client(Rule::Hold),
+            // It does not come wholly.
+            _ => proxy.to_server(Rule::CutAfter(600)),
+        }
+        publish_all(&sql, part * 40, part * 40 + 40).await;
+        if part % 3 == 1 {
+            let more = async || all_stored(&there, &partitions).await.len() > before;
+            eventually("something is stored", SOON, more).await;
+        }
+        proxy.cut();
+        proxy.to_client(Rule::Pass);
+        proxy.to_server(Rule::Pass);
+        arrive(&there, &partitions, part * 40 + 40).await;
+    }
+    check(&all_stored(&there, &partitions).await, 360);
+    through(&sql).await;
+}
+
+/// A cluster whose second node is reached through a proxy, with a topic.
+async fn with_a_node_apart(topic: TopicOptions) -> (TestCluster, Proxy, Vec<PartitionId>) {
     let server = shared_server().await;
     let node_urls = vec![database(server).await, database(server).await];
     let proxy = Proxy::start(server.port()).await;
@@ -140,14 +221,14 @@ async fn with_a_node_apart() -> (TestCluster, Proxy, Vec<PartitionId>) {
     for (number, url) in [(1, node_urls[0].clone()), (2, proxy.url(&node_urls[1]))] {
         cluster.add_node(NodeId::new(number).unwrap(), &url).await.unwrap();
     }
-    let made = cluster.create_topic("orders", TopicOptions::partitions(4)).await.unwrap();
+    let made = cluster.create_topic("orders", topic).await.unwrap();
     let partitions = made.partitions.iter().map(|p| p.partition).collect();
     (TestCluster { cluster, control_url, node_urls }, proxy, partitions)
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_node_that_is_away_makes_its_own_messages_wait_and_no_others() {
-    let (test, proxy, partitions) = with_a_node_apart().await;
+    let (test, proxy, partitions) = with_a_node_apart(TopicOptions::partitions(4)).await;
     let of = |node: u8| -> Vec<PartitionId> {
         partitions.iter().copied().filter(|p| p.node().number() == node).collect()
     };
