@@ -202,9 +202,9 @@ async fn a_consumer_that_died_is_followed_after_its_lease_and_what_it_says_later
     let before = take(sql, died, 2).await;
     let messages = pull(sql, &before[0].token, 10).await;
     assert!(ack(sql, &before[0].token, messages[0].0).await);
-    ready.clocks.move_server("29 s").await;
+    ready.clocks.move_server("20 s").await;
     assert!(take(sql, next, 2).await.is_empty(), "the lease lasts");
-    ready.clocks.move_server("2 s").await;
+    ready.clocks.move_server("11 s").await;
     let after = take_over(sql, next, 1).await;
     assert_eq!(after.len(), 1);
     assert_ne!(after[0].token, before[0].token);

@@ -156,7 +156,7 @@ async fn in_one_batch_each_key_is_stored_once_and_known_ones_keep_their_ids() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_is_repeated_since_its_answer_was_lost_is_stored_once() {
-    let way = way(|builder| builder).await;
+    let way = way(|builder| builder.append_timeout(8 * SECOND)).await;
     way.proxy.to_client(Rule::Hold);
     let send = way.send_message(once("x"));
     way.eventually_stored(3).await;
@@ -181,9 +181,11 @@ async fn an_original_that_comes_after_its_repeat_is_not_stored_again() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_has_no_answer_until_the_send_timeout_is_unknown_and_may_be_sent_again() {
-    let way = way(|builder| builder.send_timeout(SECOND)).await;
+    let settings =
+        |builder: ProducerBuilder| builder.send_timeout(5 * SECOND).append_timeout(3 * SECOND);
+    let way = way(settings).await;
     way.proxy.to_client(Rule::Swallow);
-    let sent = within(10 * SECOND, "an answer", way.send_message(once("x"))).await.unwrap();
+    let sent = within(20 * SECOND, "an answer", way.send_message(once("x"))).await.unwrap();
     let error = sent.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Unknown);
     assert!(error.chain().contains("may be stored, or not"), "{}", error.chain());
@@ -200,7 +202,7 @@ async fn what_has_no_answer_until_the_send_timeout_is_unknown_and_may_be_sent_ag
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_original_whose_repeat_was_refused_may_still_come_and_is_not_called_refused() {
     for code in ["check_violation", "raise_exception"] {
-        let way = Way::new(|builder| builder).await;
+        let way = Way::new(|builder| builder.append_timeout(3 * SECOND)).await;
         let large = || Message::new("m".repeat(12_000)).dedup_key("x");
         let (send, original) = way.send_held_message(large()).await;
         way.given_up(&original).await;
@@ -229,11 +231,14 @@ async fn an_original_whose_repeat_was_refused_may_still_come_and_is_not_called_r
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_was_never_sent_is_not_called_unknown() {
-    let way = Way::new(|builder| builder.send_timeout(SECOND)).await;
+    // The lock is waited for so long that the server says in time that it was not to be had.
+    let settings =
+        |builder: ProducerBuilder| builder.send_timeout(5 * SECOND).append_timeout(8 * SECOND);
+    let way = Way::new(settings).await;
     let holder = way.test.sql(0).await;
     let lock = format!("begin; select shardmq.lock_partition({})", way.partition);
     holder.batch_execute(&lock).await.unwrap();
-    let sent = within(10 * SECOND, "an answer", way.send_message(once("x"))).await.unwrap();
+    let sent = within(20 * SECOND, "an answer", way.send_message(once("x"))).await.unwrap();
     assert_eq!(sent.unwrap_err().kind(), ErrorKind::Timeout);
     holder.batch_execute("commit").await.unwrap();
     assert_eq!(way.stored().await.len(), 1);

@@ -13,7 +13,7 @@ use crate::support::stored::{stored, topic};
 use crate::support::{TestCluster, client, database, eventually, own_server, shared_server};
 
 const SECOND: Duration = Duration::from_secs(1);
-const SOON: Duration = Duration::from_secs(15);
+const SOON: Duration = Duration::from_secs(30);
 const HOUR: Duration = Duration::from_hours(1);
 
 async fn pending(sql: &tokio_postgres::Client) -> i64 {
@@ -28,19 +28,21 @@ async fn messages_come_in_the_order_in_which_they_are_due() {
     let producer = relay.cluster.producer("orders").build().await.unwrap();
     let sql = test.sql(0).await;
     let now = SystemTime::now();
-    for ms in [900, 300, 600] {
-        let message = Message::new(ms.to_string()).key("k").header("h", "v");
-        producer.deliver_at(now + Duration::from_millis(ms), message).await.unwrap();
+    for secs in [10, 8, 9] {
+        let message = Message::new(secs.to_string()).key("k").header("h", "v");
+        producer.deliver_at(now + Duration::from_secs(secs), message).await.unwrap();
     }
     producer.deliver_after(Duration::ZERO, Message::new("0").key("k")).await.unwrap();
+    // Both at once would come by the time at which they are due.
+    arrive(&sql, &partitions, 1).await;
     let past = now.checked_sub(HOUR).unwrap();
     producer.deliver_at(past, Message::new("past").key("k")).await.unwrap();
     let all = arrive(&sql, &partitions, 5).await;
-    assert_eq!(texts(&all), ["0", "past", "300", "600", "900"]);
+    assert_eq!(texts(&all), ["0", "past", "8", "9", "10"]);
     for message in &all[2..] {
-        let due = now + Duration::from_millis(message.text().parse().unwrap());
+        let due = now + Duration::from_secs(message.text().parse().unwrap());
         let late = message.appended_at.duration_since(due);
-        assert!(late.as_ref().is_ok_and(|late| *late < SECOND), "{} {late:?}", message.text());
+        assert!(late.as_ref().is_ok_and(|late| *late < SECOND * 10), "{} {late:?}", message.text());
     }
     assert_eq!(pending(&sql).await, 0);
 }
@@ -53,7 +55,7 @@ async fn what_is_taken_back_before_it_is_due_never_comes() {
     let producer = relay.cluster.producer("orders").build().await.unwrap();
     let messages = (0..100).map(|n| Message::new(n.to_string()).key(n.to_string()));
     let mut ids: Vec<ScheduledId> = Vec::new();
-    for id in producer.deliver_all_after(SECOND * 2, messages).await {
+    for id in producer.deliver_all_after(SECOND * 8, messages).await {
         ids.push(id.unwrap());
     }
     let nodes: std::collections::BTreeSet<NodeId> = ids.iter().map(|id| id.node).collect();
@@ -89,7 +91,7 @@ async fn a_transaction_publishes_for_later_or_not_at_all() {
     let relay = Relay::start(&test, "orders").await;
     let producer = relay.cluster.producer("orders").build().await.unwrap();
     let (mut sql, watch) = (test.sql(0).await, test.sql(0).await);
-    let due = SystemTime::now() + SECOND;
+    let due = SystemTime::now() + SECOND * 6;
     let transaction = sql.transaction().await.unwrap();
     producer.deliver_at_in(&transaction, due, Message::new("never")).await.unwrap();
     transaction.rollback().await.unwrap();
@@ -115,7 +117,7 @@ async fn messages_outlive_their_server_and_their_relay() {
     let relay = Relay::start(&test, "orders").await;
     let producer = relay.cluster.producer("orders").build().await.unwrap();
     for n in 0..5_u32 {
-        let delay = SECOND + SECOND / 5 * n;
+        let delay = SECOND * 8 + SECOND / 5 * n;
         producer.deliver_after(delay, Message::new(n.to_string()).key("k")).await.unwrap();
     }
     server.restart(StopMode::Fast).await.unwrap();
@@ -141,7 +143,7 @@ async fn the_clock_of_the_node_decides_also_when_it_is_set_forward_and_back() {
     clocks.move_server("61 minutes").await;
     let began = Instant::now();
     assert_eq!(texts(&arrive(&sql, &partitions, 1).await), ["1"]);
-    assert!(began.elapsed() < 5 * SECOND, "{:?}", began.elapsed());
+    assert!(began.elapsed() < 10 * SECOND, "{:?}", began.elapsed());
     clocks.move_server("-1 hour").await;
     producer.deliver_after(SECOND / 5, Message::new("soon").key("k")).await.unwrap();
     assert_eq!(texts(&arrive(&sql, &partitions, 2).await), ["1", "soon"]);
@@ -154,7 +156,7 @@ async fn the_clock_of_the_node_decides_also_when_it_is_set_forward_and_back() {
 async fn a_call_whose_answer_was_lost_stores_nothing_twice() {
     let (test, proxy) = cluster_behind_proxy().await;
     topic(&test, "orders", 1).await;
-    let builder = test.cluster.producer("orders").append_timeout(SECOND / 2);
+    let builder = test.cluster.producer("orders").append_timeout(SECOND * 8);
     let producer = builder.build().await.unwrap();
     let sql = test.sql(0).await;
     // Warm: what follows is the call alone.

@@ -22,30 +22,31 @@ async fn nothing_is_left(sql: &Client) {
                 select from pg_locks l where l.pid = a.pid and locktype = 'advisory'
                    and classid = 1397247313))";
     let none = || async { sql.query_one(left, &[]).await.unwrap().get::<_, i64>(0) == 0 };
-    eventually("no transaction is open", 2 * SECOND, none).await;
+    eventually("no transaction is open", 10 * SECOND, none).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn half_of_a_pipeline_frees_the_partition_within_six_seconds() {
+async fn half_of_a_pipeline_frees_the_partition_when_nothing_more_comes() {
     let (test, proxy) = cluster_behind_proxy().await;
     let partition = topic(&test, "orders", 1).await[0];
     let sql = test.sql(0).await;
-    let builder = test.cluster.producer("orders").send_timeout(20 * SECOND);
+    let builder = test.cluster.producer("orders");
     let producer = builder.build().await.unwrap();
     producer.send(Message::new("first")).await.unwrap();
     proxy.to_server(Rule::HoldAfter(200_000));
     let sender = producer.clone();
     let large = vec![b'x'; 600_000];
+    let since = Instant::now();
     let send = tokio::spawn(async move { sender.send(Message::new(large)).await });
     let held = || async { holding(&sql, partition).await == 1 };
     eventually("the lock is held", 5 * SECOND, held).await;
 
-    let since = Instant::now();
     let other = test.sql(0).await;
     let append = format!("select shardmq.append({}, array['other'::bytea])", number(partition));
     let appended = other.batch_execute(&append);
-    within(6 * SECOND, "another's append", appended).await.unwrap();
-    assert!(since.elapsed() > SECOND, "the lock was not held in the middle");
+    within(12 * SECOND, "another's append", appended).await.unwrap();
+    // The server waits for five seconds.
+    assert!(since.elapsed() > 4 * SECOND, "the lock was not held in the middle");
 
     proxy.to_server(Rule::Pass);
     let id = within(10 * SECOND, "the repeat", send).await.unwrap().unwrap();
@@ -73,7 +74,7 @@ async fn a_client_that_is_suspended_with_the_lock_loses_it() {
     let direct = shardmq::NodeId::new(1).unwrap();
     cluster.add_node(direct, &test.control_url).await.unwrap();
     let producer = cluster.producer("orders").build().await.unwrap();
-    let id = within(7 * SECOND, "a send", producer.send(Message::new("x"))).await;
+    let id = within(12 * SECOND, "a send", producer.send(Message::new("x"))).await;
     assert_eq!(id.unwrap().sequence(), 1);
 }
 
@@ -112,9 +113,9 @@ async fn a_send_that_is_dropped_anywhere_leaves_nothing_open_and_harms_no_neighb
     }
     let sent = neighbours.len();
     for neighbour in neighbours {
-        within(5 * SECOND, "a neighbour", neighbour).await.unwrap().unwrap();
+        within(15 * SECOND, "a neighbour", neighbour).await.unwrap().unwrap();
     }
-    within(5 * SECOND, "the flush", producer.flush()).await.unwrap();
+    within(15 * SECOND, "the flush", producer.flush()).await.unwrap();
     let all = stored(&sql, partition).await;
     assert_dense(&all);
     let of = |name: &str| all.iter().filter(|m| m.text().starts_with(name)).count();
@@ -141,10 +142,10 @@ async fn a_send_that_is_dropped_while_it_waits_for_room_takes_none() {
         drop_after(polls, producer.enqueue(small), &sql).await;
     }
     holder.batch_execute("commit").await.unwrap();
-    within(5 * SECOND, "the flush", producer.flush()).await.unwrap();
+    within(15 * SECOND, "the flush", producer.flush()).await.unwrap();
     assert_eq!(stored(&sql, partition).await.len(), 3);
     let whole = Message::new(vec![0; (64 << 10) - 64]);
-    within(5 * SECOND, "the whole buffer", producer.send(whole)).await.unwrap();
+    within(15 * SECOND, "the whole buffer", producer.send(whole)).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -437,8 +437,9 @@ async fn a_handler_slower_than_the_lease_keeps_its_partition() {
     let sql = test.sql(0).await;
     let partition = topic(&test, "orders", 1).await[0];
     append_texts(&sql, partition, 0..1_000).await;
+    let lease = 4 * SECOND;
     let (log, turns) = (Log::default(), Arc::new(Semaphore::new(0)));
-    let slow = run(consumer(&test, Order::ByPartition).lease(SECOND), 1, {
+    let slow = run(consumer(&test, Order::ByPartition).lease(lease), 1, {
         let (log, turns) = (Arc::clone(&log), Arc::clone(&turns));
         move |delivery| {
             let (log, turns) = (Arc::clone(&log), Arc::clone(&turns));
@@ -451,15 +452,15 @@ async fn a_handler_slower_than_the_lease_keeps_its_partition() {
     })
     .await;
     eventually("the first is in hand", SOON, async || log.lock().unwrap().len() == 1).await;
-    let other = consumer(&test, Order::ByPartition).lease(SECOND).stream().await.unwrap();
+    let other = consumer(&test, Order::ByPartition).lease(lease).stream().await.unwrap();
     let before = cursor(&sql, "g", partition).await;
     let leased_until = async || {
         let until = "select leased_until from shardmq.member join shardmq.cursor using (member)";
         sql.query_one(until, &[]).await.unwrap().get::<_, SystemTime>(0)
     };
-    let later = leased_until().await + 5 * SECOND;
+    let later = leased_until().await + 3 * lease;
     let several_leases = async || leased_until().await > later;
-    eventually("several leases are over", SOON, several_leases).await;
+    eventually("several leases are over", 2 * SOON, several_leases).await;
     turns.add_permits(2_000);
     eventually("all", SOON, async || log.lock().unwrap().len() == 1_000).await;
     assert_eq!(texts(&log, partition), numbers(1_000));

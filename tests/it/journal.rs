@@ -23,12 +23,24 @@ fn consumer(cluster: &Cluster, directory: &Path) -> ConsumerBuilder {
 
 /// A consumer that acknowledges what it is told to, and then ends as if it was killed.
 async fn killed(test: &TestCluster, directory: &Path, take_most: usize, acked: &[usize]) {
+    killed_with(10 * SECOND, test, directory, take_most, acked).await;
+}
+
+/// The same with this lease.
+async fn killed_with(
+    lease: Duration,
+    test: &TestCluster,
+    directory: &Path,
+    take_most: usize,
+    acked: &[usize],
+) {
     let runtime = tokio::runtime::Runtime::new().unwrap();
     let (url, directory) = (test.control_url.clone(), directory.to_owned());
     let acked = acked.to_vec();
     let worked = runtime.spawn(async move {
         let cluster = Cluster::builder(&url).upkeep(false).connect().await.unwrap();
-        let mut messages = consumer(&cluster, &directory).stream().await.unwrap();
+        let builder = consumer(&cluster, &directory).lease(lease);
+        let mut messages = builder.stream().await.unwrap();
         let mut in_hand: Vec<_> =
             take(&mut messages, take_most).await.into_iter().map(Some).collect();
         for place in acked {
@@ -61,20 +73,21 @@ async fn all_until_end(
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_was_acknowledged_and_not_committed_does_not_come_again() {
     let (test, sql, partition, folder) = setting(20).await;
-    killed(&test, folder.path(), 20, &[0, 1, 2, 5, 19]).await;
+    let lease = 60 * SECOND;
+    killed_with(lease, &test, folder.path(), 20, &[0, 1, 2, 5, 19]).await;
     assert_eq!(
         cursor(&sql, "g", partition).await.acked_id % 100_000_000,
         0,
         "nothing was committed"
     );
     // Killed again, before it has committed what it took over.
-    killed(&test, folder.path(), 3, &[1]).await;
+    killed_with(lease, &test, folder.path(), 3, &[1]).await;
     let begun = Instant::now();
     let builder = consumer(&test.cluster, folder.path()).lease(SECOND);
     let mut messages = builder.stream().await.unwrap();
     let first = next(&mut messages).await;
     // It need not wait for the lease of a process that it knows to be dead.
-    assert!(begun.elapsed() < 5 * SECOND, "{:?}", begun.elapsed());
+    assert!(begun.elapsed() < lease / 3, "{:?}", begun.elapsed());
     assert_eq!(text(&first), "3");
     first.ack().unwrap();
     let rest = all_until_end(&mut messages, &sql, partition).await;

@@ -38,7 +38,7 @@ async fn producers_wait_for_an_open_transaction_and_readers_see_no_gap() {
         }));
     }
     let both_wait = || async { waiting(&look, partition).await >= 2 };
-    eventually("both producers wait", 5 * SECOND, both_wait).await;
+    eventually("both producers wait", 15 * SECOND, both_wait).await;
     assert!(stored(&look, partition).await.is_empty());
     open.batch_execute("commit").await.unwrap();
 
@@ -49,7 +49,7 @@ async fn producers_wait_for_an_open_transaction_and_readers_see_no_gap() {
     assert_dense(&all);
     assert_eq!((all.len(), all[0].text()), (41, "late"));
     for expected in all {
-        let next = within(5 * SECOND, "a delivery", messages.next()).await;
+        let next = within(15 * SECOND, "a delivery", messages.next()).await;
         let delivery = next.unwrap().unwrap();
         assert_eq!(delivery.id(), expected.id);
         delivery.ack().unwrap();

@@ -15,8 +15,9 @@ use crate::support::{TestCluster, client, database, eventually, own_server, shar
 const SECOND: Duration = Duration::from_secs(1);
 const SOON: Duration = Duration::from_secs(20);
 
+/// With a lease that outlasts a machine that stalls.
 fn consumer(cluster: &Cluster) -> ConsumerBuilder {
-    cluster.consumer("orders", "g").lease(SECOND).poll_interval(SECOND / 5)
+    cluster.consumer("orders", "g").lease(4 * SECOND).poll_interval(SECOND / 5)
 }
 
 /// How many partitions of each node a consumer has.

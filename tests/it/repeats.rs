@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use shardmq::{ErrorKind, Message};
+use shardmq::{ErrorKind, Message, ProducerBuilder};
 
 use crate::support::clocks::Clocks;
 use crate::support::held::Way;
@@ -82,7 +82,7 @@ async fn a_client_whose_clock_is_ahead_finds_its_original() {
     clocks.move_client(5 * 3600);
     let partition = topic(&test, "orders", 1).await[0];
     let (sql, holder) = (test.sql(0).await, test.sql(0).await);
-    let builder = test.cluster.producer("orders");
+    let builder = test.cluster.producer("orders").append_timeout(8 * SECOND);
     let producer = clocks.on(builder).build().await.unwrap();
     // The first attempts find nothing to insert into; the one that does waits, and its answer is lost.
     let wait = format!(
@@ -151,7 +151,10 @@ async fn an_original_that_comes_after_the_seal_is_turned_away_and_its_repeat_say
 /// Given up while its lock was another's: the answer is that it was not stored, and it never is.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_batch_that_is_given_up_is_fenced_and_its_late_original_turned_away() {
-    let way = Way::new(|builder| builder.send_timeout(SECOND)).await;
+    // Its repeat waits for the lock until the send timeout is over, and then the fence does.
+    let settings =
+        |builder: ProducerBuilder| builder.send_timeout(5 * SECOND).append_timeout(4 * SECOND);
+    let way = Way::new(settings).await;
     let holder = way.test.sql(0).await;
     let lock = format!("begin; select shardmq.lock_partition({})", way.partition);
     holder.batch_execute(&lock).await.unwrap();
@@ -160,9 +163,9 @@ async fn a_batch_that_is_given_up_is_fenced_and_its_late_original_turned_away() 
     let asks = "select exists (select from pg_stat_activity where datname = current_database()
                    and wait_event_type = 'Lock' and query like '%fence_batch%')";
     let fences = || async { way.sql.query_one(asks, &[]).await.unwrap().get(0) };
-    eventually("the fence waits for the lock", 5 * SECOND, fences).await;
+    eventually("the fence waits for the lock", 20 * SECOND, fences).await;
     holder.batch_execute("commit").await.unwrap();
-    let outcome = within(5 * SECOND, "an answer", send).await.unwrap();
+    let outcome = within(10 * SECOND, "an answer", send).await.unwrap();
     assert_eq!(outcome.unwrap_err().kind(), ErrorKind::Timeout);
     assert_eq!(way.refused().await, 1);
     way.release(&original).await;
@@ -177,10 +180,10 @@ async fn a_batch_that_is_given_up_is_fenced_and_its_late_original_turned_away() 
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_batch_whose_node_can_not_be_asked_is_unknown_and_does_not_rise_after_its_successor() {
-    let way = Way::new(|builder| builder.send_timeout(SECOND)).await;
+    let way = Way::new(|builder| builder.send_timeout(5 * SECOND)).await;
     let (send, original) = way.send_held().await;
     way.proxy.to_server(Rule::Hold);
-    let outcome = within(20 * SECOND, "an answer", send).await.unwrap();
+    let outcome = within(30 * SECOND, "an answer", send).await.unwrap();
     assert_eq!(outcome.unwrap_err().kind(), ErrorKind::Unknown);
     way.free_all_but(&original);
     let next = within(10 * SECOND, "the next", way.send("next")).await.unwrap().unwrap();
@@ -191,12 +194,12 @@ async fn a_batch_whose_node_can_not_be_asked_is_unknown_and_does_not_rise_after_
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_was_never_sent_is_not_called_unknown() {
-    let way = Way::new(|builder| builder.send_timeout(SECOND)).await;
+    let way = Way::new(|builder| builder.send_timeout(5 * SECOND)).await;
     way.proxy.refuse(true);
     way.proxy.cut();
     // The first may have been on its way when the connection was found to be cut.
-    let _ = within(10 * SECOND, "an answer", way.send("maybe")).await.unwrap();
-    let outcome = within(10 * SECOND, "an answer", way.send("never")).await.unwrap();
+    let _ = within(20 * SECOND, "an answer", way.send("maybe")).await.unwrap();
+    let outcome = within(20 * SECOND, "an answer", way.send("never")).await.unwrap();
     assert_eq!(outcome.unwrap_err().kind(), ErrorKind::Timeout);
     way.proxy.refuse(false);
     within(10 * SECOND, "a send", way.send("now")).await.unwrap().unwrap();
@@ -207,7 +210,8 @@ async fn what_was_never_sent_is_not_called_unknown() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_original_whose_repeat_was_refused_is_turned_away() {
     for code in ["check_violation", "raise_exception"] {
-        let way = Way::new(|builder| builder).await;
+        // The fence has to have its answer.
+        let way = Way::new(|builder| builder.append_timeout(3 * SECOND)).await;
         let (send, original) = way.send_held().await;
         way.given_up(&original).await;
         let table = table(way.partition, way.clocks.day(0).await);

@@ -3,7 +3,6 @@
 use std::time::Duration;
 
 use shardmq::{Cluster, ConsumerBuilder, ErrorKind, Start};
-use tokio::time::Instant;
 
 use crate::support::reading::{append_texts, cursor, next, next_error, take, text, texts_until};
 use crate::support::stored::topic;
@@ -18,7 +17,7 @@ fn consumer(cluster: &Cluster) -> ConsumerBuilder {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn running_consumers_go_on_from_there_within_a_second() {
+async fn running_consumers_are_told_and_go_on_from_there() {
     let test = TestCluster::new(2).await;
     let sql = [test.sql(0).await, test.sql(1).await];
     let partitions = topic(&test, "orders", 2).await;
@@ -26,13 +25,13 @@ async fn running_consumers_go_on_from_there_within_a_second() {
         append_texts(sql, *partition, 0..10).await;
     }
     let cluster = Cluster::connect(&test.control_url).await.unwrap();
-    let mut messages = consumer(&cluster).stream().await.unwrap();
+    // They would see it when they renew their lease, too.
+    let mut messages = consumer(&cluster).lease(600 * SECOND).stream().await.unwrap();
     for delivery in take(&mut messages, 20).await {
         delivery.ack().unwrap();
     }
     messages.flush().await.unwrap();
-    for round in 0..3 {
-        let begun = Instant::now();
+    for _ in 0..3 {
         test.cluster.seek("orders", "g", Start::Earliest, None).await.unwrap();
         let mut again = Vec::new();
         while again.len() < 20 {
@@ -41,14 +40,11 @@ async fn running_consumers_go_on_from_there_within_a_second() {
                 Err(news) => assert_eq!(news.kind(), ErrorKind::Reset, "{}", news.chain()),
             }
         }
-        assert!(begun.elapsed() < SECOND, "round {round}: {:?}", begun.elapsed());
         again.into_iter().for_each(|delivery| delivery.ack().unwrap());
         messages.flush().await.unwrap();
     }
-    let begun = Instant::now();
     test.cluster.seek("orders", "g", Start::Latest, Some(&partitions[..1])).await.unwrap();
     assert_eq!(next_error(&mut messages).await.kind(), ErrorKind::Reset);
-    assert!(begun.elapsed() < SECOND);
     messages.shutdown(SECOND).await.unwrap();
 }
 

@@ -24,7 +24,7 @@ async fn hostile(name: &str, isolation: &str) -> (String, Client) {
         "default_transaction_read_only = on",
         "default_transaction_deferrable = on",
         "synchronous_commit = off",
-        "statement_timeout = '1s'",
+        "statement_timeout = '5s'",
         "lock_timeout = '50ms'",
         "timezone = 'America/St_Johns'",
         "datestyle = 'SQL, DMY'",
@@ -123,23 +123,24 @@ async fn everything_works_in_a_serializable_database() {
 async fn a_statement_timeout_does_not_end_a_wait_for_the_lock() {
     let test = TestCluster::new(1).await;
     let sql = test.sql(0).await;
-    let alter = "do $$ begin execute format('alter database %I set statement_timeout = ''200ms''',
+    let alter = "do $$ begin execute format('alter database %I set statement_timeout = ''3s''',
                  current_database()); end $$";
     sql.batch_execute(alter).await.unwrap();
     let cluster = Cluster::connect(&test.control_url).await.unwrap();
     let partition = topic(&test, "orders", 1).await[0];
     let holder = test.sql(0).await;
     holder.batch_execute("set statement_timeout = 0").await.unwrap();
-    let producer = cluster.producer("orders").build().await.unwrap();
+    let producer = cluster.producer("orders").append_timeout(12 * SECOND);
+    let producer = producer.build().await.unwrap();
     producer.send(Message::new("first")).await.unwrap();
     let lock = format!("begin; select shardmq.lock_partition({partition})");
     holder.batch_execute(&lock).await.unwrap();
     let send = tokio::spawn(async move { producer.send(Message::new("second")).await });
     let long = "select exists (select from pg_stat_activity where wait_event_type = 'Lock'
                     and datname = current_database()
-                    and clock_timestamp() - query_start > interval '500 ms')";
+                    and clock_timestamp() - query_start > interval '4 s')";
     let waits = || async { sql.query_one(long, &[]).await.unwrap().get(0) };
-    eventually("an append waits for long", 5 * SECOND, waits).await;
+    eventually("an append waits for long", 20 * SECOND, waits).await;
     holder.batch_execute("commit").await.unwrap();
     assert_eq!(send.await.unwrap().unwrap().sequence(), 2);
 }
@@ -154,7 +155,7 @@ async fn a_wait_for_the_lock_sees_what_its_holder_has_done() {
     sql.batch_execute(alter).await.unwrap();
     let cluster = Cluster::connect(&test.control_url).await.unwrap();
     let partition = topic(&test, "orders", 1).await[0];
-    let producer = cluster.producer("orders").send_timeout(3 * SECOND);
+    let producer = cluster.producer("orders").send_timeout(15 * SECOND);
     let producer = producer.build().await.unwrap();
     producer.send(Message::new("first")).await.unwrap();
     for (change, stored_then) in [
@@ -236,7 +237,7 @@ async fn an_insert_that_inserted_nothing_acknowledges_nothing() {
     let sql = test.sql(0).await;
     let partition = topic(&test, "orders", 1).await[0];
     trigger(&sql, partition, "trigger act before insert", "return null").await;
-    let producer = test.cluster.producer("orders").send_timeout(2 * SECOND);
+    let producer = test.cluster.producer("orders").send_timeout(6 * SECOND);
     let producer = producer.build().await.unwrap();
     let error = producer.send(Message::new("bad")).await.unwrap_err();
     assert_ne!(error.kind(), ErrorKind::Unknown, "{error:?}");

@@ -139,7 +139,7 @@ async fn nodes_that_are_killed_and_suspended_at_random_cost_nothing() {
     assert!(broken > 0 && report["acknowledged"].as_u64() > Some(1_000), "{broken}: {report}");
     // One node is there at any time, and takes what has no key.
     let stall = report["longest_send_stall_ms"].as_u64().unwrap();
-    assert!(stall < 4_000, "{report}");
+    assert!(stall < 8_000, "{report}");
     let delivered = report["delivered"].as_u64().unwrap();
     assert!(delivered >= report["acknowledged"].as_u64().unwrap(), "{report}");
 }

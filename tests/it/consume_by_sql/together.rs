@@ -93,7 +93,9 @@ async fn each_takes_over_what_the_other_held_when_its_lease_is_over() {
     let before = take(sql, died, 1).await.remove(0);
     let first = pull(sql, &before.token, 1).await.remove(0);
     assert!(super::ack(sql, &before.token, first.0).await);
-    let mut messages = ready.test.cluster.consumer("orders", "g").stream().await.unwrap();
+    // It commits when it is told to.
+    let consumer = ready.test.cluster.consumer("orders", "g").flush_interval(60 * SECOND);
+    let mut messages = consumer.stream().await.unwrap();
     ready.clocks.move_server("31 s").await;
     assert_eq!(texts_until(&mut messages, "end").await, ["b"]);
     messages.flush().await.unwrap();

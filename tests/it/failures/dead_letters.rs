@@ -48,18 +48,18 @@ async fn a_letter_is_the_whole_message() {
 async fn a_letter_goes_to_its_group_again_and_to_no_other() {
     let (test, partition, sql) = ready().await;
     append_texts(&sql, partition, 1..=2).await;
-    let mut ours = consumer(&test, Order::ByPartition).stream().await.unwrap();
+    // It would look for what comes again when it renews its lease, too.
+    let builder = consumer(&test, Order::ByPartition).lease(600 * SECOND);
+    let mut ours = builder.stream().await.unwrap();
     let others = test.cluster.consumer("orders", "others").poll_interval(SECOND / 5);
     let mut others = others.stream().await.unwrap();
     assert_eq!(texts_until(&mut others, "2").await, ["1"]);
     reject(&mut ours, 1).await;
     assert_eq!(texts_until(&mut ours, "2").await, Vec::<String>::new());
     buried(&test, 1).await;
-    let begun = Instant::now();
     let moved = test.cluster.retry_dead_letters(&of_group("g"), |_| {}).await.unwrap();
     assert_eq!((moved.moved, moved.unreachable.len()), (1, 0));
     let again = next(&mut ours).await;
-    assert!(begun.elapsed() < SECOND, "the group is told: {:?}", begun.elapsed());
     assert_eq!((text(&again).as_str(), again.attempt()), ("1", 1));
     assert_eq!(again.failures()[0].error, "error 0", "its history stays");
     again.retry("still bad");

@@ -31,8 +31,10 @@ async fn a_group_that_is_consumed_and_was_removed_from_control_is_put_back() {
     let messages = cluster.consumer("orders", "g").stream().await.unwrap();
     let all = async || messages.handle().held_partitions() == ready.partitions.len();
     eventually("all is held", 10 * SECOND, all).await;
-    ready.sql.batch_execute("delete from shardmq_control.consumer_group").await.unwrap();
+    // In one transaction: its members agree again at once.
+    ready.sql.batch_execute("begin; delete from shardmq_control.consumer_group").await.unwrap();
     assert_eq!(count(&ready.sql, "shardmq_control.assignment").await, 0);
+    ready.sql.batch_execute("commit").await.unwrap();
     let agreed = async || count(&ready.sql, "shardmq_control.assignment").await == 1;
     eventually("its members agree again", 10 * SECOND, agreed).await;
     assert_eq!(count(&ready.sql, "shardmq_control.consumer_group").await, 1);

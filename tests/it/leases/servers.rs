@@ -7,7 +7,7 @@ use shardmq::{Balancer, Cluster, Message, Messages, Outgoing, PartitionId, Produ
 use tokio::time::Instant;
 use tracing::Level;
 
-use super::{Log, SECOND, SOON, Worker, consumer, owned, shares};
+use super::{LEASE, Log, SECOND, SOON, Worker, consumer, owned, shares};
 use crate::support::reading::{append_texts, cursors, next, take, text};
 use crate::support::said::said;
 use crate::support::stored::topic;
@@ -37,10 +37,9 @@ async fn after_a_restart_of_the_server_healthy_members_keep_what_they_have() {
 
     server.stop_server(shardmq::embedded::StopMode::Immediate).await.unwrap();
     let down = Instant::now();
-    eventually("all leases are long over", SOON, async || {
-        down.elapsed() > Duration::from_millis(4500)
-    })
-    .await;
+    // So long that everybody takes what is free, whoever's it should be.
+    let long = 2 * LEASE + 2 * SECOND;
+    eventually("all leases are long over", 2 * SOON, async || down.elapsed() > long).await;
     server.start_server().await.unwrap();
     let back = Instant::now();
     let sql = test.sql(0).await;
@@ -48,10 +47,8 @@ async fn after_a_restart_of_the_server_healthy_members_keep_what_they_have() {
         append_texts(&sql, *partition, [partition]).await;
     }
     eventually("all streams go on", SOON, async || log.lock().unwrap().len() >= 6).await;
-    eventually("whoever wanted to take over would have", SOON, async || {
-        back.elapsed() > Duration::from_millis(4500)
-    })
-    .await;
+    let would_have = async || back.elapsed() > LEASE + 4 * SECOND;
+    eventually("whoever wanted to take over would have", SOON, would_have).await;
     assert_eq!(owners(cursors(&sql, "g").await), before);
     for worker in workers {
         worker.stop().await;
@@ -76,7 +73,7 @@ async fn with_the_control_database_gone_everybody_keeps_what_they_have() {
     control.stop_server(shardmq::embedded::StopMode::Immediate).await.unwrap();
     let down = Instant::now();
     let sql = test.sql(0).await;
-    eventually("heartbeats are long over", SOON, async || down.elapsed() > 3 * SECOND).await;
+    eventually("heartbeats are long over", 2 * SOON, async || down.elapsed() > 3 * LEASE).await;
     for partition in &partitions {
         append_texts(&sql, *partition, [partition]).await;
     }
@@ -133,22 +130,19 @@ impl Balancer for ToFirst {
     }
 }
 
-/// How long a message takes on average, and at most, when one after the other is sent for a while.
-async fn pace(
-    producer: &Producer,
-    messages: &mut Messages,
-    lasts: Duration,
-) -> (Duration, Duration) {
-    let (began, mut count, mut slowest) = (Instant::now(), 0, Duration::ZERO);
+/// How long messages take, the quickest first, when one after the other is sent for a while.
+async fn pace(producer: &Producer, messages: &mut Messages, lasts: Duration) -> Vec<Duration> {
+    let (began, mut took) = (Instant::now(), Vec::new());
     while began.elapsed() < lasts {
         let sent = Instant::now();
         producer.send(Message::new("alive")).await.unwrap();
         let delivery = next(messages).await;
         assert_eq!(text(&delivery), "alive");
         delivery.ack().unwrap();
-        (count, slowest) = (count + 1, slowest.max(sent.elapsed()));
+        took.push(sent.elapsed());
     }
-    (began.elapsed() / count, slowest)
+    took.sort_unstable();
+    took
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -169,15 +163,20 @@ async fn a_node_that_dies_is_told_of_once_slows_nobody_down_and_is_back_by_itsel
     let builder = test.cluster.consumer("orders", GROUP).lease(SECOND);
     let mut messages = builder.poll_interval(SECOND / 5).stream().await.unwrap();
     eventually("it has all", SOON, async || messages.handle().held_partitions() == 4).await;
-    let (healthy, _) = pace(&producer, &mut messages, SECOND).await;
+    let healthy = pace(&producer, &mut messages, SECOND).await;
+    let healthy = healthy[healthy.len() / 2];
 
     for death in 1..=2 {
         dying.stop_server(shardmq::embedded::StopMode::Immediate).await.unwrap();
         // Many looks and renewals; the others' hints are heard, and nothing waits for the next look.
-        let (average, slowest) = pace(&producer, &mut messages, 4 * SECOND).await;
-        assert!(average < (5 * healthy).max(SECOND / 20), "{healthy:?}, then {average:?}");
-        assert!(slowest < 2 * SECOND, "nobody waits for a node: {slowest:?}");
-        assert_eq!((deaths(), returns()), (death, death - 1));
+        let took = pace(&producer, &mut messages, 4 * SECOND).await;
+        let median = took[took.len() / 2];
+        assert!(median < (5 * healthy).max(SECOND / 20), "{healthy:?}, then {median:?}");
+        // But for one, in which the machine may have stalled.
+        let slow = took.iter().rev().nth(1).is_some_and(|slow| *slow >= 2 * SECOND);
+        assert!(!slow, "nobody waits for a node: {took:?}");
+        eventually("its death is told", SOON, async || deaths() == death).await;
+        assert_eq!(returns(), death - 1);
         dying.start_server().await.unwrap();
         let back = test.sql(1).await;
         for partition in others.clone() {

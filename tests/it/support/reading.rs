@@ -9,7 +9,7 @@ use uuid::Uuid;
 use super::stored::number;
 use super::within;
 
-const SOON: Duration = Duration::from_secs(10);
+const SOON: Duration = Duration::from_secs(15);
 
 /// Appends one batch; returns its first id.
 pub async fn append(sql: &Client, partition: PartitionId, payloads: &[Vec<u8>]) -> i64 {
@@ -30,7 +30,7 @@ pub async fn append_texts<T: ToString>(
     append(sql, partition, &payloads).await
 }
 
-/// The next delivery, within ten seconds.
+/// The next delivery, within some seconds.
 pub async fn next(messages: &mut Messages) -> Delivery {
     within(SOON, "a delivery", messages.next())
         .await

@@ -8,7 +8,7 @@ use tokio_postgres::{Client, GenericClient};
 use super::stored::{Stored, all_stored, stored};
 use super::{TestCluster, eventually};
 
-const SOON: Duration = Duration::from_secs(15);
+const SOON: Duration = Duration::from_secs(30);
 
 /// A client that relays, also where the tests' own cluster does not.
 pub struct Relay {

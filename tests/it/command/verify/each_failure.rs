@@ -23,9 +23,9 @@ use crate::support::{client, database, eventually, own_server, shared_server};
 
 /// Each by itself: under way on a node that hangs, it is given up after the append timeout, asked for,
 /// and sent again.
-const LONGEST_SEND_MS: u64 = 4_000;
+const LONGEST_SEND_MS: u64 = 8_000;
 /// New ones go on as soon as the node is known to be slow or down.
-const LONGEST_STALL_MS: u64 = 2_000;
+const LONGEST_STALL_MS: u64 = 5_000;
 /// So many that on most nodes that hang some message without a key is under way.
 const PRODUCERS: i64 = 4;
 /// Of each node.
@@ -190,13 +190,14 @@ async fn a_node_that_is_killed() {
     fleet.survives(3 * SECOND, kill, start).await;
 }
 
-/// Longer than the append timeout and the time for which it is asked what it has stored.
+/// Longer than the append timeout and the time for which it is asked what it has stored, and longer than any
+/// send may take.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_node_that_is_paused() {
     let fleet = Fleet::start(Through::Nothing).await;
     let pause = async |node: &Node| signal_all(&node.server, "STOP").await;
     let resume = async |node: &Node| signal_all(&node.server, "CONT").await;
-    fleet.survives(5 * SECOND, pause, resume).await;
+    fleet.survives(10 * SECOND, pause, resume).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -144,7 +144,8 @@ impl Workload {
     }
 }
 
-/// The longest time in which a partition with messages was not read.
+/// The longest time in which a partition with messages was not read. Below the lease of 10 s where nobody has
+/// to wait for its end.
 fn assert_stall(report: &Value, below_ms: u64) {
     let stall = report["longest_delivery_stall_ms"].as_u64().unwrap();
     assert!(stall < below_ms, "{stall} ms: {report}");
@@ -155,7 +156,7 @@ async fn a_member_that_leaves() {
     let test = TestCluster::new(1).await;
     let workload = Workload::start(&test, 4).await;
     workload.replaces(workload.pids()[1], "TERM").await;
-    assert_stall(&workload.end().await, 1_000);
+    assert_stall(&workload.end().await, 4_000);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -167,7 +168,7 @@ async fn a_member_that_is_killed() {
     let up = || async { workload.sql.query_one(up, &[]).await.unwrap().get(0) };
     eventually("the server is up for longer than a lease", PATIENCE, up).await;
     workload.replaces(workload.pids()[1], "KILL").await;
-    assert_stall(&workload.end().await, 5_000);
+    assert_stall(&workload.end().await, 8_000);
 }
 
 /// Longer than its lease of 10 s. What it commits when it wakes is refused, or had been done before.
@@ -177,12 +178,12 @@ async fn a_member_that_is_suspended_and_wakes() {
     let workload = Workload::start(&test, 4).await;
     let pids = workload.pids();
     signal(pids[1], "STOP").await;
-    // How long it is away is what is being tested.
-    tokio::time::sleep(14 * SECOND).await;
+    // How long it is away is what is being tested: longer than others may wait.
+    tokio::time::sleep(18 * SECOND).await;
     signal(pids[1], "CONT").await;
     workload.is_shared_by(4, &BTreeSet::new()).await;
     assert_eq!(workload.pids(), pids);
-    assert_stall(&workload.end().await, 12_000);
+    assert_stall(&workload.end().await, 16_000);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -193,7 +194,7 @@ async fn all_members_are_restarted_one_by_one() {
         workload.replaces(pid, "TERM").await;
     }
     assert_eq!(workload.pids().len(), 8);
-    assert_stall(&workload.end().await, 2_000);
+    assert_stall(&workload.end().await, 6_000);
 }
 
 /// They are killed by nobody, and find that nobody reads what they write.
