@@ -7,6 +7,7 @@
 //! cargo bench --features cli --bench cluster -- rebalance
 //! cargo bench --features cli --bench cluster -- idle
 //! cargo bench --features cli --bench cluster -- outbox
+//! cargo bench --features cli --bench cluster -- publish
 //! cargo bench --features cli --bench cluster -- notify
 //! ```
 
@@ -58,6 +59,9 @@ async fn main() {
     }
     if wanted("outbox") {
         outbox::measure(size).await;
+    }
+    if wanted("publish") {
+        outbox::latency(size).await;
     }
 }
 

@@ -1,7 +1,8 @@
 //! How fast the relay is: alone, while a snapshot is held, and while a transaction with an id is open, so that
-//! nothing that is deleted can be cleaned up. And what a million pending delayed messages cost the log.
+//! nothing that is deleted can be cleaned up. How long a message takes. And what a million pending delayed
+//! messages cost the log.
 
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use shardmq::embedded::Server;
 use shardmq::migrate::{Schema, migrate};
@@ -15,6 +16,8 @@ use crate::spread::Spread;
 const PARTITIONS: usize = 4;
 /// Bytes of a payload.
 const BYTES: usize = 100;
+/// Between messages whose way is timed.
+const BETWEEN: Duration = Duration::from_millis(10);
 /// Batches of 1,000 that a producer has under way in each partition, nearly.
 const UNDER_WAY: usize = 8;
 
@@ -182,6 +185,57 @@ async fn pending(server: &Server, plan: Plan) {
     println!("  to those while none are: {}", Spread::of(ratios).text());
     with.cluster.shutdown().await;
     without.cluster.shutdown().await;
+}
+
+/// How long a message takes to its consumer from the commit of the transaction that publishes it, and how late one
+/// is that is for later.
+pub(crate) async fn latency(size: Size) {
+    let timed = if size == Size::Small { 20 } else { 1_000 };
+    let server = crate::server(100).await;
+    let node = node(&server, "timed", true).await;
+    let sql = connect(&node.url).await;
+    let mut messages = node.cluster.consumer("outbox", "g").stream().await.unwrap();
+    let mut next = async || {
+        let delivery = messages.next().await.unwrap().unwrap();
+        let text = String::from_utf8(delivery.payload().to_vec()).unwrap();
+        delivery.ack().unwrap();
+        text.parse::<usize>().unwrap()
+    };
+    let publish = "select shardmq.publish('outbox', convert_to($1::text, 'UTF8'))";
+    let mut took = Vec::new();
+    for n in 0..=timed {
+        sleep(BETWEEN).await;
+        sql.query_one(publish, &[&n.to_string()]).await.unwrap();
+        let committed = Instant::now();
+        next().await;
+        // The first one finds nothing prepared.
+        if n > 0 {
+            took.push(committed.elapsed().as_secs_f64() * 1e3);
+        }
+    }
+    println!("published: {BETWEEN:?} apart");
+    println!("  from the commit to the consumer: {}", milliseconds(took));
+    let first = SystemTime::now() + Duration::from_secs(5);
+    let due = |n: usize| first + BETWEEN * u32::try_from(n).unwrap();
+    for n in 0..timed {
+        let message = Message::new(n.to_string());
+        node.producer.deliver_at(due(n), message).await.unwrap();
+    }
+    let mut late = Vec::new();
+    for _ in 0..timed {
+        let n = next().await;
+        late.push(due(n).elapsed().map_or(0.0, |late| late.as_secs_f64() * 1e3));
+    }
+    println!("  at the consumer after they were due: {}", milliseconds(late));
+    node.cluster.shutdown().await;
+    server.stop().await.unwrap();
+}
+
+fn milliseconds(times: Vec<f64>) -> String {
+    let count = times.len();
+    let times = Spread::of(times);
+    let [median, p99, most] = [0.5, 0.99, 1.0].map(|part| times.quantile(part));
+    format!("p50 {median:.2} ms, p99 {p99:.2} ms, at most {most:.2} ms ({count})")
 }
 
 pub(crate) async fn measure(size: Size) {

@@ -65,6 +65,8 @@ pub(crate) struct Roster {
     heard: Instant,
     in_touch_since: Option<Instant>,
     away: bool,
+    /// Whether the last heartbeat told this process' session.
+    told_session: bool,
 }
 
 impl Roster {
@@ -76,6 +78,7 @@ impl Roster {
             heard: Instant::now(),
             in_touch_since: None,
             away: false,
+            told_session: false,
         }
     }
 
@@ -85,9 +88,10 @@ impl Roster {
         let shared = Arc::clone(&self.shared);
         let presence = shared.cluster.inner.nodes.presence();
         let (mut news, mut places) = (presence.group_news(), presence.changes());
-        let mut listening = presence.is_at(Place::Control);
         let ours = format!("{} {}", shared.topology.topic, shared.group);
         let mut due = self.next();
+        // It may have come since the first heartbeat.
+        places.mark_changed();
         loop {
             tokio::select! {
                 () = sleep_until(due) => {}
@@ -100,8 +104,7 @@ impl Roster {
                     Err(RecvError::Closed) => return,
                 },
                 _ = places.changed() => {
-                    let now = presence.is_at(Place::Control);
-                    if std::mem::replace(&mut listening, now) == now {
+                    if presence.is_at(Place::Control) == self.told_session {
                         continue;
                     }
                 }
@@ -172,7 +175,7 @@ impl Roster {
     }
 
     /// With the nodes that it told to be unreachable. None where the consumer has left meanwhile.
-    async fn send(&self) -> Result<Option<(Heard, Vec<i32>)>> {
+    async fn send(&mut self) -> Result<Option<(Heard, Vec<i32>)>> {
         let shared = &self.shared;
         let _turn = shared.registering.lock().await;
         if shared.stopping.is_cancelled() {
@@ -196,6 +199,7 @@ impl Roster {
             let heard = membership::heartbeat(connection, names, &sign).await;
             heard.map_err(|error| refused(error, what))
         };
+        self.told_session = sign.session.is_some();
         let heard = in_time(STATEMENT, what, sent).await?;
         Ok(Some((heard, unreachable)))
     }

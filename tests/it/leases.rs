@@ -258,3 +258,20 @@ async fn a_paused_owner_wakes_up_to_refusals_and_can_move_nothing() {
     successor.shutdown(SECOND).await.unwrap();
     paused.end().await;
 }
+
+/// Otherwise nobody sees at once that it has died, until its next heartbeat.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_joins_tells_its_session_as_soon_as_it_is_there() {
+    let test = TestCluster::new(1).await;
+    topic(&test, "orders", 4).await;
+    let sql = test.sql(0).await;
+    let mut consumers = Vec::new();
+    for _ in 0..30 {
+        let cluster = Cluster::builder(&test.control_url).upkeep(false).connect().await.unwrap();
+        let consumer = cluster.consumer("orders", "g").lease(600 * SECOND);
+        consumers.push((consumer.stream().await.unwrap(), cluster));
+    }
+    let untold = "select count(*) from shardmq_control.member where session is null";
+    let told = async || sql.query_one(untold, &[]).await.unwrap().get::<_, i64>(0) == 0;
+    eventually("all have told it", SOON, told).await;
+}

@@ -14,6 +14,8 @@ use crate::support::within;
 
 /// Two at once, and none.
 mod both;
+/// What metrics tell.
+mod measured;
 /// `LISTEN/NOTIFY`.
 mod postgres;
 /// Redis pub/sub.

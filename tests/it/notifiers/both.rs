@@ -4,7 +4,8 @@ use std::time::Duration;
 
 use shardmq::embedded::{Redis, StopMode};
 use shardmq::notifier::{HealthState, NotifierKind};
-use shardmq::{Cluster, ConsumerEvent, Message};
+use shardmq::testing::NotifierSuite;
+use shardmq::{Cluster, ConsumerEvent, Message, PartitionId};
 
 use super::{SECOND, SOON, nothing_is_late};
 use crate::support::reading::next_text;
@@ -52,6 +53,17 @@ async fn hints_arrive_as_long_as_one_of_both_is_well() {
         assert!(well().await, "{round}");
     }
     messages.shutdown(SECOND).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn both_conform_together() {
+    let redis = Redis::builder().start().await.unwrap();
+    let test = TestCluster::new(1).await;
+    let publishing = connect(&test, NotifierKind::Both, &redis).await;
+    let subscribing = connect(&test, NotifierKind::Both, &redis).await;
+    let partition = PartitionId::new(1, 1).unwrap();
+    let suite = NotifierSuite::new(publishing.notifier(), subscribing.notifier(), partition);
+    suite.check().await.unwrap();
 }
 
 async fn redis_subscribers(redis: &Redis) -> usize {
