@@ -2,10 +2,11 @@
 
 use std::fmt;
 use std::str::FromStr;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, SystemTime};
 
 use futures_util::future::join_all;
 use serde::{Deserialize, Serialize};
+use tokio::time::Instant;
 use tokio_postgres::Row;
 
 use crate::admin::groups::ANSWER;
