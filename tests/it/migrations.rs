@@ -82,7 +82,8 @@ async fn surroundings(sql: &Client) -> BTreeSet<String> {
              union all select format('extension %s %s', extname, extversion) from pg_extension
              union all select format('role %s', rolname) from pg_roles
              union all select format('setting %s %s %s', setdatabase, setrole, setconfig)
-                         from pg_db_role_setting
+                         from pg_db_role_setting s
+                        where setdatabase in (0, (select oid from pg_database where datname = current_database()))
              union all select format('event trigger %s', evtname) from pg_event_trigger
              union all select format('orders %s', o) from public.orders o
              union all select format('history %s', h) from public.refinery_schema_history h",

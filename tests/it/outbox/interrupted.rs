@@ -107,9 +107,11 @@ async fn stops_while_it_puts_back(place: &'static str) {
     eventually(place, SOON, async || stopped.load(Ordering::SeqCst)).await;
     let _next = Relay::start(&test, "orders").await;
     relay.cluster.shutdown().await;
-    publish_all(&sql, 100, 200).await;
     there.batch_execute("update shardmq.partition set state = 'open'").await.unwrap();
-    check(&arrive(&there, &[made.partitions[0].partition], 200).await, 200);
+    let partition = made.partitions[0].partition;
+    arrive(&there, &[partition], 100).await;
+    publish_all(&sql, 100, 200).await;
+    check(&arrive(&there, &[partition], 200).await, 200);
     through(&sql).await;
 }
 
