@@ -154,10 +154,10 @@ impl Cluster {
         Ok(letters.into_iter().next())
     }
 
-    /// Gives dead letters to their groups again, and to no other: each is delivered by the library's consumer that has
-    /// its partition (not by one that uses SQL), in no order with others, its attempts counted anew; if it fails to the end it is a dead
-    /// letter again. Those that die after this was called are not taken up again. Letters of groups that
-    /// are gone stay.
+    /// Gives dead letters to their groups again, and to no other: each is delivered by the library's
+    /// consumer that has its partition (not by one that uses SQL), in no order with others, its attempts
+    /// counted anew; if it fails to the end it is a dead letter again. Those that die after this was called
+    /// are not taken up again. Letters of groups that are gone stay.
     ///
     /// In portions of a transaction each; told is how many it is by now. Where this is cut off, or its future
     /// dropped, what was done stays done: call it again for the rest.

@@ -48,9 +48,9 @@ impl Cluster {
     }
 
     /// Sets which notifier processes have that are not told otherwise, and where its Redis is, if it needs one;
-    /// without an address that stays as it was set, and is tried again. Processes have it when they connect next. Producers and consumers
-    /// must have one in common: to move from one to another, set [`NotifierKind::Both`] first, restart all,
-    /// then set the other.
+    /// without an address that stays as it was set, and is tried again. Processes have it when they connect
+    /// next. Producers and consumers must have one in common: to move from one to another, set
+    /// [`NotifierKind::Both`] first, restart all, then set the other.
     ///
     /// The password is not stored: every process takes it from `SHARDMQ_REDIS_PASSWORD`, or has an address
     /// of its own in `SHARDMQ_REDIS_URL`.

@@ -137,6 +137,8 @@ impl Member {
                 holding.compare();
                 return Ok(false);
             }
+            // The next attempt ends it, and notes what is lost: once.
+            Moved::OtherServer if holding.is_void() => return Ok(false),
             // Nobody reads it any more, who could compare.
             Moved::OtherServer => {
                 self.shared.note_uncommitted(holding.refusal(ErrorKind::LeaseLost), &holding);

@@ -35,7 +35,9 @@ impl Delivery {
     /// One statement, which locks the group's row of the partition until the transaction ends: takeovers,
     /// seeks and the commits of other acknowledgements pass over it meanwhile, and other transactions of
     /// this partition wait here. So call it last. Nothing else waits, however long the transaction is
-    /// open, unless much of the partition fails meanwhile: that is parked afterwards, and kept in memory until then. Of a message that was [parked](crate::Order::Unordered) it is the row of its copy alone that is locked.
+    /// open, unless much of the partition fails meanwhile: that is parked afterwards, and kept in memory
+    /// until then. Of a message that was [parked](crate::Order::Unordered) it is the row of its copy alone
+    /// that is locked.
     ///
     /// The delivery is still in hand after an error, a rollback, or a commit whose answer was lost: it
     /// may be tried again, in another transaction. What was committed after all is not committed twice.

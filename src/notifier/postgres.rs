@@ -20,7 +20,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::cluster::Nodes;
 use crate::deadline::{in_time, jitter};
-use crate::error::Result;
+use crate::error::{ErrorKind, Result};
 use crate::id::{NodeId, PartitionId};
 use crate::metrics as names;
 use crate::notifier::channel::{Channel, ENDED, Pending, lock, merged, payload};
@@ -183,8 +183,10 @@ async fn send_pending(nodes: &Nodes, wire: &Wire, trouble: &mut Trouble) -> Opti
     let node = wire.channel.node;
     let payload = payload(&partitions);
     if let Err(error) = in_time(ANSWER, "notify", notify(nodes, node, &payload)).await {
-        // Consumers look by themselves, or hear of it late.
-        wire.pending.add(&partitions);
+        // Consumers look by themselves, or hear of it late; of a node that is removed nobody does.
+        if error.kind() != ErrorKind::NotFound {
+            wire.pending.add(&partitions);
+        }
         ::metrics::counter!(names::NOTIFY_FAILED).increment(1);
         if trouble.meet(Instant::now()) {
             tracing::warn!(
