@@ -283,9 +283,19 @@ async fn the_members_of_a_redis_cluster_are_one() {
     NotifierSuite::new(publisher, subscriber, partition()).check().await.unwrap();
     // With one gone, the other serves who knows both.
     let both = format!("redis://127.0.0.1:{},127.0.0.1:{}", one.port(), two.port());
-    let suite = suite_at(&both);
+    let [publisher, subscriber] = [(); 2].map(|()| RedisNotifier::new(&both, "both").unwrap());
+    let subscriber = Arc::new(subscriber);
+    let suite = NotifierSuite::new(publisher, Arc::clone(&subscriber), partition());
     suite.check().await.unwrap();
+    let mut hints = subscriber.subscribe(&[partition()]);
+    arrive(&mut hints).await;
     one.stop_server(StopMode::Immediate).await.unwrap();
+    // Also where it does not know yet that it has to go there.
+    let well = async || {
+        let there = subscribed_channels(two.port()).await == 2;
+        there && subscriber.health(NodeId::new(1).unwrap()).is_ok()
+    };
+    eventually("it listens to the other one", SOON, well).await;
     suite.check().await.unwrap();
 }
 
