@@ -283,6 +283,12 @@ async fn a_database_with_an_outbox_becomes_a_node() {
     assert!(!migrate(&url, Schema::Node).await.unwrap().is_empty());
     migrate(&url, Schema::Control).await.unwrap();
     assert!(migrate(&url, Schema::Outbox).await.unwrap().is_empty());
+    // By whoever may use the schema, and they may do nothing else.
+    let anybody = "select array_agg(proname::text order by proname) from pg_proc
+                    where pronamespace = 'shardmq'::regnamespace
+                      and has_function_privilege('public', oid, 'execute')";
+    let anybody: Vec<String> = sql.query_one(anybody, &[]).await.unwrap().get(0);
+    assert_eq!(anybody, ["deliver_all", "publish"]);
     sql.batch_execute("select shardmq.publish('orders', 'after')").await.unwrap();
     let test = TestCluster::of(vec![url]).await;
     let partitions = topic(&test, "orders", 1).await;

@@ -18,8 +18,9 @@ pub(crate) enum Command {
     /// Set what processes have from when they connect next, unless they are told otherwise.
     ///
     /// Producers and consumers must have one in common. To move from one to another set `both`, restart all,
-    /// then set the other. The address of the Redis is --redis-url, or the one that was set before; it is kept without
-    /// its password, which every process takes from `SHARDMQ_REDIS_PASSWORD`. `SHARDMQ_REDIS_URL` is not stored.
+    /// then set the other. The address of the Redis is --redis-url, or the one that was set before; it is
+    /// kept without its password, which every process takes from `SHARDMQ_REDIS_PASSWORD`.
+    /// `SHARDMQ_REDIS_URL` is not stored.
     Set {
         /// postgres, redis, both or none.
         notifier: NotifierKind,
