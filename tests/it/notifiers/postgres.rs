@@ -1,6 +1,8 @@
 //! `LISTEN/NOTIFY` in every kind of trouble. The server that notifies is the node itself: where it is away,
 //! messages are stored later, and come at once then.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use futures_util::StreamExt;
@@ -149,19 +151,27 @@ impl Hanging {
         sql.batch_execute("create table public.written (n int)").await.unwrap();
         let pid = holder.query_one("select pg_backend_pid()", &[]).await.unwrap();
         let pid = u32::try_from(pid.get::<_, i32>(0)).unwrap();
-        // It waits for a standby that there is not, and is suspended there, so that nobody else need wait.
+        // It waits for a standby that there is not, and is suspended there, so that nobody else need wait. What is
+        // committed before the checkpointer has read the setting waits for nobody.
         standby(sql, "nobody").await;
+        let waits = Arc::new(AtomicBool::new(false));
+        let waited = Arc::clone(&waits);
         let commit = tokio::spawn(async move {
             let notify = "begin; insert into public.written values (1); notify noise; commit";
-            holder.batch_execute(notify).await.unwrap();
+            while !waited.load(Ordering::SeqCst) {
+                holder.batch_execute(notify).await.unwrap();
+            }
         });
-        let waits = format!(
+        let look = format!(
             "select exists (select from pg_stat_activity where pid = {pid} and wait_event = 'SyncRep')"
         );
-        let waits = async || sql.query_one(&waits, &[]).await.unwrap().get(0);
-        eventually("the commit waits", SOON, waits).await;
+        let look = async || sql.query_one(&look, &[]).await.unwrap().get(0);
+        eventually("the commit waits", SOON, look).await;
+        waits.store(true, Ordering::SeqCst);
         signal(pid, "STOP").await;
         standby(sql, "").await;
+        // When this is done the checkpointer knows of that, too.
+        sql.batch_execute("insert into public.written values (2)").await.unwrap();
         Self { pid, commit }
     }
 
