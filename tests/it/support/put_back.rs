@@ -3,6 +3,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use shardmq::embedded::{Server, StopMode};
 
@@ -11,8 +12,10 @@ pub struct Snapshot(PathBuf);
 
 /// Stops a server at once and keeps a copy of its data.
 pub async fn snapshot(server: &Server) -> Snapshot {
+    static COPIES: AtomicU32 = AtomicU32::new(0);
     server.stop_server(StopMode::Immediate).await.unwrap();
-    let copy = server.data_dir().with_extension("copy");
+    let number = COPIES.fetch_add(1, Ordering::Relaxed);
+    let copy = server.data_dir().with_extension(format!("copy{number}"));
     shell(&["cp", "-a", path(&server.data_dir()), path(&copy)]);
     server.start_server().await.unwrap();
     Snapshot(copy)
