@@ -99,17 +99,17 @@ async fn a_transaction_waits_for_one_lock_only() {
         receipts.push(producer.enqueue(message).await.unwrap());
         if nth == 0 {
             let waits = || async { waiting(&sql, partitions[0]).await == 1 };
-            eventually("the first waits", 5 * SECOND, waits).await;
+            eventually("the first waits", 20 * SECOND, waits).await;
         }
     }
     first.batch_execute("commit").await.unwrap();
     // The second and third are in one transaction: it waits for the third only when it is another.
     let waits = || async { waiting(&sql, partitions[2]).await == 1 };
-    eventually("the third waits", 5 * SECOND, waits).await;
+    eventually("the third waits", 20 * SECOND, waits).await;
     assert_eq!(stored(&sql, partitions[1]).await.len(), 1);
     last.batch_execute("commit").await.unwrap();
     for receipt in receipts {
-        within(5 * SECOND, "an answer", receipt).await.unwrap();
+        within(20 * SECOND, "an answer", receipt).await.unwrap();
     }
 }
 
@@ -132,7 +132,7 @@ async fn others_go_on_while_locked(partitions: usize, locked: usize, warm: bool)
         // Until both connections wait, each for a lock of its own.
         if nth < 2 {
             let waits = || async { waiting(&sql, numbers[nth]).await == 1 };
-            eventually("an append waits", 5 * SECOND, waits).await;
+            eventually("an append waits", 20 * SECOND, waits).await;
         }
     }
     for _ in 0..3 {
@@ -141,12 +141,12 @@ async fn others_go_on_while_locked(partitions: usize, locked: usize, warm: bool)
             receipts.push(producer.enqueue(Message::new("free").key(key)).await.unwrap());
         }
         for receipt in receipts {
-            within(5 * SECOND, "a free partition", receipt).await.unwrap();
+            within(20 * SECOND, "a free partition", receipt).await.unwrap();
         }
     }
     holder.batch_execute("commit").await.unwrap();
     for receipt in stuck {
-        within(5 * SECOND, "a partition that was locked", receipt).await.unwrap();
+        within(20 * SECOND, "a partition that was locked", receipt).await.unwrap();
     }
 }
 

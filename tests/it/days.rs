@@ -61,7 +61,7 @@ impl Stop {
     }
 
     async fn reached(&mut self) {
-        within(10 * SECOND, "the reader gets there", self.reached.recv()).await.unwrap();
+        within(20 * SECOND, "the reader gets there", self.reached.recv()).await.unwrap();
     }
 
     /// It goes on, and stops nowhere any more.
@@ -104,7 +104,7 @@ async fn a_commit_after_midnight_into_yesterday_is_read_before_todays() {
     clocks.set_server("24 hours 1 second").await;
     let next = test.sql(0).await;
     let rolling = tokio::spawn(async move { append_texts(&next, partition, 4..6).await });
-    eventually("the next day's writer waits", 10 * SECOND, async || {
+    eventually("the next day's writer waits", 20 * SECOND, async || {
         crate::support::stored::waiting(&sql, partition).await == 1
     })
     .await;
@@ -142,7 +142,7 @@ async fn over_many_midnights_with_writers_at_work_nothing_is_lost() {
     for day in 1..=20 {
         let before = sent.load(Ordering::Relaxed);
         clocks.set_server(&format!("{day} days")).await;
-        eventually("the day is written to", 10 * SECOND, async || {
+        eventually("the day is written to", 20 * SECOND, async || {
             sent.load(Ordering::Relaxed) > before + 6
         })
         .await;
@@ -282,7 +282,7 @@ async fn lag_is_right_before_at_and_after_the_end_of_a_day() {
     append_texts(&sql, partition, ["x"]).await;
     let day = clocks.day(5).await;
     assert_eq!(count(&sql, &table(partition, day)).await, 1);
-    eventually("it comes", 5 * SECOND, async || lag_and_count(&test, &sql, partition).await == 1)
+    eventually("it comes", 20 * SECOND, async || lag_and_count(&test, &sql, partition).await == 1)
         .await;
     messages.shutdown(SECOND).await.unwrap();
     assert!(cursor(&sql, "g", partition).await.member.is_none());

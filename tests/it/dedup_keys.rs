@@ -52,14 +52,14 @@ async fn send_together(
     holder.batch_execute(&lock).await.unwrap();
     let first = producer.enqueue(Message::new("first").key("first")).await.unwrap();
     let waits = || async { waiting(&sql, partition).await == 1 };
-    eventually("the first waits for the lock", 5 * SECOND, waits).await;
+    eventually("the first waits for the lock", 20 * SECOND, waits).await;
     let mut receipts = Vec::new();
     for message in messages {
         receipts.push(producer.enqueue(message).await.unwrap());
     }
     holder.batch_execute("commit").await.unwrap();
     first.await.unwrap();
-    within(10 * SECOND, "the receipts", join_all(receipts)).await
+    within(20 * SECOND, "the receipts", join_all(receipts)).await
 }
 
 /// A producer behind a proxy, that has a connection with the statement prepared: two messages are stored.
@@ -96,7 +96,7 @@ async fn of_sixteen_senders_over_four_producers_all_get_the_id_of_the_one_messag
             let (producer, message) = (producers[n % 4].clone(), once(&key));
             tokio::spawn(async move { producer.send(message).await })
         };
-        let sent = within(10 * SECOND, "all answers", join_all((0..16).map(send))).await;
+        let sent = within(20 * SECOND, "all answers", join_all((0..16).map(send))).await;
         let sent = good(sent.into_iter().map(Result::unwrap).collect());
         assert!(sent.iter().all(|id| *id == sent[0]), "{sent:?}");
         ids.insert(sent[0]);
@@ -162,7 +162,7 @@ async fn what_is_repeated_since_its_answer_was_lost_is_stored_once() {
     way.eventually_stored(3).await;
     way.proxy.cut();
     way.proxy.to_client(Rule::Pass);
-    let id = within(10 * SECOND, "the repeat", send).await.unwrap().unwrap();
+    let id = within(20 * SECOND, "the repeat", send).await.unwrap().unwrap();
     let all = way.stored().await;
     assert_eq!((all.len(), all[2].id), (3, id));
 }
@@ -173,7 +173,7 @@ async fn an_original_that_comes_after_its_repeat_is_not_stored_again() {
     let large = Message::new("m".repeat(12_000)).dedup_key("x");
     let (send, original) = way.send_held_message(large).await;
     way.free_all_but(&original);
-    let id = within(10 * SECOND, "the repeat", send).await.unwrap().unwrap();
+    let id = within(20 * SECOND, "the repeat", send).await.unwrap().unwrap();
     way.release(&original).await;
     let all = way.stored().await;
     assert_eq!((all.len(), all[2].id), (3, id));
@@ -192,7 +192,7 @@ async fn what_has_no_answer_until_the_send_timeout_is_unknown_and_may_be_sent_ag
     way.eventually_stored(3).await;
     way.proxy.cut();
     way.proxy.to_client(Rule::Pass);
-    let id = within(10 * SECOND, "the next", way.send_message(once("x"))).await.unwrap().unwrap();
+    let id = within(20 * SECOND, "the next", way.send_message(once("x"))).await.unwrap().unwrap();
     let all = way.stored().await;
     assert_eq!((all.len(), all[2].id), (3, id));
     assert_eq!(way.refused().await, 0);
@@ -215,16 +215,16 @@ async fn an_original_whose_repeat_was_refused_may_still_come_and_is_not_called_r
         );
         way.sql.batch_execute(&refuse).await.unwrap();
         way.free_all_but(&original);
-        let outcome = within(10 * SECOND, "the repeat", send).await.unwrap();
+        let outcome = within(20 * SECOND, "the repeat", send).await.unwrap();
         assert_eq!(outcome.unwrap_err().kind(), ErrorKind::Unknown, "{code}");
         way.sql.batch_execute(&format!("drop trigger no on {table}")).await.unwrap();
         way.release(&original).await;
         let all = way.stored().await;
-        let id = within(10 * SECOND, "the next", way.send_message(large())).await.unwrap().unwrap();
+        let id = within(20 * SECOND, "the next", way.send_message(large())).await.unwrap().unwrap();
         assert_eq!((all.len(), all[1].id), (2, id), "{code}");
         // Where nothing had no answer, it is what it is.
         way.sql.batch_execute(&trigger).await.unwrap();
-        let outcome = within(10 * SECOND, "an answer", way.send_message(once("y"))).await.unwrap();
+        let outcome = within(20 * SECOND, "an answer", way.send_message(once("y"))).await.unwrap();
         assert_ne!(outcome.unwrap_err().kind(), ErrorKind::Unknown, "{code}");
     }
 }
@@ -256,7 +256,7 @@ async fn a_partition_that_takes_nothing_more_still_knows_its_keys() {
         }
         assert_eq!(way.send_message(once("a")).await.unwrap().unwrap(), known);
         let messages = ["b", "a", "c"].map(once);
-        let sent = within(10 * SECOND, "answers", way.producer.send_all(messages)).await;
+        let sent = within(20 * SECOND, "answers", way.producer.send_all(messages)).await;
         let kind = if full { ErrorKind::Full } else { ErrorKind::Unavailable };
         for (nth, sent) in sent.into_iter().enumerate() {
             match nth {
@@ -314,7 +314,7 @@ async fn another_topics_keys_are_not_taken_for_ones_own() {
     let change =
         format!("update shardmq.partition set topic = 'bills' where partition = {partition}");
     sql.batch_execute(&change).await.unwrap();
-    let error = within(5 * SECOND, "an answer", producer.send(once("a"))).await.unwrap_err();
+    let error = within(20 * SECOND, "an answer", producer.send(once("a"))).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::NotFound);
 }
 

@@ -155,7 +155,7 @@ async fn a_row_that_a_transaction_has_locked_is_passed_over_and_the_others_move(
     let states = |outcomes: Vec<(i32, String)>| -> Vec<String> {
         outcomes.into_iter().map(|(_, state)| state).collect()
     };
-    let passed = within(5 * SECOND, "the flush", flush(&sql, &fences, 7)).await;
+    let passed = within(20 * SECOND, "the flush", flush(&sql, &fences, 7)).await;
     assert_eq!(states(passed), ["moved", "locked", "moved"]);
     // Neither do those who take partitions wait for it.
     let other = Uuid::now_v7();
@@ -164,7 +164,7 @@ async fn a_row_that_a_transaction_has_locked_is_passed_over_and_the_others_move(
         .await
         .unwrap();
     renew(&sql, other, 10.0).await;
-    let taken = within(5 * SECOND, "the others", acquire(&sql, other, 9, true)).await;
+    let taken = within(20 * SECOND, "the others", acquire(&sql, other, 9, true)).await;
     assert_eq!(taken.len(), 2);
     open.commit().await.unwrap();
     assert_eq!(states(flush(&sql, &fences, 9).await), ["lease_lost", "moved", "lease_lost"]);

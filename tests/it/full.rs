@@ -147,7 +147,7 @@ async fn what_joins_a_batch_from_a_full_partition_is_answered() {
         holder.batch_execute("commit").await.unwrap();
         sent += receipts.len();
         for receipt in receipts {
-            let id = within(SECOND * 10, "an answer", receipt).await;
+            let id = within(20 * SECOND, "an answer", receipt).await;
             assert_eq!(id.unwrap().partition(), open);
         }
     }

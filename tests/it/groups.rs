@@ -237,7 +237,7 @@ async fn a_locked_cursor_is_passed_over_and_named_when_the_patience_is_over() {
         async move { cluster.seek("orders", "g", Start::Latest, None).await }
     });
     let b_moved = || async { cursor(&ready.sql, "g", b).await.reset_epoch == 2 };
-    eventually("the other is moved", 5 * SECOND, b_moved).await;
+    eventually("the other is moved", 20 * SECOND, b_moved).await;
     open.rollback().await.unwrap();
     let sought = within(PATIENCE, "the seek", seeking).await.unwrap().unwrap();
     assert_eq!(sought.len(), 2);
@@ -309,7 +309,7 @@ async fn a_late_commit_never_overwrites_a_seek() {
     });
     let b = ready.partitions[1];
     let b_moved = || async { cursor(&ready.sql, "g", b).await.reset_epoch == 2 };
-    eventually("the other is moved", 5 * SECOND, b_moved).await;
+    eventually("the other is moved", 20 * SECOND, b_moved).await;
     late.batch_execute("commit").await.unwrap();
     let sought = within(PATIENCE, "the seek", seeking).await.unwrap().unwrap();
     assert_eq!(sought[0].before_id, MessageId::try_from(last).ok());
@@ -339,7 +339,7 @@ async fn latest_is_never_before_what_was_acknowledged() {
     let waits = "select count(*) from pg_locks where locktype = 'advisory' and objid = 42 and not granted
                     and database = (select oid from pg_database where datname = current_database())";
     let waits = async || ready.sql.query_one(waits, &[]).await.unwrap().get::<_, i64>(0) == 1;
-    eventually("it is about to lock the cursor", 5 * SECOND, waits).await;
+    eventually("it is about to lock the cursor", 20 * SECOND, waits).await;
     let id = append_texts(&ready.sql, a, ["x"]).await;
     let acknowledge = "update shardmq.quick set acked_id = $2 where partition = $1";
     ready.sql.execute(acknowledge, &[&number(a), &id]).await.unwrap();
@@ -368,7 +368,7 @@ async fn running_consumers_are_told_of_a_seek() {
     });
     listener.batch_execute("listen shardmq_group").await.unwrap();
     ready.seek(Start::Earliest).await;
-    let told = within(5 * SECOND, "a notification", heard.recv()).await;
+    let told = within(20 * SECOND, "a notification", heard.recv()).await;
     assert_eq!(told.as_deref(), Some("orders g"));
 }
 
@@ -412,7 +412,7 @@ async fn a_group_is_described_with_its_consumers_and_who_has_what() {
     let cluster = &ready.test.cluster;
     let messages = cluster.consumer("orders", "g").stream().await.unwrap();
     let holds = async || messages.handle().held_partitions() == 2;
-    eventually("it has both", 10 * SECOND, holds).await;
+    eventually("it has both", 20 * SECOND, holds).await;
     let info = cluster.group("orders", "g").await.unwrap();
     assert_eq!(info.members.len(), 1);
     let member = &info.members[0];

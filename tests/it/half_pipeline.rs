@@ -22,7 +22,7 @@ async fn nothing_is_left(sql: &Client) {
                 select from pg_locks l where l.pid = a.pid and locktype = 'advisory'
                    and classid = 1397247313))";
     let none = || async { sql.query_one(left, &[]).await.unwrap().get::<_, i64>(0) == 0 };
-    eventually("no transaction is open", 10 * SECOND, none).await;
+    eventually("no transaction is open", 20 * SECOND, none).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -39,7 +39,7 @@ async fn half_of_a_pipeline_frees_the_partition_when_nothing_more_comes() {
     let since = Instant::now();
     let send = tokio::spawn(async move { sender.send(Message::new(large)).await });
     let held = || async { holding(&sql, partition).await == 1 };
-    eventually("the lock is held", 5 * SECOND, held).await;
+    eventually("the lock is held", 20 * SECOND, held).await;
 
     let other = test.sql(0).await;
     let append = format!("select shardmq.append({}, array['other'::bytea])", number(partition));
@@ -49,7 +49,7 @@ async fn half_of_a_pipeline_frees_the_partition_when_nothing_more_comes() {
     assert!(since.elapsed() > 4 * SECOND, "the lock was not held in the middle");
 
     proxy.to_server(Rule::Pass);
-    let id = within(10 * SECOND, "the repeat", send).await.unwrap().unwrap();
+    let id = within(20 * SECOND, "the repeat", send).await.unwrap().unwrap();
     let all = stored(&sql, partition).await;
     assert_dense(&all);
     assert_eq!((all.len(), all[2].id), (3, id));
@@ -177,7 +177,7 @@ async fn a_process_that_ends_while_it_waits_leaves_nothing_open() {
         producer.send(Message::new("x")).await
     });
     let waits = || async { waiting(&sql, partition).await == 1 };
-    eventually("it waits for the lock", 5 * SECOND, waits).await;
+    eventually("it waits for the lock", 20 * SECOND, waits).await;
     runtime.shutdown_background();
     holder.batch_execute("commit").await.unwrap();
     nothing_is_left(&sql).await;

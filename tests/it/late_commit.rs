@@ -67,7 +67,7 @@ async fn what_a_rolled_back_transaction_appended_leaves_no_gap() {
     let send = tokio::spawn(async move { producer.send(Message::new("first")).await });
     let look = test.sql(0).await;
     let waits = || async { waiting(&look, partition).await == 1 };
-    eventually("the producer waits", 5 * SECOND, waits).await;
+    eventually("the producer waits", 20 * SECOND, waits).await;
     open.batch_execute("rollback").await.unwrap();
     assert_eq!(send.await.unwrap().unwrap().sequence(), 1);
     assert_eq!(stored(&look, partition).await.len(), 1);

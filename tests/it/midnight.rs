@@ -79,7 +79,7 @@ async fn appends_that_wait_for_the_lock_over_midnight_are_stored_in_the_new_day(
         producer.send_all(texts).await
     });
     let waits = || async { waiting(&night.sql, night.partition).await > 0 };
-    eventually("an append waits", 5 * SECOND, waits).await;
+    eventually("an append waits", 20 * SECOND, waits).await;
     night.clocks.set("1 day 00:00:05").await;
     holder.batch_execute("commit").await.unwrap();
     for sent in sends.await.unwrap() {
@@ -184,7 +184,7 @@ async fn a_server_clock_that_leaps_a_year_is_refused_and_pins_nothing() {
     let producer = night.producer.clone();
     let patient = tokio::spawn(async move { producer.send(Message::new("after")).await });
     let asks = || async { night.roll(-370.0 * 86_400.0).await.0 == "clock" };
-    eventually("the roll is refused", 5 * SECOND, asks).await;
+    eventually("the roll is refused", 20 * SECOND, asks).await;
     night.clocks.set_server("12:00:20").await;
     let sent = within(15 * SECOND, "the send", patient).await;
     assert_eq!(sent.unwrap().unwrap().day().yymmdd(), today.unsigned_abs());
@@ -283,5 +283,5 @@ async fn tables_are_made_ahead_and_used_at_midnight() {
         let row = night.sql.query_one(&made, &[]).await;
         row.unwrap().get(0)
     };
-    eventually("tomorrow's table is there", 5 * SECOND, there).await;
+    eventually("tomorrow's table is there", 20 * SECOND, there).await;
 }

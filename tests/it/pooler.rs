@@ -207,7 +207,7 @@ async fn a_partition_that_is_locked_does_not_hold_up_the_others() {
         let all = all_stored(&sql, &partitions[1..]).await;
         all.len() > 450
     };
-    eventually("the others have theirs", 5 * SECOND, others).await;
+    eventually("the others have theirs", 20 * SECOND, others).await;
     assert!(stored(&sql, partitions[0]).await.is_empty());
     holder.batch_execute("commit").await.unwrap();
     for receipt in receipts {
@@ -337,7 +337,7 @@ async fn a_client_that_falls_silent_in_the_middle_of_a_batch_keeps_nobody_out() 
         let kept = way.proxy.links().iter().any(|link| link.to_server.kept() > 0);
         kept && way.sql.query_one(begun, &[]).await.unwrap().get(0)
     };
-    eventually("half of it is there", 5 * SECOND, half).await;
+    eventually("half of it is there", 20 * SECOND, half).await;
     let others = append_texts(&way.sql, way.partition, ["other"]);
     // Sooner than the server ends a transaction that nobody goes on with.
     within(4 * SECOND, "another's append", others).await;

@@ -18,7 +18,7 @@ async fn an_original_that_comes_after_its_repeat_is_not_stored_again() {
     let way = Way::new(|builder| builder).await;
     let (send, original) = way.send_held().await;
     way.free_all_but(&original);
-    let id = within(10 * SECOND, "the repeat", send).await.unwrap().unwrap();
+    let id = within(20 * SECOND, "the repeat", send).await.unwrap().unwrap();
     way.release(&original).await;
     let all = way.stored().await;
     assert_eq!((all.len(), all[1].id), (2, id));
@@ -32,7 +32,7 @@ async fn a_repeat_that_comes_after_its_original_gets_its_id() {
     way.release(&original).await;
     way.eventually_stored(2).await;
     way.proxy.to_server(Rule::Pass);
-    let id = within(10 * SECOND, "the repeat", send).await.unwrap().unwrap();
+    let id = within(20 * SECOND, "the repeat", send).await.unwrap().unwrap();
     let all = way.stored().await;
     assert_eq!((all.len(), all[1].id), (2, id));
 }
@@ -44,7 +44,7 @@ async fn an_original_from_before_midnight_that_comes_after_its_repeat_is_turned_
     way.given_up(&original).await;
     way.clocks.set("1 day 00:00:05").await;
     way.free_all_but(&original);
-    let id = within(10 * SECOND, "the repeat", send).await.unwrap().unwrap();
+    let id = within(20 * SECOND, "the repeat", send).await.unwrap().unwrap();
     assert_eq!(id.day().yymmdd(), way.clocks.day(1).await.unsigned_abs());
     // Also where the clock has gone back since: the partition has not.
     way.clocks.set("23:59:55").await;
@@ -66,7 +66,7 @@ async fn a_repeat_after_midnight_finds_its_original_in_the_day_that_is_over() {
             way.roll().await;
         }
         way.proxy.to_server(Rule::Pass);
-        let id = within(10 * SECOND, "the repeat", send).await.unwrap().unwrap();
+        let id = within(20 * SECOND, "the repeat", send).await.unwrap().unwrap();
         let all = way.stored().await;
         assert_eq!((all.len(), all[1].id), (2, id));
         assert_eq!(id.day().yymmdd(), way.clocks.day(0).await.unsigned_abs());
@@ -97,14 +97,14 @@ async fn a_client_whose_clock_is_ahead_finds_its_original() {
     let send = tokio::spawn(async move { producer.send(Message::new("x")).await });
     let asks = "select exists (select from pg_locks where not granted and objid = 42)";
     let waits = || async { sql.query_one(asks, &[]).await.unwrap().get(0) };
-    eventually("an insert waits", 5 * SECOND, waits).await;
+    eventually("an insert waits", 20 * SECOND, waits).await;
     proxy.to_client(Rule::Swallow);
     holder.batch_execute("commit").await.unwrap();
     let there = || async { stored(&sql, partition).await.len() == 1 };
-    eventually("it is stored", 10 * SECOND, there).await;
+    eventually("it is stored", 20 * SECOND, there).await;
     proxy.cut();
     proxy.to_client(Rule::Pass);
-    let id = within(10 * SECOND, "the repeat", send).await.unwrap().unwrap();
+    let id = within(20 * SECOND, "the repeat", send).await.unwrap().unwrap();
     let all = stored(&sql, partition).await;
     assert_eq!((all.len(), all[0].id), (1, id));
 }
@@ -123,7 +123,7 @@ async fn a_repeat_finds_its_original_in_a_partition_that_was_sealed_or_is_full_s
             way.set_state("state = 'sealed', generation = 2").await;
         }
         way.proxy.to_server(Rule::Pass);
-        let id = within(10 * SECOND, "the repeat", send).await.unwrap().unwrap();
+        let id = within(20 * SECOND, "the repeat", send).await.unwrap().unwrap();
         let all = stored(&way.sql, way.partition).await;
         assert_eq!((all.len(), all[1].id), (2 + usize::from(full), id));
     }
@@ -141,7 +141,7 @@ async fn an_original_that_comes_after_the_seal_is_turned_away_and_its_repeat_say
         way.given_up(&original).await;
         way.set_state(change).await;
         way.free_all_but(&original);
-        let outcome = within(10 * SECOND, "the repeat", send).await.unwrap();
+        let outcome = within(20 * SECOND, "the repeat", send).await.unwrap();
         assert_eq!(outcome.unwrap_err().kind(), kind, "{change}");
         way.release(&original).await;
         assert_eq!(way.stored().await.len(), 1, "{change}");
@@ -165,7 +165,7 @@ async fn a_batch_that_is_given_up_is_fenced_and_its_late_original_turned_away() 
     let fences = || async { way.sql.query_one(asks, &[]).await.unwrap().get(0) };
     eventually("the fence waits for the lock", 20 * SECOND, fences).await;
     holder.batch_execute("commit").await.unwrap();
-    let outcome = within(10 * SECOND, "an answer", send).await.unwrap();
+    let outcome = within(20 * SECOND, "an answer", send).await.unwrap();
     assert_eq!(outcome.unwrap_err().kind(), ErrorKind::Timeout);
     assert_eq!(way.refused().await, 1);
     way.release(&original).await;
@@ -186,7 +186,7 @@ async fn a_batch_whose_node_can_not_be_asked_is_unknown_and_does_not_rise_after_
     let outcome = within(30 * SECOND, "an answer", send).await.unwrap();
     assert_eq!(outcome.unwrap_err().kind(), ErrorKind::Unknown);
     way.free_all_but(&original);
-    let next = within(10 * SECOND, "the next", way.send("next")).await.unwrap().unwrap();
+    let next = within(20 * SECOND, "the next", way.send("next")).await.unwrap().unwrap();
     way.release(&original).await;
     let all = way.stored().await;
     assert_eq!((all.len(), all[1].id), (2, next));
@@ -202,7 +202,7 @@ async fn what_was_never_sent_is_not_called_unknown() {
     let outcome = within(20 * SECOND, "an answer", way.send("never")).await.unwrap();
     assert_eq!(outcome.unwrap_err().kind(), ErrorKind::Timeout);
     way.proxy.refuse(false);
-    within(10 * SECOND, "a send", way.send("now")).await.unwrap().unwrap();
+    within(20 * SECOND, "a send", way.send("now")).await.unwrap().unwrap();
     assert!(way.stored().await.iter().all(|m| m.text() != "never"));
 }
 
@@ -222,7 +222,7 @@ async fn an_original_whose_repeat_was_refused_is_turned_away() {
         );
         way.sql.batch_execute(&refuse).await.unwrap();
         way.free_all_but(&original);
-        let outcome = within(10 * SECOND, "the repeat", send).await.unwrap();
+        let outcome = within(20 * SECOND, "the repeat", send).await.unwrap();
         assert_ne!(outcome.unwrap_err().kind(), ErrorKind::Unknown);
         let allow = format!("drop trigger no on {table}");
         way.sql.batch_execute(&allow).await.unwrap();

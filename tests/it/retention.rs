@@ -48,7 +48,7 @@ async fn consume(test: &TestCluster, group: &str, expected: usize) -> Vec<ErrorK
     let mut messages = consumer.stream().await.unwrap();
     let (mut got, mut news) = (0, Vec::new());
     while got < expected {
-        match within(10 * SECOND, "a delivery", messages.next()).await.unwrap() {
+        match within(20 * SECOND, "a delivery", messages.next()).await.unwrap() {
             Ok(delivery) => {
                 got += 1;
                 delivery.ack().unwrap();
@@ -67,7 +67,7 @@ async fn days_go_when_their_time_is_over_and_every_group_has_finished_them() {
     append(&sql, "a", 10).await;
     assert!(consume(&test, "quick", 10).await.is_empty());
     let mut slow = test.cluster.consumer("orders", "slow").stream().await.unwrap();
-    within(5 * SECOND, "a delivery", slow.next()).await.unwrap().unwrap().ack().unwrap();
+    within(20 * SECOND, "a delivery", slow.next()).await.unwrap().unwrap().ack().unwrap();
     slow.shutdown(SECOND).await.unwrap();
     days_on(&sql, 1).await;
     append(&sql, "b", 5).await;
@@ -103,7 +103,7 @@ async fn a_reader_behind_the_watermark_goes_on_from_it_and_says_how_many_it_miss
     append(&sql, "a", 10).await;
     let mut messages = test.cluster.consumer("orders", "g").stream().await.unwrap();
     for _ in 0..4 {
-        within(5 * SECOND, "a", messages.next()).await.unwrap().unwrap().ack().unwrap();
+        within(20 * SECOND, "a", messages.next()).await.unwrap().unwrap().ack().unwrap();
     }
     messages.shutdown(SECOND).await.unwrap();
     days_on(&sql, 1).await;
@@ -113,11 +113,11 @@ async fn a_reader_behind_the_watermark_goes_on_from_it_and_says_how_many_it_miss
     test.cluster.look_after_nodes().await.unwrap();
 
     let mut messages = test.cluster.consumer("orders", "g").stream().await.unwrap();
-    let news = within(5 * SECOND, "the news", messages.next()).await.unwrap().unwrap_err();
+    let news = within(20 * SECOND, "the news", messages.next()).await.unwrap().unwrap_err();
     assert_eq!(news.kind(), ErrorKind::Missed);
     assert!(news.to_string().contains("dropped 13 messages"), "{news}");
     for n in 1..=3 {
-        let delivery = within(5 * SECOND, "c", messages.next()).await.unwrap().unwrap();
+        let delivery = within(20 * SECOND, "c", messages.next()).await.unwrap().unwrap();
         assert_eq!(delivery.payload(), format!("c{n}").as_bytes());
         delivery.ack().unwrap();
     }
@@ -158,13 +158,13 @@ async fn a_reader_on_the_very_table_and_a_writer_of_the_next_go_on() {
     append(&sql, "a", 2_000).await;
     let consumer = test.cluster.consumer("orders", "g").prefetch_messages(1).prefetch_bytes(65_536);
     let mut messages = consumer.poll_interval(SECOND / 20).stream().await.unwrap();
-    within(5 * SECOND, "a", messages.next()).await.unwrap().unwrap().ack().unwrap();
+    within(20 * SECOND, "a", messages.next()).await.unwrap().unwrap().ack().unwrap();
     days_on(&sql, 3).await;
     append(&sql, "b", 1).await;
     test.cluster.look_after_nodes().await.unwrap();
     // What was fetched is handed out; then the reader finds the next day.
     loop {
-        match within(5 * SECOND, "the next day", messages.next()).await.unwrap() {
+        match within(20 * SECOND, "the next day", messages.next()).await.unwrap() {
             Ok(delivery) => {
                 let is_next_day = delivery.payload() == b"b1";
                 delivery.ack().unwrap();
@@ -176,7 +176,7 @@ async fn a_reader_on_the_very_table_and_a_writer_of_the_next_go_on() {
         }
     }
     append(&sql, "c", 1).await;
-    let delivery = within(5 * SECOND, "c", messages.next()).await.unwrap().unwrap();
+    let delivery = within(20 * SECOND, "c", messages.next()).await.unwrap().unwrap();
     assert_eq!(delivery.payload(), b"c1");
     messages.shutdown(SECOND / 10).await.unwrap();
 }
@@ -189,7 +189,7 @@ async fn any_client_keeps_tables_ahead_and_one_takes_over_from_another() {
     producer.send(Message::new("x")).await.unwrap();
     client.look_after_nodes().await.unwrap();
     assert_eq!(tables(&sql).await.len(), 4);
-    eventually("the client holds the upkeep", 10 * SECOND, async || {
+    eventually("the client holds the upkeep", 20 * SECOND, async || {
         sql.query_opt("select from shardmq.upkeep", &[]).await.unwrap().is_some()
     })
     .await;
@@ -214,7 +214,7 @@ async fn a_node_that_hangs_does_not_keep_the_others_from_being_looked_after() {
     for sql in [&sql, &of_hanging] {
         let held =
             async || sql.query_opt("select from shardmq.upkeep", &[]).await.unwrap().is_some();
-        eventually("both are looked after", 10 * SECOND, held).await;
+        eventually("both are looked after", 20 * SECOND, held).await;
     }
     proxy.to_server(Rule::Hold);
     for _ in 0..2 {

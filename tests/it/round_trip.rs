@@ -17,14 +17,14 @@ async fn a_message_is_stored_delivered_and_acknowledged() {
     let id = producer.send(message).await.unwrap();
 
     let mut messages = test.cluster.consumer("orders", "billing").stream().await.unwrap();
-    let delivery = within(5 * SECOND, "the delivery", messages.next()).await.unwrap().unwrap();
+    let delivery = within(20 * SECOND, "the delivery", messages.next()).await.unwrap().unwrap();
     assert_eq!(delivery.id(), id);
     assert_eq!(delivery.payload(), b"\0\xff bytes");
     assert_eq!(delivery.key(), Some("customer-7"));
     assert_eq!(delivery.header("trace").as_deref(), Some("t-1"));
     delivery.ack().unwrap();
     messages.shutdown(SECOND).await.unwrap();
-    assert!(within(SECOND, "the end", messages.next()).await.is_none());
+    assert!(within(20 * SECOND, "the end", messages.next()).await.is_none());
 
     let lag = test.cluster.lag("orders").await.unwrap();
     assert_eq!(lag.iter().map(|lag| lag.lag).sum::<u64>(), 0);
@@ -42,7 +42,7 @@ async fn many_messages_over_two_nodes_all_arrive_in_order_by_key() {
     let mut messages = test.cluster.consumer("orders", "g").stream().await.unwrap();
     let mut last = vec![None; 50];
     for _ in 0..20_000 {
-        let delivery = within(10 * SECOND, "a delivery", messages.next()).await.unwrap().unwrap();
+        let delivery = within(20 * SECOND, "a delivery", messages.next()).await.unwrap().unwrap();
         let n: usize = std::str::from_utf8(delivery.payload()).unwrap().parse().unwrap();
         assert!(last[n % 50].is_none_or(|before| before < n));
         last[n % 50] = Some(n);

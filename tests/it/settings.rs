@@ -92,7 +92,7 @@ async fn everything_works_with(name: &str, isolation: &str) {
         sent.push(id.unwrap());
     }
     for _ in 0..200 {
-        let next = within(10 * SECOND, "a delivery", messages.next()).await;
+        let next = within(20 * SECOND, "a delivery", messages.next()).await;
         let delivery = next.unwrap().unwrap();
         sent.retain(|id| *id != delivery.id());
         delivery.ack().unwrap();
@@ -170,7 +170,7 @@ async fn a_wait_for_the_lock_sees_what_its_holder_has_done() {
         let (sender, look) = (producer.clone(), test.sql(0).await);
         let send = tokio::spawn(async move { sender.send(Message::new("ours")).await });
         let waits = || async { waiting(&look, partition).await == 1 };
-        eventually("the append waits", 5 * SECOND, waits).await;
+        eventually("the append waits", 20 * SECOND, waits).await;
         sql.batch_execute("commit").await.unwrap();
         let sent = send.await.unwrap();
         assert_eq!(sent.is_ok(), change.starts_with("perform"), "{sent:?}");

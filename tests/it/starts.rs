@@ -73,7 +73,7 @@ async fn earliest_latest_a_time_and_an_id_start_where_they_say() {
     let mut streams = Vec::new();
     for (group, start, _) in starts {
         let mut messages = consume(&test, group, start).await;
-        eventually("both are taken", 10 * SECOND, async || {
+        eventually("both are taken", 20 * SECOND, async || {
             messages.handle().held_partitions() == 2
         })
         .await;
@@ -133,7 +133,7 @@ async fn of_two_first_consumers_with_different_starts_one_decides_for_each_node(
             .unwrap()
             .get(0);
         assert_eq!(known, 1);
-        eventually("all are taken", 10 * SECOND, async || {
+        eventually("all are taken", 20 * SECOND, async || {
             a.handle().held_partitions() + b.handle().held_partitions() == 4
         })
         .await;
@@ -242,7 +242,7 @@ async fn an_id_that_is_not_there_yet_and_a_fixed_list_of_partitions() {
         Box::pin(std::future::ready(()))
     });
     let mut messages = builder.partitions([id.partition()]).stream().await.unwrap();
-    eventually("the reader looks", 10 * SECOND, async || looked.load(Ordering::SeqCst)).await;
+    eventually("the reader looks", 20 * SECOND, async || looked.load(Ordering::SeqCst)).await;
     append_texts(&sql, id.partition(), ["before", "at", "end"]).await;
     assert_eq!(texts_until(&mut messages, "end").await, ["at"]);
     messages.shutdown(SECOND).await.unwrap();
@@ -267,7 +267,7 @@ async fn a_node_that_forgot_where_a_group_starts_is_told_again_by_who_waits() {
     let builder = test.cluster.consumer("orders", "g").start(Start::At(now));
     let mut messages = builder.lease(SECOND).partitions([partition]).stream().await.unwrap();
     let holds = async || messages.handle().held_partitions() == 1;
-    eventually("it is held", 10 * SECOND, holds).await;
+    eventually("it is held", 20 * SECOND, holds).await;
     // Somebody else has it, and lives.
     let taken = "with stranger as (
                      insert into shardmq.member (member, group_name, leased_until)
@@ -277,7 +277,7 @@ async fn a_node_that_forgot_where_a_group_starts_is_told_again_by_who_waits() {
                    from stranger s";
     sql.batch_execute(taken).await.unwrap();
     let lost = async || messages.handle().held_partitions() == 0;
-    eventually("it is lost", 10 * SECOND, lost).await;
+    eventually("it is lost", 20 * SECOND, lost).await;
     let known = async || {
         let start = "select exists (select from shardmq.group_start)";
         sql.query_one(start, &[]).await.unwrap().get::<_, bool>(0)
@@ -286,7 +286,7 @@ async fn a_node_that_forgot_where_a_group_starts_is_told_again_by_who_waits() {
         ["delete from shardmq.group_start", "truncate shardmq.group_start, shardmq.cursor"]
     {
         sql.batch_execute(forgotten).await.unwrap();
-        eventually("the node is told", 10 * SECOND, known).await;
+        eventually("the node is told", 20 * SECOND, known).await;
     }
     append_texts(&sql, partition, ["after"]).await;
     // The loss is news in the stream before it.
@@ -297,5 +297,5 @@ async fn a_node_that_forgot_where_a_group_starts_is_told_again_by_who_waits() {
             }
         }
     };
-    assert_eq!(text(&within(10 * SECOND, "the message", delivered).await), "after");
+    assert_eq!(text(&within(20 * SECOND, "the message", delivered).await), "after");
 }

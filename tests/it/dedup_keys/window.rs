@@ -121,7 +121,7 @@ async fn appends_that_wait_for_the_lock_over_midnight_are_stored_in_the_new_day(
         async move { producer.send_all(["b", "a", "c"].map(once)).await }
     });
     let waits = || async { crate::support::stored::waiting(&sql, partition).await > 0 };
-    crate::support::eventually("an append waits", 5 * SECOND, waits).await;
+    crate::support::eventually("an append waits", 20 * SECOND, waits).await;
     clocks.set("1 day 00:00:05").await;
     holder.batch_execute("commit").await.unwrap();
     let ids = good(sends.await.unwrap());
