@@ -184,7 +184,7 @@ async fn an_epoch_that_was_rolled_back_and_raised_again_by_another_lets_no_old_o
         let consumer = cluster.consumer("orders", "g").partitions([partition]);
         consumer.lease(600 * SECOND).flush_interval(60 * SECOND)
     };
-    // The other's history first: none of the two can be faster where it is another's.
+    // The other takes it first, and that is kept for later: side by side either could be the faster one.
     let other = Cluster::builder(&test.control_url).upkeep(false).connect().await.unwrap();
     let mut new = quiet(&other).stream().await.unwrap();
     read(&mut new, "kept", 3).await.remove(0).ack().unwrap();
