@@ -1,31 +1,36 @@
 -- Small functions for days and ids. New objects only.
+--
+-- A function in SQL that the planner should put in place of its call can have no search_path of its own.
+-- Its body is a RETURN or BEGIN ATOMIC then, which the server resolves when the function is made: no
+-- object of a hostile schema can take the place of one that it names. All others set search_path.
 
 -- The one clock of this schema, so that a test can move it. In SQL and without settings of its own,
 -- so that the planner puts its body in place of the call.
 create function shardmq.clock() returns timestamptz
     language sql volatile
-    as 'select clock_timestamp()';
+    return clock_timestamp();
 
 create function shardmq.day_of(at timestamptz) returns int
     language sql stable
-    as $$ select to_char(at at time zone 'UTC', 'YYMMDD')::int $$;
+    return to_char(at at time zone 'UTC', 'YYMMDD')::int;
 
 create function shardmq.day_start(day int) returns timestamptz
     language sql immutable
-    as $$ select make_timestamp(2000 + day / 10000, day / 100 % 100, day % 100, 0, 0, 0) at time zone 'UTC' $$;
+    return make_timestamp(2000 + day / 10000, day / 100 % 100, day % 100, 0, 0, 0) at time zone 'UTC';
 
 create function shardmq.first_id(partition int, day int) returns bigint
     language sql immutable
-    as $$ select (partition::bigint * 1000000 + day) * 100000000 + 1 $$;
+    return (partition::bigint * 1000000 + day) * 100000000 + 1;
 
 create function shardmq.table_name(partition int, day int) returns text
     language sql immutable
-    as $$ select 'batch_' || partition || '_' || lpad(day::text, 6, '0') $$;
+    return 'batch_' || partition || '_' || lpad(day::text, 6, '0');
 
 -- The days of a partition that have, or may have, messages: closed ones, then the one that takes
 -- appends.
 create function shardmq.days(p_partition int, p_from int) returns setof int
     language sql stable
+    set search_path = pg_catalog, pg_temp
     as $$
         select d.day from shardmq.day d where d.partition = p_partition and d.day >= p_from
         union
@@ -39,6 +44,7 @@ create function shardmq.days(p_partition int, p_from int) returns setof int
 -- holders committed; in another isolation level it would not.
 create function shardmq.lock_partition(p_partition int) returns void
     language plpgsql volatile
+    set search_path = pg_catalog, pg_temp
     as $$
 begin
     if current_setting('transaction_isolation') <> 'read committed' then

@@ -6,20 +6,19 @@
 -- comes compressed from another table, whose size would be that on disk.
 create function shardmq.keys_fit(keys text[]) returns boolean
     language sql immutable
-    as $$ select coalesce(bool_and(octet_length(k) <= 1024), true) from unnest(keys) k $$;
+    return (select coalesce(bool_and(octet_length(k) <= 1024), true) from unnest(keys) k);
 
 create function shardmq.headers_fit(headers jsonb[]) returns boolean
     language sql immutable
-    as $$
+    return (
         select coalesce(bool_and(jsonb_typeof(h) = 'object' and
             (select coalesce(sum(octet_length(e.key) + octet_length(e.value)), 0) <= 65536
                from jsonb_each_text(case when jsonb_typeof(h) = 'object' then h else '{}' end) e)), true)
-          from unnest(headers) h
-    $$;
+          from unnest(headers) h);
 
 create function shardmq.payloads_fit(payloads bytea[]) returns boolean
     language sql immutable
-    as $$ select coalesce(bool_and(octet_length(m) <= 67108864), true) from unnest(payloads) m $$;
+    return (select coalesce(bool_and(octet_length(m) <= 67108864), true) from unnest(payloads) m);
 
 -- Makes the table of a partition and day if it is missing. lz4 where the server has it: two to four
 -- times as quick as pglz.

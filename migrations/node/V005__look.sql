@@ -39,6 +39,7 @@ create function shardmq.message(id bigint)
     returns table (id bigint, uid text, topic text, part int, key text, headers jsonb, payload bytea,
                    appended_at timestamptz)
     language sql stable
+    set search_path = pg_catalog, pg_temp
     as $$
         select m.* from shardmq.messages(($1 / 100000000000000)::int, $1 - 1, 1) m where m.id = $1
     $$;

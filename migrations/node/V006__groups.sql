@@ -62,6 +62,7 @@ create function shardmq.lag(p_topic text)
     returns table (group_name text, partition int, acked_id bigint, last_id bigint, lag bigint,
                    oldest_at timestamptz, member uuid, leased_until timestamptz)
     language sql stable
+    set search_path = pg_catalog, pg_temp
     as $$
         select c.group_name, c.partition, c.acked_id, l.last_id,
                greatest(0,

@@ -26,6 +26,7 @@ comment on table shardmq.upkeep is 'The client that looks after this node, until
 -- Only days that are there.
 create or replace function shardmq.days(p_partition int, p_from int) returns setof int
     language sql stable
+    set search_path = pg_catalog, pg_temp
     as $$
         select d.day from shardmq.day d
          where d.partition = p_partition and d.day >= p_from and not d.dropped
@@ -38,6 +39,7 @@ create or replace function shardmq.days(p_partition int, p_from int) returns set
 -- Takes or keeps the upkeep of this node, for so many seconds. False: it is another's.
 create function shardmq.keep_up(p_holder uuid, p_secs float8) returns boolean
     language sql volatile
+    set search_path = pg_catalog, pg_temp
     as $$
         with taken as (
             insert into shardmq.upkeep as u (holder, until)
@@ -51,6 +53,7 @@ create function shardmq.keep_up(p_holder uuid, p_secs float8) returns boolean
 -- The oldest day before today's that a partition has a table of.
 create function shardmq.oldest_table(p_partition int) returns int
     language sql stable
+    set search_path = pg_catalog, pg_temp
     as $$
         select right(c.relname, 6)::int
           from pg_catalog.pg_class c
@@ -134,6 +137,7 @@ end $$;
 -- How many messages after a position were dropped by retention.
 create function shardmq.missed(p_partition int, p_position bigint) returns bigint
     language sql stable
+    set search_path = pg_catalog, pg_temp
     as $$
         select coalesce(sum(d.last_id - greatest(d.first_id - 1, p_position)), 0)::bigint
           from shardmq.day d
@@ -144,6 +148,7 @@ create or replace function shardmq.lag(p_topic text)
     returns table (group_name text, partition int, acked_id bigint, last_id bigint, lag bigint,
                    oldest_at timestamptz, member uuid, leased_until timestamptz)
     language sql stable
+    set search_path = pg_catalog, pg_temp
     as $$
         select c.group_name, c.partition, c.acked_id, l.last_id,
                greatest(0,

@@ -14,14 +14,12 @@
 -- Which server this is, as a number.
 create function shardmq.incarnation() returns bigint
     language sql stable
-    as $$ select (extract(epoch from pg_postmaster_start_time()) * 1000000)::bigint $$;
+    return (extract(epoch from pg_postmaster_start_time()) * 1000000)::bigint;
 
 -- What a consumer shows for a partition that it has: the fence, and the server that it is of.
 create function shardmq.token_of(c shardmq.cursor) returns text
     language sql stable
-    as $$
-        select concat_ws(':', c.group_name, c.partition, c.owner, c.epoch, c.reset_epoch, shardmq.incarnation())
-    $$;
+    return concat_ws(':', c.group_name, c.partition, c.owner, c.epoch, c.reset_epoch, shardmq.incarnation());
 
 -- The cursor that a token stands for, locked to the end of the transaction if asked for.
 create function shardmq.held(p_token text, p_lock boolean) returns shardmq.cursor
@@ -296,14 +294,14 @@ create function shardmq.unpacked(p_base_id bigint, p_producer uuid, p_sequence b
                                  p_keys text[], p_headers jsonb[], p_position bigint, p_ahead int8multirange)
     returns table (id bigint, uid text, key text, headers jsonb, payload bytea, bytes_before bigint)
     language sql stable
-    as $$
+    begin atomic
         select p_base_id + u.n - 1,
                coalesce(u.headers ->> 'shardmq.uid', p_producer || ':' || p_sequence || ':' || u.n - 1),
                u.key, u.headers, u.payload,
                sum(octet_length(u.payload)) over (order by u.n) - octet_length(u.payload)
           from unnest(p_payloads, p_keys, p_headers) with ordinality u (payload, key, headers, n)
-         where p_base_id + u.n - 1 > p_position and not p_ahead @> p_base_id + u.n - 1
-    $$;
+         where p_base_id + u.n - 1 > p_position and not p_ahead @> p_base_id + u.n - 1;
+    end;
 
 -- Acknowledges a message and all before it in its partition, with the token that it was pulled with. False
 -- where it was acknowledged before. In a transaction it counts if that is committed; the group's position in

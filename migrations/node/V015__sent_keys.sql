@@ -15,7 +15,7 @@ comment on table shardmq.sent_key is
 -- For how long a dedup key is known at least.
 create function shardmq.dedup_window() returns interval
     language sql immutable
-    as $$ select interval '2 days' $$;
+    return interval '2 days';
 
 -- The ids under which dedup keys were stored in a partition since a time; null for those that were not.
 -- The caller holds the partition's lock. However small the table was when the plan was made: by index.

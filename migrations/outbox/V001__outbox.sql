@@ -16,7 +16,7 @@ begin
     if to_regprocedure('shardmq.clock()') is null then
         create function shardmq.clock() returns timestamptz
             language sql volatile
-            as 'select clock_timestamp()';
+            return clock_timestamp();
     end if;
 end $make$;
 
@@ -43,12 +43,10 @@ end $$;
 -- The limits of a message's headers, as the day tables have them; names of ShardMQ's own are refused.
 create function shardmq.outbox_headers_fit(headers jsonb) returns boolean
     language sql immutable
-    as $$
-        select jsonb_typeof(headers) = 'object' and
+    return jsonb_typeof(headers) = 'object' and
             (select coalesce(sum(octet_length(e.key) + octet_length(e.value)), 0) <= 65536
                     and coalesce(bool_and(e.key <> '' and left(e.key, 8) <> 'shardmq.'), true)
-               from jsonb_each_text(case when jsonb_typeof(headers) = 'object' then headers else '{}' end) e)
-    $$;
+               from jsonb_each_text(case when jsonb_typeof(headers) = 'object' then headers else '{}' end) e);
 
 -- Rows come and go: vacuumed by their number and not by their share. An exclusive lock to cut the table
 -- short is not worth it.

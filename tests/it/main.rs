@@ -106,6 +106,8 @@ mod repeats;
 mod retention;
 /// A message goes in and comes out.
 mod round_trip;
+/// Nothing that ShardMQ names is taken over by what others made.
+mod search_path;
 /// A group's position is moved under running consumers.
 mod seeks;
 /// Databases with settings of their own, and commits that are none.
