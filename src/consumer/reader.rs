@@ -217,8 +217,18 @@ impl Reader {
                 .map_err(|error| refused(error, &what()))?;
             self.pass(state.low_watermark, missed);
         }
+        if self.has_left(state.day) {
+            return Err(Stop::Lost);
+        }
         self.open = Some(state.day);
         Ok(state.day_after(self.day))
+    }
+
+    /// Whether this reader went on to a later day than the partition stands on. A day is entered only
+    /// after it was seen, or since the position is in it, so this server lacks the roll to that day.
+    fn has_left(&self, current: Day) -> bool {
+        let entered = self.last.is_some() || fetch::day_of(self.position) != self.day;
+        entered && self.day.is_some_and(|day| current < day)
     }
 
     /// Goes on behind the days that retention has dropped, and says what was missed.
@@ -282,8 +292,44 @@ impl Reader {
             .map_err(|error| refused(error, &format!("read partition {partition}")))?;
         if let Some(rows) = &rows {
             self.compare(connection, day, rows.first()).await?;
+            if let Some(first) = rows.first() {
+                self.expect_none_between(connection, day, first.incarnation).await?;
+            }
         }
         Ok(rows)
+    }
+
+    /// The first rows of a day were read. The log of the server that has them must end before that day
+    /// where this reader has left it: a server that lost the roll, and perhaps nothing else, takes
+    /// appends to the day before, and rolls again.
+    async fn expect_none_between(
+        &self,
+        connection: &Connection,
+        day: Day,
+        incarnation: SystemTime,
+    ) -> Result<(), Stop> {
+        let (partition, of) = (self.holding.partition, fetch::day_of(self.position));
+        if of == Some(day) {
+            return Ok(());
+        }
+        let what = || format!("look for messages before day {day} in partition {partition}");
+        let Some(state) = self.state(connection, of).await? else {
+            let why = format!("{}: the node does not know the partition", what());
+            return Err(Error::new(ErrorKind::NotFound, why).into());
+        };
+        if state.incarnation != incarnation {
+            let why = format!("{}: another server answered meanwhile", what());
+            return Err(Error::new(ErrorKind::Unavailable, why).into());
+        }
+        let behind = match of {
+            Some(of) => fetch::fetch(connection, partition, of, self.position, (1, 2))
+                .await
+                .map_err(|error| refused(error, &what()))?,
+            None => None,
+        };
+        let some_behind = behind.iter().flatten().any(|row| row.last_id() > self.position);
+        let next = state.day_after(of);
+        if some_behind || next.is_none_or(|next| next < day) { Err(Stop::Lost) } else { Ok(()) }
     }
 
     /// Compares the row that was read last with what is there now.

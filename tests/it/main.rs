@@ -71,6 +71,7 @@ mod late_commit;
 /// Who owns a partition, through joins, crashes, pauses and restarts.
 mod leases;
 /// A server that comes back without the end of its log.
+mod lost_roll;
 mod lost_tail;
 /// Ninety-nine nodes: the most that there can be.
 mod many_nodes;
