@@ -18,6 +18,7 @@ mod budget;
 mod builder;
 mod commit;
 mod delivery;
+mod ending;
 mod expiry;
 mod filter;
 mod handle;

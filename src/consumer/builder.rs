@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::fmt;
 use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
 use futures_util::future::BoxFuture;
@@ -15,6 +15,7 @@ use uuid::Uuid;
 use crate::cluster::Cluster;
 use crate::consumer::aside::Aside;
 use crate::consumer::budget::Budget;
+use crate::consumer::ending::Life;
 use crate::consumer::filter::Filter;
 use crate::consumer::holding::Bounds;
 use crate::consumer::journal::Journal;
@@ -249,6 +250,7 @@ impl ConsumerBuilder {
             uncommitted: Mutex::default(),
             pressed: AtomicBool::new(false),
             events: Mutex::new(Some(events)),
+            ended_by: OnceLock::new(),
             stopped: AtomicBool::new(false),
             stopping: self.cluster.inner.shutdown.child_token(),
             registering: tokio::sync::Mutex::default(),
@@ -264,10 +266,10 @@ impl ConsumerBuilder {
         let messages =
             Messages::new(receiver, topic, ConsumerHandle { shared: Arc::clone(&shared) });
         // In a task: to drop this ends the consumer, in the middle of it too.
-        let launched = Arc::clone(&shared);
+        let (launched, life) = (Arc::clone(&shared), Life::new(&shared));
         let tasks = &shared.cluster.inner.tasks;
         tasks.spawn(Arc::clone(&shared).watch_failures(failed));
-        let _ = tasks.spawn(async move { launched.launch().await }).await;
+        let _ = tasks.spawn(async move { launched.launch(life).await }).await;
         Ok(messages)
     }
 }

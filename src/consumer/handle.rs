@@ -42,11 +42,11 @@ impl ConsumerHandle {
         let answers = self.shared.tell_nodes(&self.shared.pending_nodes(), Command::Flush);
         let mut outcome = Ok(());
         for answer in join_all(answers).await {
-            outcome = outcome.and(answer.unwrap_or_else(|_| Err(Error::closed("the consumer"))));
+            outcome = outcome.and(answer.unwrap_or_else(|_| Err(self.shared.closed())));
         }
         outcome = outcome.and(self.shared.take_uncommitted(flush));
         if self.shared.left.is_cancelled() {
-            return Err(Error::closed("the consumer"));
+            return Err(self.shared.closed());
         }
         outcome
     }

@@ -22,8 +22,10 @@ use crate::name::TopicName;
 /// The messages of a consumer: an endless [`Stream`] of deliveries, each partition in order.
 ///
 /// It goes on through restarts and failures of servers, and ends after
-/// [`shutdown`](ConsumerHandle::shutdown) only. An error in it is news, not its end: of the kind
-/// [`LeaseLost`](crate::ErrorKind::LeaseLost) where a partition went to another consumer.
+/// [`shutdown`](ConsumerHandle::shutdown), or with its cluster. An error in it is news, of the kind
+/// [`LeaseLost`](crate::ErrorKind::LeaseLost) where a partition went to another consumer. Two are its last
+/// item: [`NotFound`](crate::ErrorKind::NotFound) where its topic is gone, and
+/// [`Closed`](crate::ErrorKind::Closed) where the tokio runtime that it was made in has ended.
 ///
 /// Dropping it gives its partitions back in the background, also where a handle is kept; what was
 /// acknowledged is committed if the runtime still lives, else it is delivered again.
@@ -38,6 +40,8 @@ pub struct Messages {
     pub(super) failed: Failed,
     pub(super) lanes: Lanes,
     topic: TopicName,
+    /// Why it ended was told.
+    is_told: bool,
     pub(super) handle: ConsumerHandle,
 }
 
@@ -49,7 +53,8 @@ impl Messages {
     ) -> Self {
         let Options { order, prefetch_bytes, .. } = handle.shared.options;
         let failed = Failed::new(order, prefetch_bytes);
-        Self { events, current: None, handed: 0, failed, lanes: Lanes::default(), topic, handle }
+        let lanes = Lanes::default();
+        Self { events, current: None, handed: 0, failed, lanes, topic, is_told: false, handle }
     }
 
     /// A handle to flush and to shut down with, from anywhere.
@@ -57,7 +62,7 @@ impl Messages {
         self.handle.clone()
     }
 
-    /// The next delivery; `None` after a shutdown. Cancel safe.
+    /// The next delivery; `None` after a shutdown, and behind an error that is the last item. Cancel safe.
     pub async fn next(&mut self) -> Option<Result<Delivery>> {
         futures_util::StreamExt::next(self).await
     }
@@ -173,6 +178,12 @@ impl Messages {
         ::metrics::counter!(names::DELIVERED).increment(std::mem::take(&mut self.handed));
     }
 
+    /// It has ended: the reason, once, where nobody shut it down.
+    pub(super) fn end(&mut self) -> Option<Error> {
+        let is_told = std::mem::replace(&mut self.is_told, true);
+        self.handle.shared.ended_by.get().filter(|_| !is_told).cloned()
+    }
+
     /// Takes in what has come; returns news for whoever consumes, or that all has ended.
     fn take_in(&mut self, context: &mut Context<'_>) -> Poll<Option<Error>> {
         loop {
@@ -229,7 +240,7 @@ impl Stream for Messages {
         }
         match self.take_in(context) {
             Poll::Ready(Some(news)) => Poll::Ready(Some(Err(news))),
-            Poll::Ready(None) => Poll::Ready(None),
+            Poll::Ready(None) => Poll::Ready(self.end().map(Err)),
             Poll::Pending => match self.hand_out() {
                 Some(delivery) => Poll::Ready(Some(Ok(delivery))),
                 None => Poll::Pending,

@@ -28,7 +28,7 @@ use crate::consumer::lanes::Unread;
 use crate::consumer::member::Command;
 use crate::consumer::messages::Messages;
 use crate::consumer::pinned::Pinned;
-use crate::consumer::{Event, Order, Verdict};
+use crate::consumer::{Event, Order, Shared, Verdict};
 use crate::id::{NodeId, PartitionId};
 use crate::metrics as names;
 
@@ -182,6 +182,12 @@ where
                     }
                 }
             }
+        }
+        if let Some(error) = self.messages.end() {
+            let Shared { topology, group, .. } = &*self.messages.handle.shared;
+            tracing::error!(
+                topic = %topology.topic, %group, error = %error.chain(), "consuming has ended"
+            );
         }
         // The shutdown has waited for them up to its deadline.
         self.working.shutdown().await;

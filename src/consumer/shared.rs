@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
 use futures_util::future::join_all;
 use tokio::sync::{Notify, mpsc, oneshot};
@@ -14,6 +14,7 @@ use crate::cluster::Cluster;
 use crate::consumer::aside::Aside;
 use crate::consumer::budget::Budget;
 use crate::consumer::builder::Options;
+use crate::consumer::ending::Life;
 use crate::consumer::handle::GRACE;
 use crate::consumer::holding::Holding;
 use crate::consumer::journal::{Before, Journal};
@@ -66,6 +67,8 @@ pub(crate) struct Shared {
     pub(super) uncommitted: Mutex<Option<(Error, u64)>>,
     /// It was said that a reader waits for room.
     pub(super) pressed: AtomicBool,
+    /// Why the stream ended, where nobody shut it down.
+    pub(super) ended_by: OnceLock<Error>,
     /// A shutdown was asked for.
     pub(super) stopped: AtomicBool,
     /// Ends the heartbeat.
@@ -79,7 +82,7 @@ pub(crate) struct Shared {
 
 impl Shared {
     /// Registers, then starts the roster and one member for each node.
-    pub(super) async fn launch(self: &Arc<Self>) {
+    pub(super) async fn launch(self: &Arc<Self>, life: Life) {
         roster::bury_former(self).await;
         let mut roster = Roster::new(Arc::clone(self));
         if let Err(error) = roster.beat().await {
@@ -104,7 +107,10 @@ impl Shared {
         tasks.spawn(async move {
             join_all(members).await;
             shared.leave().await;
+            drop(life);
         });
+        let shared = Arc::clone(self);
+        tasks.spawn(async move { shared.close_with_the_cluster().await });
     }
 
     /// Tells every node's member to give everything back; returns their answers to come. None where
@@ -283,7 +289,7 @@ impl Shared {
             Box::pin(self.remove_group()).await;
         }
         drop(lock(&self.failures).take());
-        drop(lock(&self.events).take());
+        self.close_stream();
         self.left.cancel();
     }
 

@@ -40,6 +40,8 @@ mod dedup_keys;
 mod delayed;
 /// Private Postgres and Redis servers: found, started, ended with their parent.
 mod embedded;
+/// Consumers whose runtime or cluster has ended.
+mod endings;
 /// Acknowledged in the user's own transaction, or not at all.
 mod exactly_once;
 /// Nodes that fail under a producer.
