@@ -32,6 +32,7 @@ mod binaries;
 mod builder;
 mod cluster;
 mod database;
+mod faults;
 mod folder;
 mod life;
 mod port;

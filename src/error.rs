@@ -4,6 +4,8 @@ use std::error::Error as StdError;
 use std::fmt;
 use std::sync::Arc;
 
+use crate::id::PartitionId;
+
 /// What the caller of a failed operation should do about it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
@@ -62,6 +64,7 @@ struct Inner {
     kind: ErrorKind,
     message: String,
     source: Option<Box<dyn StdError + Send + Sync>>,
+    lost_tail: Option<PartitionId>,
 }
 
 /// A [`Result`](std::result::Result) whose error is [`Error`].
@@ -70,7 +73,7 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 impl Error {
     /// An error of this kind. The message is lower case and says what was being done.
     pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
-        Self(Arc::new(Inner { kind, message: message.into(), source: None }))
+        Self(Arc::new(Inner { kind, message: message.into(), source: None, lost_tail: None }))
     }
 
     /// An error with a cause.
@@ -79,7 +82,14 @@ impl Error {
         message: impl Into<String>,
         source: impl Into<Box<dyn StdError + Send + Sync>>,
     ) -> Self {
-        Self(Arc::new(Inner { kind, message: message.into(), source: Some(source.into()) }))
+        let (message, source) = (message.into(), Some(source.into()));
+        Self(Arc::new(Inner { kind, message, source, lost_tail: None }))
+    }
+
+    /// The news that the server of a partition lacks the end of its log.
+    pub(crate) fn of_lost_tail(partition: PartitionId, message: impl Into<String>) -> Self {
+        let (kind, message) = (ErrorKind::LeaseLost, message.into());
+        Self(Arc::new(Inner { kind, message, source: None, lost_tail: Some(partition) }))
     }
 
     pub(crate) fn invalid(message: impl Into<String>) -> Self {
@@ -93,6 +103,13 @@ impl Error {
     /// What the caller should do.
     pub fn kind(&self) -> ErrorKind {
         self.0.kind
+    }
+
+    /// The partition whose server has lost the end of its log, where this is the news of that: a
+    /// consumer had read messages that are not there any more, as after the promotion of an asynchronous
+    /// standby.
+    pub fn lost_tail(&self) -> Option<PartitionId> {
+        self.0.lost_tail
     }
 
     /// Whether the same call may succeed later without any change to it.

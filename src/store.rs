@@ -9,6 +9,8 @@ pub(crate) mod dead;
 pub(crate) mod dedup;
 mod dsn;
 pub(crate) mod failures;
+#[cfg(feature = "embedded")]
+pub(crate) mod faults;
 pub(crate) mod fetch;
 pub(crate) mod group;
 pub(crate) mod group_admin;

@@ -51,12 +51,14 @@ use std::io;
 use crate::error::{Error, ErrorKind, Result};
 
 mod event;
+mod faults;
 mod findings;
 mod history;
 mod holding;
 mod ids;
 mod lanes;
 mod losses;
+mod moved;
 mod overtaken;
 mod payload;
 mod ranges;
@@ -68,6 +70,7 @@ mod sort;
 mod stall;
 mod step;
 mod survey;
+mod tails;
 mod timeline;
 mod values;
 
@@ -90,12 +93,15 @@ mod test_mutations;
 #[cfg(test)]
 mod test_seeks;
 #[cfg(test)]
+mod test_tails;
+#[cfg(test)]
 mod test_victim;
 
 pub use event::{Event, Holding, Value};
+pub use faults::{Fault, FaultKind, FaultKinds, FaultOptions, FaultPlan};
 pub use history::{History, Recorder};
 pub use payload::Payload;
-pub use report::{Anomaly, AnomalyKind, Report, Work};
+pub use report::{Anomaly, AnomalyKind, LostTail, Report, Work};
 
 use findings::Findings;
 use sort::Workspace;
@@ -138,9 +144,9 @@ pub fn check(history: &History, options: &CheckOptions) -> Result<Report> {
     let memory = options.memory_bytes.max(LEAST_MEMORY);
     let space = Workspace::new(history.folder(), memory);
     let mut findings = Findings::new(options.examples.into());
-    let survey = Survey::of(history, &mut findings)?;
-    values::check(history, &survey, &space, &mut findings)?;
-    let steps = ids::check(history, &survey, &space, &mut findings)?;
+    let survey = Survey::of(history, &space, &mut findings)?;
+    let moved = values::check(history, &survey, &space, &mut findings)?;
+    let steps = ids::check(history, &survey, &moved, &space, &mut findings)?;
     timeline::check(steps, &survey, &mut findings)?;
     let mut report = findings.finish();
     let gauge = space.gauge();

@@ -206,7 +206,7 @@ impl Member {
              exist"
         );
         tracing::error!(alert = "lost_tail", "{what}");
-        let news = Error::new(ErrorKind::LeaseLost, what);
+        let news = Error::of_lost_tail(partition, what);
         self.end_holding(&holding, ErrorKind::LeaseLost, news);
         // The lease that was renewed last may be among what was lost.
         self.renewed = None;

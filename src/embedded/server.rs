@@ -120,6 +120,11 @@ impl Server {
         self.life.end().await
     }
 
+    /// The user that its processes run as.
+    pub(super) fn account(&self) -> Account {
+        self.life.account
+    }
+
     /// The first start, in a folder that has nothing but a log.
     pub(super) async fn start(
         folder: Folder,

@@ -4,7 +4,9 @@ use crate::id::{Day, PartitionId, first_of, last_of};
 
 macro_rules! statements {
     ($($name:ident = $file:literal;)*) => {
-        $(pub(crate) const $name: &str = include_str!(concat!("sql/", $file, ".sql"));)*
+        // Some are for private servers only.
+        $(#[cfg_attr(not(feature = "embedded"), allow(dead_code))]
+        pub(crate) const $name: &str = include_str!(concat!("sql/", $file, ".sql"));)*
 
         /// All statements with their files' names, for tests that prepare each.
         #[cfg(test)]
@@ -71,6 +73,10 @@ statements! {
     ENTRUSTED = "entrusted";
     EXPIRE_DAY = "expire_day";
     EXPIRE_DEAD_LETTERS = "expire_dead_letters";
+    FAULT_CLOCK = "fault_clock";
+    FAULT_DAYS = "fault_days";
+    FAULT_LOCK = "fault_lock";
+    FAULT_ROLL = "fault_roll";
     FENCE = "fence";
     FETCH = "fetch";
     FLUSH = "flush";

@@ -196,6 +196,15 @@ pub enum Event {
         /// The last message that is certainly kept; none forgives the whole partition.
         after: Option<MessageId>,
     },
+    /// A client noticed that a partition's server has lost the end of its log. Recorded after.
+    ///
+    /// That counts for all partitions of the node. The final read shows what each has lost: ids that
+    /// are used again, or that nothing follows in their day. A message that is missing between others
+    /// is a violation all the same, and so is one that was sent after the last notice.
+    TailNoticed {
+        /// The partition.
+        partition: PartitionId,
+    },
 }
 
 #[cfg(test)]

@@ -1,14 +1,18 @@
 //! Collects what the passes find: counters always, examples up to a number of each kind.
 
+use std::collections::BTreeMap;
+
 use crate::id::{MessageId, PartitionId};
 use crate::verify::event::Value;
 use crate::verify::record::partition_of;
-use crate::verify::report::{Anomaly, AnomalyKind, Report};
+use crate::verify::report::{Anomaly, AnomalyKind, LostTail, Report};
 
 #[derive(Debug)]
 pub(super) struct Findings {
     pub(super) report: Report,
     most: u64,
+    /// The first acknowledged message that went with a lost tail, and how many did, by partition.
+    tails: BTreeMap<u32, (i64, u64)>,
 }
 
 /// What an example is made of; numbers that are no ids are left out.
@@ -25,7 +29,7 @@ pub(super) struct Example {
 impl Findings {
     /// With `most` examples of each kind.
     pub(super) fn new(most: u64) -> Self {
-        Self { report: Report::default(), most }
+        Self { report: Report::default(), most, tails: BTreeMap::new() }
     }
 
     /// Counts `times` findings of a kind (at least one), and keeps an example of the first.
@@ -38,8 +42,23 @@ impl Findings {
         }
     }
 
+    /// An acknowledged message went with a lost tail.
+    pub(super) fn lost_with_tail(&mut self, id: i64) {
+        let (first, count) = self.tails.entry(partition_of(id)).or_insert((id, 0));
+        *first = id.min(*first);
+        *count += 1;
+    }
+
     /// The report, examples by kind.
     pub(super) fn finish(mut self) -> Report {
+        let tails = self.tails.iter().filter_map(|(partition, (first, count))| {
+            Some(LostTail {
+                partition: PartitionId::try_from(*partition).ok()?,
+                from: MessageId::try_from(*first).ok()?,
+                acknowledged: *count,
+            })
+        });
+        self.report.lost_tails = tails.collect();
         self.report.sum_up();
         self.report.anomalies.sort_by_key(|anomaly| anomaly.kind);
         self.report

@@ -10,6 +10,7 @@ use crate::error::Result;
 use crate::verify::damaged;
 use crate::verify::findings::{Example, Findings, shown};
 use crate::verify::history::History;
+use crate::verify::moved::Moved;
 use crate::verify::record::{Kind, Record, partition_of};
 use crate::verify::report::AnomalyKind;
 use crate::verify::sort::{Sorter, Workspace};
@@ -20,12 +21,13 @@ const ROW_WORDS: usize = 8;
 /// The payload was damaged, there is no value: beside the kind in the head.
 const DAMAGED: u64 = 1 << 8;
 /// Ids of one day differ below this.
-const IDS_OF_DAY: i64 = 100_000_000;
+pub(super) const IDS_OF_DAY: i64 = 100_000_000;
 
 /// Judges every id, and returns the steps of the last pass.
 pub(super) fn check<'a>(
     history: &History,
     survey: &Survey,
+    moved: &Moved,
     space: &Rc<Workspace<'a>>,
     findings: &mut Findings,
 ) -> Result<Sorter<'a, STEP_WORDS>> {
@@ -40,7 +42,7 @@ pub(super) fn check<'a>(
             steps.push(Step::of(&record, sequence).words())
         }
     })?;
-    let mut pass = Pass::new(survey, findings);
+    let mut pass = Pass::new(survey, moved, findings);
     for row in sorter.sorted()? {
         if let Some(step) = pass.take(row?)? {
             steps.push(step.words())?;
@@ -90,6 +92,7 @@ fn parse(row: [u64; ROW_WORDS]) -> Option<(Step, Option<u64>)> {
 
 struct Pass<'a> {
     survey: &'a Survey,
+    moved: &'a Moved,
     findings: &'a mut Findings,
     /// How many ids of the partition are stored below this one.
     place: u64,
@@ -136,9 +139,10 @@ impl Here {
 }
 
 impl<'a> Pass<'a> {
-    fn new(survey: &'a Survey, findings: &'a mut Findings) -> Self {
+    fn new(survey: &'a Survey, moved: &'a Moved, findings: &'a mut Findings) -> Self {
         Self {
             survey,
+            moved,
             findings,
             place: 0,
             here: Here::default(),
@@ -165,8 +169,11 @@ impl<'a> Pass<'a> {
                 self.here.acknowledged = true;
             }
             Kind::Delivered => {
-                step.ghost = self.is_ghost(step.id, value);
-                self.here.see(value);
+                let has_moved = self.has_moved(step.id, value);
+                step.ghost = has_moved || self.is_ghost(step.id, value);
+                if !has_moved {
+                    self.here.see(value);
+                }
                 self.findings.report.redelivered += u64::from(self.here.deliver(&step));
             }
             Kind::Committed => step.ghost = self.may_be_ghost(&step),
@@ -190,8 +197,16 @@ impl<'a> Pass<'a> {
 
     /// Whether a message that was delivered under this id went with a lost tail.
     fn is_ghost(&self, id: i64, value: Option<u64>) -> bool {
-        let is_here = self.here.stored && (value.is_none() || self.here.stored_value == value);
-        !is_here && self.survey.is_in_lost_tail(partition_of(id), id)
+        !self.is_here(value) && self.survey.is_in_lost_tail(partition_of(id), id)
+    }
+
+    /// Whether a message that was delivered under this id is stored under another one now.
+    fn has_moved(&self, id: i64, value: Option<u64>) -> bool {
+        !self.is_here(value) && self.moved.from(id)
+    }
+
+    fn is_here(&self, value: Option<u64>) -> bool {
+        self.here.stored && (value.is_none() || self.here.stored_value == value)
     }
 
     /// Whether a commit may name a message that went with a lost tail: its holding did not get the one

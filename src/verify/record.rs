@@ -34,9 +34,10 @@ pub(super) enum Kind {
     Drained,
     Stored,
     TailLost,
+    TailNoticed,
 }
 
-const KINDS: [Kind; 14] = [
+const KINDS: [Kind; 15] = [
     Kind::Sending,
     Kind::Acknowledged,
     Kind::Refused,
@@ -51,6 +52,7 @@ const KINDS: [Kind; 14] = [
     Kind::Drained,
     Kind::Stored,
     Kind::TailLost,
+    Kind::TailNoticed,
 ];
 
 impl Kind {
@@ -166,6 +168,9 @@ impl Record {
             }
             Event::TailLost { partition, after } => {
                 self.of_partition(Kind::TailLost, partition, after);
+            }
+            Event::TailNoticed { partition } => {
+                self.of_partition(Kind::TailNoticed, partition, None);
             }
             _ => {}
         }

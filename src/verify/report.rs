@@ -7,7 +7,7 @@ use crate::verify::event::Value;
 
 /// The outcome of a check: counters, and examples of what is wrong.
 ///
-/// Serializes to one flat JSON object (`work` and `anomalies` aside). Where nothing else is said, a
+/// Serializes to one flat JSON object (`lost_tails`, `work` and `anomalies` aside). Where nothing else is said, a
 /// counter counts messages, each once.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 #[non_exhaustive]
@@ -97,6 +97,12 @@ pub struct Report {
     pub tail_lost: u64,
     /// Ids that were used again after a lost tail that was announced. No violation.
     pub tail_reused: u64,
+    /// The tails that took acknowledged messages, one for each partition. No violation.
+    pub lost_tails: Vec<LostTail>,
+    /// Values that were delivered under an id before they were durable, and that their producer stored
+    /// under another with the same uid, since the server lost the first. No violation: that id was not
+    /// acknowledged to anybody.
+    pub moved: u64,
     /// Sequence numbers that the final read lacks between two ids of one day. No violation by itself.
     pub holes: u64,
     /// Times that a set of acknowledgements had too many gaps to be kept, and skips may have gone
@@ -125,6 +131,18 @@ pub struct Report {
     pub work: Work,
     /// Examples of what is wrong (and of lost tails), a bounded number of each kind.
     pub anomalies: Vec<Anomaly>,
+}
+
+/// The end of a partition's log that a server lost, as by the promotion of an asynchronous standby.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
+pub struct LostTail {
+    /// Where.
+    pub partition: PartitionId,
+    /// The first acknowledged message that is gone.
+    pub from: MessageId,
+    /// How many acknowledged messages are gone.
+    pub acknowledged: u64,
 }
 
 /// What a check took.

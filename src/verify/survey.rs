@@ -2,19 +2,21 @@
 //! number of partitions, groups and recorders.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::rc::Rc;
 
 use crate::error::Result;
 use crate::verify::findings::{Example, Findings};
 use crate::verify::history::History;
 use crate::verify::record::{Kind, Record};
 use crate::verify::report::AnomalyKind;
+use crate::verify::sort::Workspace;
+use crate::verify::tails::Tails;
 
 #[derive(Debug, Default)]
 pub(super) struct Survey {
     /// The last id of the final read, by partition.
     last_stored: HashMap<u32, i64>,
-    /// The last id that is certainly kept, by partition whose tail may be lost.
-    tails: HashMap<u32, i64>,
+    tails: Tails,
     /// Groups that record acknowledgements.
     acking: BTreeSet<u16>,
     /// Where which groups have read to the end; without those that seek there.
@@ -26,12 +28,17 @@ pub(super) struct Survey {
 
 impl Survey {
     /// Reads through a history; counts its events, and judges the order of the final read.
-    pub(super) fn of(history: &History, findings: &mut Findings) -> Result<Self> {
+    pub(super) fn of(
+        history: &History,
+        space: &Rc<Workspace<'_>>,
+        findings: &mut Findings,
+    ) -> Result<Self> {
         let mut survey = Self::default();
         history.scan(|recorder, record| {
             survey.note(recorder, &record, findings);
             Ok(())
         })?;
+        survey.tails.find(history, space)?;
         for (partition, group) in &survey.seeking {
             if let Some(groups) = survey.drained.get_mut(partition) {
                 groups.remove(group);
@@ -51,10 +58,7 @@ impl Survey {
             Kind::Drained => {
                 self.drained.entry(partition).or_default().insert(record.group);
             }
-            Kind::TailLost => {
-                let after = self.tails.entry(partition).or_insert(record.id);
-                *after = record.id.min(*after);
-            }
+            Kind::TailLost | Kind::TailNoticed => self.tails.note(record),
             _ => {}
         }
         let carries = matches!(record.kind, Kind::Stored | Kind::Delivered);
@@ -93,12 +97,17 @@ impl Survey {
 
     /// Whether an id may have gone with a lost tail.
     pub(super) fn is_in_lost_tail(&self, partition: u32, id: i64) -> bool {
-        self.tails.get(&partition).is_some_and(|after| id > *after)
+        self.tails.has(partition, id)
+    }
+
+    /// Whether a message that was sent at a time and acknowledged under an id may have gone with one.
+    pub(super) fn went_with_tail(&self, partition: u32, id: i64, sent_at: u64) -> bool {
+        self.tails.took(partition, id, sent_at)
     }
 
     /// Whether a partition's tail may be lost, cursors included.
     pub(super) fn may_lack_tail(&self, partition: u32) -> bool {
-        self.tails.contains_key(&partition)
+        self.tails.may_lack(partition)
     }
 
     /// Whether a group records acknowledgements.

@@ -53,7 +53,7 @@ impl Timeline<'_> {
                     self.acknowledged(step);
                 }
             }
-            Kind::TailLost | Kind::Stored => {}
+            Kind::TailLost | Kind::TailNoticed | Kind::Stored => {}
             _ => self.consumed(step),
         }
     }

@@ -10,6 +10,7 @@ use crate::verify::findings::{Example, Findings, shown};
 use crate::verify::history::History;
 use crate::verify::lanes::Lanes;
 use crate::verify::losses::Losses;
+use crate::verify::moved::Moved;
 use crate::verify::overtaken::Sends;
 use crate::verify::record::{Kind, Record, partition_of};
 use crate::verify::report::AnomalyKind;
@@ -28,18 +29,18 @@ const DELIVERED: u64 = 5;
 
 const FLAG: u64 = 1;
 
-/// Judges every value.
+/// Judges every value. Returns the ids from which messages moved.
 pub(super) fn check(
     history: &History,
     survey: &Survey,
     space: &Rc<Workspace<'_>>,
     findings: &mut Findings,
-) -> Result<()> {
+) -> Result<Moved> {
     let mut sorter = Sorter::new(space, 2);
     history.scan(|_, record| row(&record).map_or(Ok(()), |row| sorter.push(row)))?;
     let rows = sorter.sorted()?;
     let mut lanes = Lanes::new(space);
-    let mut pass = Pass { survey, findings, losses: Losses::default(), sends: Sends::default() };
+    let mut pass = Pass::new(survey, findings);
     let mut fate = Fate::default();
     for row in rows {
         let [value, what, id, extra] = row?;
@@ -50,12 +51,13 @@ pub(super) fn check(
         fate.learn(what, id.cast_signed(), extra);
     }
     pass.settle(&fate, &mut lanes)?;
-    let Pass { losses, sends, .. } = pass;
+    let Pass { losses, sends, moved, .. } = pass;
     losses.finish(&mut findings.report);
     let (send, stall) = sends.finish();
     findings.report.longest_keyless_send_ms = send / 1_000_000;
     findings.report.longest_keyless_stall_ms = stall / 1_000_000;
-    lanes.check(findings)
+    lanes.check(findings)?;
+    Ok(moved)
 }
 
 fn row(record: &Record) -> Option<[u64; 4]> {
@@ -91,8 +93,12 @@ struct Fate {
     copies: Vec<i64>,
     uid: Option<u64>,
     uid_changed: bool,
-    /// An id of a receipt or delivery that none of the copies has.
-    stray: Option<i64>,
+    /// An id of a receipt that none of the copies has.
+    stray_receipt: Option<i64>,
+    /// Ids of deliveries that none of the copies has, the first few.
+    stray_deliveries: Vec<i64>,
+    /// It was delivered under an id that a copy has.
+    delivered_in_place: bool,
 }
 
 impl Fate {
@@ -116,12 +122,14 @@ impl Fate {
             ACKNOWLEDGED => {
                 self.acknowledged = Some(id);
                 self.acknowledged_at = Some(extra);
-                self.learn_place(id);
+                if !self.copies.contains(&id) {
+                    self.stray_receipt = Some(id);
+                }
             }
             REFUSED => self.refused = true,
             DELIVERED => {
                 self.delivered = Some(id);
-                self.learn_place(id);
+                self.learn_delivery(id);
                 self.learn_uid(extra);
             }
             _ => self.sent = true,
@@ -132,10 +140,20 @@ impl Fate {
         self.uid_changed |= *self.uid.get_or_insert(uid) != uid;
     }
 
-    fn learn_place(&mut self, id: i64) {
-        if !self.copies.contains(&id) {
-            self.stray = Some(id);
+    fn learn_delivery(&mut self, id: i64) {
+        let is_known = self.stray_deliveries.last() == Some(&id);
+        if self.copies.contains(&id) {
+            self.delivered_in_place = true;
+        } else if !is_known && self.stray_deliveries.len() < MOST_COPIES {
+            self.stray_deliveries.push(id);
         }
+    }
+
+    /// Whether it was sent again after it had been delivered under an id that nobody was promised.
+    fn has_moved(&self) -> bool {
+        let few = self.stray_deliveries.len() < MOST_COPIES && self.copies.len() < MOST_COPIES;
+        let promised = self.stray_receipt.is_some_and(|id| self.stray_deliveries.contains(&id));
+        few && self.delivered_in_place && !self.uid_changed && !promised
     }
 
     fn is_stored(&self) -> bool {
@@ -168,9 +186,15 @@ struct Pass<'a> {
     findings: &'a mut Findings,
     losses: Losses,
     sends: Sends,
+    moved: Moved,
 }
 
-impl Pass<'_> {
+impl<'a> Pass<'a> {
+    fn new(survey: &'a Survey, findings: &'a mut Findings) -> Self {
+        let (losses, sends, moved) = (Losses::default(), Sends::default(), Moved::default());
+        Self { survey, findings, losses, sends, moved }
+    }
+
     fn settle(&mut self, fate: &Fate, lanes: &mut Lanes<'_>) -> Result<()> {
         if fate.is_nothing() {
             return Ok(());
@@ -218,8 +242,9 @@ impl Pass<'_> {
 
     fn judge_loss(&mut self, fate: &Fate, id: i64) {
         let (value, partition) = (shown(fate.value), partition_of(id));
-        if self.survey.is_in_lost_tail(partition, id) {
+        if self.survey.went_with_tail(partition, id, fate.sent_at) {
             let text = format!("{value} was acknowledged as {id} and went with a lost tail");
+            self.findings.lost_with_tail(id);
             let example = || fate.example(id, text);
             return self.findings.add(AnomalyKind::TailLost, 1, example);
         }
@@ -272,7 +297,10 @@ impl Pass<'_> {
 
     /// A receipt may name a copy that a lost tail took; a marked one may have been evacuated.
     fn judge_stray(&mut self, fate: &Fate) {
-        let Some(id) = fate.stray.filter(|_| fate.is_stored() && fate.marked == 0) else {
+        let moved = self.note_moved(fate);
+        let delivery = fate.stray_deliveries.first().copied().filter(|_| !moved);
+        let stray = fate.stray_receipt.or(delivery);
+        let Some(id) = stray.filter(|_| fate.is_stored() && fate.marked == 0) else {
             return;
         };
         let forgiven = self.survey.is_in_lost_tail(partition_of(id), id);
@@ -280,5 +308,13 @@ impl Pass<'_> {
             let text = format!("{} was seen as {id}, where it is not", shown(fate.value));
             self.findings.add(AnomalyKind::WrongId, 1, || fate.example(id, text));
         }
+    }
+
+    fn note_moved(&mut self, fate: &Fate) -> bool {
+        let strays = &fate.stray_deliveries;
+        let moved =
+            !strays.is_empty() && fate.has_moved() && strays.iter().all(|id| self.moved.note(*id));
+        self.findings.report.moved += u64::from(moved);
+        moved
     }
 }

@@ -26,6 +26,8 @@ pub(crate) const USAGE: u8 = 2;
 pub(crate) const UNFINISHED: u8 = 2;
 /// Something named does not exist.
 pub(crate) const NOT_FOUND: u8 = 3;
+/// A check found nothing wrong but ends of logs that servers lost.
+pub(crate) const TAIL_LOST: u8 = 5;
 /// A server did not answer.
 pub(crate) const UNAVAILABLE: u8 = 4;
 

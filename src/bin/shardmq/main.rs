@@ -68,7 +68,8 @@ Exit codes:
   1  the operation failed, a check found violations, or a line could not be sent
   2  wrong arguments, or a value outside of its limits; or verify could not finish its check
   3  no such topic, group, message, node or program
-  4  a server could not be reached, or something was not done in time: it may be tried again";
+  4  a server could not be reached, or something was not done in time: it may be tried again
+  5  verify found that a server has lost the end of its log, and nothing else";
 
 #[derive(Subcommand)]
 enum Command {

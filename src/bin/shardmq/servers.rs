@@ -9,7 +9,8 @@ use shardmq::{Cluster, NodeId, Result};
 
 use crate::output::note;
 
-const DATABASE: &str = "shardmq";
+/// The database of a server that is its node.
+pub(crate) const DATABASE: &str = "shardmq";
 /// How many databases are made at once.
 const AT_ONCE: usize = 4;
 

@@ -2,11 +2,13 @@
 //!
 //! ```text
 //! produce and consume for a while ─ nodes back? ─ group drained? ─ read all again ─ check
-//!   (others stop, kill, cut)          (60 s)          (60 s)       (fresh clients)
+//!   (others stop, kill, cut;          (60 s)          (60 s)       (fresh clients)
+//!    or --faults does)
 //! ```
 
 mod clock;
 mod consuming;
+mod faults;
 mod group;
 mod member;
 mod processes;
@@ -18,21 +20,27 @@ mod settling;
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use clap::Parser;
-use shardmq::verify::{CheckOptions, Event, History, Report, check};
+use serde::Serialize;
+use shardmq::verify::{
+    CheckOptions, Event, FaultKinds, FaultOptions, FaultPlan, History, Report, check,
+};
 use shardmq::{Cluster, PartitionId, TopicOptions};
 use tokio::task::spawn_blocking;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use crate::context::Context;
-use crate::failure::{FAILED, Failure, UNFINISHED};
+use crate::failure::{FAILED, Failure, TAIL_LOST, UNFINISHED, USAGE};
 use crate::output::{Out, counted, note, or_dash};
 use crate::servers::{self, Node};
 use crate::signals::Interrupt;
 use clock::Clock;
+use faults::{FaultReport, Stage};
 use group::{Here, Members};
 use processes::Processes;
 use producing::Producers;
@@ -45,8 +53,14 @@ const GROUP: &str = "verify";
 /// cluster meanwhile.
 ///
 /// On the cluster of --url, on a topic of its own; without --url on private servers, whose addresses
-/// and data folders are shown so that you can break them. A signal ends the workload early; a second
-/// one ends it all. Exits with 1 where something is wrong, with 2 where it could not be found out.
+/// and data folders are shown so that you can break them, or which --faults breaks. A signal ends the
+/// workload early; a second one ends it all.
+///
+/// Exits with 1 where something is wrong, with 2 where it could not be found out, and then says on
+/// stderr what was measured. Exits with 5 where a server has lost the end of its log, and all else is
+/// well. That is what the failover to an asynchronous standby costs: the report names for each partition
+/// the first message that is gone, and how many acknowledged ones are (`lost_tails`). With synchronous
+/// standbys it must not happen.
 #[derive(Parser)]
 pub(crate) struct Args {
     /// How long to send and consume.
@@ -74,9 +88,20 @@ pub(crate) struct Args {
     /// Partitions of the topic.
     #[arg(long, value_name = "P", default_value_t = 4, value_parser = clap::value_parser!(u16).range(1..=1_000))]
     partitions: u16,
-    /// Private servers to start where there is no control database.
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=99))]
-    nodes: u8,
+    /// Private servers to start where there is no control database. Default: 1, or 2 with --faults.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=99))]
+    nodes: Option<u8>,
+    /// Break private servers and processes of consumers meanwhile, and count the faults: all, or some of
+    /// kill, pause, lock, roll, clock, topic (`kill,lock`).
+    ///
+    /// kill and pause: nodes and consumers, by SIGKILL and SIGSTOP. lock: a day table, against everybody.
+    /// roll: a node's partitions, to the next day. clock: a node's, by up to 50 minutes. topic: another
+    /// topic of the same nodes is deleted and made anew every 20 s.
+    #[arg(long, value_name = "FAULTS")]
+    faults: Option<FaultKinds>,
+    /// What is broken, when and where: the same number plans the same. Default: another one each time.
+    #[arg(long, value_name = "N", requires = "faults")]
+    seed: Option<u64>,
     /// How long nodes may be away after the time, and the group may make no progress.
     #[arg(long, value_name = "S", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=86_400))]
     wait: u64,
@@ -85,30 +110,56 @@ pub(crate) struct Args {
     history: Option<PathBuf>,
 }
 
+/// What `--json` prints.
+#[derive(Serialize)]
+struct Verified {
+    #[serde(flatten)]
+    report: Report,
+    #[serde(flatten)]
+    faults: Option<FaultReport>,
+}
+
 pub(crate) async fn run(context: &Context, args: Args) -> Result<(), Failure> {
     let mut interrupt = Interrupt::new()?;
     let outcome = match &context.url {
-        Some(url) => verify(url, &args, &mut interrupt).await,
+        Some(_) if args.faults.is_some() => {
+            let text = "--faults breaks private servers only: leave out --url and SHARDMQ_URL";
+            return Err(Failure::new(USAGE, text));
+        }
+        Some(url) => verify(url, &[], &args, &mut interrupt).await,
         None => on_private_servers(&args, &mut interrupt).await,
     };
-    let report = outcome.map_err(Failure::unfinished)?;
+    let verified = outcome.map_err(Failure::unfinished)?;
     let mut out = Out::new();
     if context.json {
-        out.json(&report)?;
+        out.json(&verified)?;
     } else {
-        report::print(&report, &mut out);
+        report::print(&verified.report, &mut out);
+        if let Some(faults) = &verified.faults {
+            out.line(&faults.text());
+        }
     }
     out.flush().await?;
-    if report.violations == 0 {
-        return Ok(());
-    }
-    let found = counted(report.violations, "violation");
-    Err(Failure::new(FAILED, format!("{found} found")))
+    verdict(&verified.report)
 }
 
-async fn on_private_servers(args: &Args, interrupt: &mut Interrupt) -> Result<Report, Failure> {
+fn verdict(report: &Report) -> Result<(), Failure> {
+    if report.violations > 0 {
+        let found = counted(report.violations, "violation");
+        return Err(Failure::new(FAILED, format!("{found} found")));
+    }
+    if report.tail_lost > 0 {
+        let lost = counted(report.tail_lost, "acknowledged message");
+        let text = format!("{lost} went with the end of a server's log; all else is well");
+        return Err(Failure::new(TAIL_LOST, text));
+    }
+    Ok(())
+}
+
+async fn on_private_servers(args: &Args, interrupt: &mut Interrupt) -> Result<Verified, Failure> {
+    let count = args.nodes.unwrap_or(if args.faults.is_some() { 2 } else { 1 });
     let nodes = tokio::select! {
-        nodes = servers::start(args.nodes) => nodes?,
+        nodes = servers::start(count) => nodes?,
         () = interrupt.caught() => return Err(interrupted()),
     };
     for Node { number, server } in &nodes {
@@ -116,7 +167,7 @@ async fn on_private_servers(args: &Args, interrupt: &mut Interrupt) -> Result<Re
         note(&format!("- node {number}: process {pid}, data in {}", data.display()));
     }
     let url = nodes.first().map(Node::url).unwrap_or_default();
-    let outcome = verify(&url, args, interrupt).await;
+    let outcome = verify(&url, &nodes, args, interrupt).await;
     servers::stop(nodes).await;
     outcome
 }
@@ -137,37 +188,67 @@ struct Run {
     patience: Duration,
     /// No more messages are to be sent.
     enough: CancellationToken,
+    delivered: AtomicU64,
 }
 
 impl Run {
+    fn new(url: &str, args: &Args) -> Result<Self, Failure> {
+        let folder = args.history.clone().unwrap_or_else(std::env::temp_dir);
+        Ok(Self {
+            url: url.to_owned(),
+            topic: format!("verify-{}", Uuid::now_v7().simple()),
+            history: History::new(&folder)?,
+            clock: Clock::start(),
+            size: args.size as usize,
+            keys: args.keys,
+            patience: Duration::from_secs(args.wait),
+            enough: CancellationToken::new(),
+            delivered: AtomicU64::new(0),
+        })
+    }
+
     /// The time on the history's clock.
     fn now(&self) -> Duration {
         self.clock.now()
     }
+
+    /// A process of the group was handed a message.
+    fn note_delivered(&self) {
+        self.delivered.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// How many messages the group's processes were handed.
+    fn delivered(&self) -> u64 {
+        self.delivered.load(Ordering::Relaxed)
+    }
 }
 
-async fn verify(url: &str, args: &Args, interrupt: &mut Interrupt) -> Result<Report, Failure> {
+/// On a cluster; faults are done to these nodes, if any are to be done.
+async fn verify(
+    url: &str,
+    nodes: &[Node],
+    args: &Args,
+    interrupt: &mut Interrupt,
+) -> Result<Verified, Failure> {
     let cluster = Cluster::connect(url).await?;
-    let folder = args.history.clone().unwrap_or_else(std::env::temp_dir);
-    let run = Arc::new(Run {
-        url: url.to_owned(),
-        topic: format!("verify-{}", Uuid::now_v7().simple()),
-        history: History::new(&folder)?,
-        clock: Clock::start(),
-        size: args.size as usize,
-        keys: args.keys,
-        patience: Duration::from_secs(args.wait),
-        enough: CancellationToken::new(),
-    });
-    let options = TopicOptions::partitions(args.partitions.into());
-    let topic = cluster.create_topic(&run.topic, options).await?;
+    let run = Arc::new(Run::new(url, args)?);
+    let topic = cluster.create_topic(&run.topic, topic_options(args)).await?;
     let partitions: Vec<_> = topic.partitions.iter().map(|p| p.partition).collect();
-    let members = work(&cluster, &run, args, interrupt).await?;
-    tokio::select! {
-        read = look_back(&cluster, &run, members, &partitions) => read?,
+    let (members, faults) = work(&cluster, &run, nodes, args, interrupt).await?;
+    let read = tokio::select! {
+        read = look_back(&cluster, &run, members, &partitions, args) => read,
         () = interrupt.caught() => return Err(interrupted()),
-    }
-    let report = judge(&run).await?;
+    };
+    let report = match read {
+        Ok(()) => judge(&run).await?,
+        Err(failure) => {
+            // What was not written to its end is not worth another error.
+            if let Ok(report) = judge(&run).await {
+                note(&format!("- {}", report::measured(&report)));
+            }
+            return Err(failure);
+        }
+    };
     if report.violations == 0 {
         cluster.delete_topic(&run.topic, true).await?;
     } else {
@@ -175,43 +256,85 @@ async fn verify(url: &str, args: &Args, interrupt: &mut Interrupt) -> Result<Rep
     }
     cluster.shutdown().await;
     keep(run, &report);
-    Ok(report)
+    Ok(Verified { report, faults })
+}
+
+fn topic_options(args: &Args) -> TopicOptions {
+    TopicOptions::partitions(args.partitions.into())
 }
 
 /// Sends and consumes for the time that was asked for, or until a signal. The group goes on.
 async fn work(
     cluster: &Cluster,
     run: &Arc<Run>,
+    nodes: &[Node],
     args: &Args,
     interrupt: &mut Interrupt,
-) -> Result<Members, Failure> {
+) -> Result<(Members, Option<FaultReport>), Failure> {
     let members = tokio::select! {
         joined = join(cluster, run, args) => joined?,
         () = interrupt.caught() => return Err(interrupted()),
     };
     let producers = Producers::start(run, args.producers, args.rate).await?;
+    let breaks = if args.faults.is_some() { "" } else { ": break what you like" };
     note(&format!(
-        "- {} a second to {} for {}: break what you like",
+        "- {} a second to {} for {}{breaks}",
         counted(args.rate.into(), "message"),
         counted(args.partitions.into(), "partition"),
         counted(args.seconds, "second"),
     ));
-    tokio::select! {
-        () = tokio::time::sleep(Duration::from_secs(args.seconds)) => {}
-        () = interrupt.caught() => {
-            note("- stopping early");
-            interrupt.forget();
+    let (stop, length) = (CancellationToken::new(), Duration::from_secs(args.seconds));
+    let over = async {
+        tokio::select! {
+            () = tokio::time::sleep(length) => {}
+            () = interrupt.caught() => {
+                note("- stopping early");
+                interrupt.forget();
+            }
         }
-    }
+        stop.cancel();
+    };
+    let breaking = break_it(run, nodes, &members, args, &stop);
+    let ((), faults) = tokio::join!(over, breaking);
     run.enough.cancel();
     producers.finish().await?;
-    Ok(members)
+    Ok((members, faults?))
+}
+
+/// Does the faults that were asked for, up to the end of the time.
+async fn break_it(
+    run: &Run,
+    nodes: &[Node],
+    members: &Members,
+    args: &Args,
+    stop: &CancellationToken,
+) -> Result<Option<FaultReport>, Failure> {
+    let (Some(FaultKinds(kinds)), Members::Processes(processes)) = (&args.faults, members) else {
+        return Ok(None);
+    };
+    let seed = args.seed.unwrap_or_else(|| Uuid::new_v4().as_u64_pair().0 >> 32);
+    let length = Duration::from_secs(args.seconds);
+    let plan = FaultPlan::new(&FaultOptions {
+        seed,
+        kinds: kinds.clone(),
+        nodes: nodes.len(),
+        members: args.consumers.into(),
+        length,
+    });
+    note(&format!(
+        "- {} planned; repeat them with --seed {seed}",
+        counted(plan.len() as u64, "fault")
+    ));
+    let (began, stop) = (Instant::now(), stop.clone());
+    let until = began + length;
+    let stage = Stage { run, nodes, members: processes.pids(), stop, began, until };
+    stage.perform(&plan, seed, kinds).await.map(Some)
 }
 
 /// Makes the group. Processes are waited for until each has its share: as they start they take partitions
 /// from each other, and what is measured is to be what happens later.
 async fn join(cluster: &Cluster, run: &Arc<Run>, args: &Args) -> Result<Members, Failure> {
-    if !args.member_processes {
+    if !args.member_processes && args.faults.is_none() {
         return Here::join(run, args.consumers).await.map(Members::Here);
     }
     let processes = Processes::start(run, args.consumers);
@@ -226,11 +349,13 @@ async fn look_back(
     run: &Run,
     members: Members,
     partitions: &[PartitionId],
+    args: &Args,
 ) -> Result<(), Failure> {
     note("- waiting until all nodes answer and the group has everything");
-    settling::nodes_answer(cluster, &run.topic, run.patience).await?;
-    settling::drain(cluster, &run.topic, partitions.len(), run.patience).await?;
-    members.leave().await?;
+    let settled = settle(cluster, run, partitions, args).await;
+    // In any case, so that the history has its end.
+    let left = members.leave().await;
+    settled.and(left)?;
     let mut recorder = run.history.recorder()?;
     for partition in partitions {
         let drained = Event::Drained { group: seen::GROUP_NUMBER, partition: *partition };
@@ -239,6 +364,17 @@ async fn look_back(
     recorder.close()?;
     note("- reading everything again");
     reading::read_all(run).await
+}
+
+async fn settle(
+    cluster: &Cluster,
+    run: &Run,
+    partitions: &[PartitionId],
+    args: &Args,
+) -> Result<(), Failure> {
+    settling::topic_is_known(cluster, &run.topic, topic_options(args), partitions).await?;
+    settling::nodes_answer(cluster, &run.topic, run.patience).await?;
+    Ok(settling::drain(cluster, &run.topic, partitions.len(), run.patience).await?)
 }
 
 async fn judge(run: &Arc<Run>) -> Result<Report, Failure> {

@@ -12,8 +12,12 @@ use crate::support::{TestCluster, database, eventually, own_server, within};
 
 /// Each failure of a node by itself.
 mod each_failure;
+/// Faults that the command does itself, by a plan.
+mod faults;
 /// Members that leave, are killed, suspended or restarted.
 mod members;
+/// A server loses its tail, control loses a topic.
+mod put_back;
 
 const SECOND: Duration = Duration::from_secs(1);
 
@@ -191,5 +195,6 @@ async fn what_cannot_be_checked_is_said_apart() {
     let finished = finish(child).await;
     assert_eq!(finished.code, Some(2), "{}", finished.stderr);
     assert!(finished.stderr.contains("no answer within 1 s: of node 02"), "{}", finished.stderr);
+    assert!(finished.stderr.contains("measured so far: "), "{}", finished.stderr);
     assert!(finished.stdout.is_empty());
 }

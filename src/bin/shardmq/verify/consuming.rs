@@ -64,8 +64,11 @@ impl<L: Log> Member<L> {
             tokio::select! {
                 received = messages.next() => {
                     let Some(first) = received else { break };
-                    let batch = batch(&mut messages, first);
-                    self.take(batch).await?;
+                    let Batch { deliveries, lost_tails } = batch(&mut messages, first);
+                    for partition in lost_tails {
+                        self.log.note(Seen::TailNoticed { at: self.clock.now(), partition })?;
+                    }
+                    self.take(deliveries).await?;
                 }
                 _ = pace.tick(), if commit.is_none() => commit = self.commit(&handle),
                 committed = async { commit.as_mut()?.await.into() }, if commit.is_some() => {
@@ -126,15 +129,26 @@ impl<L: Log> Member<L> {
     }
 }
 
+/// What a stream yields at once.
+#[derive(Default)]
+struct Batch {
+    deliveries: Vec<Delivery>,
+    /// Partitions whose servers have lost the end of their logs.
+    lost_tails: Vec<PartitionId>,
+}
+
 /// A message, and what else is there without waiting.
-fn batch(messages: &mut Messages, first: Result<Delivery>) -> Vec<Delivery> {
-    let (mut batch, mut next) = (Vec::new(), Some(first));
+fn batch(messages: &mut Messages, first: Result<Delivery>) -> Batch {
+    let (mut batch, mut next) = (Batch::default(), Some(first));
     while let Some(received) = next {
         match received {
-            Ok(delivery) => batch.push(delivery),
-            Err(news) => tracing::debug!(news = %news.chain(), "the group's news"),
+            Ok(delivery) => batch.deliveries.push(delivery),
+            Err(news) => {
+                tracing::debug!(news = %news.chain(), "the group's news");
+                batch.lost_tails.extend(news.lost_tail());
+            }
         }
-        let full = batch.len() >= MOST_TAKEN;
+        let full = batch.deliveries.len() >= MOST_TAKEN;
         next = if full { None } else { messages.next().now_or_never().flatten() };
     }
     batch

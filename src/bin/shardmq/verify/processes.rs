@@ -7,14 +7,17 @@
 //!   └────────────── as another member ───────────────────┘ it was killed, or left by a signal
 //! ```
 
+use std::collections::BTreeMap;
 use std::process::{ExitStatus, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use shardmq::verify::Recorder;
+use shardmq::{Error, ErrorKind};
 use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncWriteExt, BufReader};
 use tokio::process::{Child, Command};
+use tokio::sync::Mutex;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
@@ -34,17 +37,48 @@ const PATIENCE: Duration = SHUTDOWN.saturating_mul(2);
 pub(super) struct Processes {
     places: JoinSet<Result<(), Failure>>,
     leaving: CancellationToken,
+    pids: Pids,
+}
+
+/// The processes that are members now, by their places.
+#[derive(Clone, Default)]
+pub(super) struct Pids(Arc<Mutex<BTreeMap<usize, u32>>>);
+
+impl Pids {
+    /// Sends a signal, by its name, to the member of a place. `Unavailable` where there is none just now.
+    pub(super) async fn signal(&self, place: usize, name: &str) -> shardmq::Result<()> {
+        // Locked until the signal is sent: as long as a process is in it, its pid is nobody else's.
+        let pids = self.0.lock().await;
+        let error = |what: String| Error::new(ErrorKind::Unavailable, what);
+        let pid = pids.get(&place).ok_or_else(|| error(format!("no member at place {place}")))?;
+        let mut kill = Command::new("kill");
+        let sent = kill.args([format!("-{name}"), pid.to_string()]).status().await;
+        match sent {
+            Ok(status) if status.success() => Ok(()),
+            Ok(status) => Err(error(format!("kill -{name} {pid}: {status}"))),
+            Err(cause) => Err(error(format!("kill -{name} {pid}: {cause}"))),
+        }
+    }
 }
 
 impl Processes {
     pub(super) fn start(run: &Arc<Run>, count: u16) -> Self {
-        let place = Place {
+        let next = Arc::new(AtomicU32::new(1));
+        let (leaving, pids) = (CancellationToken::new(), Pids::default());
+        let place = |number| Place {
+            number,
             run: Arc::clone(run),
-            next: Arc::new(AtomicU32::new(1)),
-            leaving: CancellationToken::new(),
+            next: Arc::clone(&next),
+            leaving: leaving.clone(),
+            pids: pids.clone(),
         };
-        let places = (0..count).map(|_| place.clone().keep()).collect();
-        Self { places, leaving: place.leaving }
+        let places = (0..usize::from(count)).map(|number| place(number).keep()).collect();
+        Self { places, leaving, pids }
+    }
+
+    /// The processes as they come and go.
+    pub(super) fn pids(&self) -> Pids {
+        self.pids.clone()
     }
 
     pub(super) async fn leave(mut self) -> Result<(), Failure> {
@@ -57,12 +91,13 @@ impl Processes {
 }
 
 /// A place in the group, where one member follows another.
-#[derive(Clone)]
 struct Place {
+    number: usize,
     run: Arc<Run>,
     /// The number of the next member, of all places.
     next: Arc<AtomicU32>,
     leaving: CancellationToken,
+    pids: Pids,
 }
 
 impl Place {
@@ -72,6 +107,7 @@ impl Place {
             let number = self.next.fetch_add(1, Ordering::Relaxed);
             let child = start_process(&self.run)?;
             if let Some(pid) = child.id() {
+                self.pids.0.lock().await.insert(self.number, pid);
                 note(&format!("- member {number}: process {pid}"));
             }
             let status = self.follow(number, child).await?;
@@ -88,7 +124,8 @@ impl Place {
         let missing = || Failure::new(UNFINISHED, "a consumer has no pipe");
         let mut stdin = child.stdin.take().ok_or_else(missing)?;
         let stdout = child.stdout.take().ok_or_else(missing)?;
-        let reading = read_lines(stdout, number, self.run.history.recorder()?);
+        let recorder = self.run.history.recorder()?;
+        let reading = read_lines(stdout, number, recorder, || self.run.note_delivered());
         tokio::pin!(reading);
         tokio::select! {
             read = &mut reading => read?,
@@ -103,6 +140,7 @@ impl Place {
                 }
             }
         }
+        self.pids.0.lock().await.remove(&self.number);
         Ok(child.wait().await?)
     }
 }
@@ -126,6 +164,7 @@ async fn read_lines(
     stdout: impl AsyncRead + Unpin,
     member: u32,
     mut recorder: Recorder,
+    delivered: impl Fn(),
 ) -> Result<(), Failure> {
     let (mut stdout, mut line) = (BufReader::new(stdout), Vec::new());
     loop {
@@ -139,6 +178,9 @@ async fn read_lines(
         let seen: Seen = serde_json::from_slice(&line).map_err(|error| {
             Failure::new(UNFINISHED, format!("member {member} wrote what is no event: {error}"))
         })?;
+        if seen.is_delivery() {
+            delivered();
+        }
         seen.record(member, &mut recorder)?;
     }
 }
@@ -153,7 +195,7 @@ mod tests {
 
     async fn delivered(lines: &str) -> Result<u64, Failure> {
         let history = History::new(&std::env::temp_dir())?;
-        read_lines(lines.as_bytes(), 1, history.recorder()?).await?;
+        read_lines(lines.as_bytes(), 1, history.recorder()?, || ()).await?;
         Ok(check(&history, &CheckOptions::default())?.delivered)
     }
 

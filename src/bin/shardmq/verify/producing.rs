@@ -1,12 +1,13 @@
 //! The producers: each sends at its share of the rate, and records what became of every message.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::future::try_join_all;
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use shardmq::verify::{Event, Payload, Recorder, Value, lane_of};
-use shardmq::{Cluster, ErrorKind, Message, MessageId, Producer, Result};
+use shardmq::{Cluster, ErrorKind, Message, MessageId, PartitionId, Producer, Result};
 use tokio::task::JoinHandle;
 use tokio::time::{MissedTickBehavior, interval};
 
@@ -38,6 +39,7 @@ impl Producers {
                 rate: f64::from(rate) / f64::from(count),
                 sent: 0,
                 forgiven: 0,
+                highest: Highest::default(),
             };
             tasks.push(tokio::spawn(async move {
                 let sent = sender.work().await;
@@ -66,6 +68,7 @@ struct Sender {
     sent: u64,
     /// Messages that were due and will not be made up for.
     forgiven: u64,
+    highest: Highest,
 }
 
 impl Sender {
@@ -79,14 +82,15 @@ impl Sender {
                 _ = pace.tick(), if !enough.is_cancelled() => {
                     for _ in 0..self.due(began) {
                         let value = Value::new(self.writer, self.sent)?;
+                        let sent = Sent { value, at: self.run.now() };
                         self.sent += 1;
                         match self.send(value).await? {
-                            Ok(receipt) => under_way.push(async move { (value, receipt.await) }),
-                            Err(error) => self.came_to(value, &Err(error))?,
+                            Ok(receipt) => under_way.push(async move { (sent, receipt.await) }),
+                            Err(error) => self.came_to(sent, &Err(error))?,
                         }
                     }
                 }
-                Some((value, outcome)) = under_way.next() => self.came_to(value, &outcome)?,
+                Some((sent, outcome)) = under_way.next() => self.came_to(sent, &outcome)?,
                 () = enough.cancelled(), if !enough.is_cancelled() => {}
                 else => break,
             }
@@ -121,7 +125,8 @@ impl Sender {
         Ok(self.producer.enqueue(message).await)
     }
 
-    fn came_to(&mut self, value: Value, outcome: &Result<MessageId>) -> Result<()> {
+    fn came_to(&mut self, sent: Sent, outcome: &Result<MessageId>) -> Result<()> {
+        let value = sent.value;
         let event = match outcome {
             Ok(id) => Event::Acknowledged { value, id: *id },
             Err(error) => {
@@ -132,6 +137,57 @@ impl Sender {
                 }
             }
         };
-        self.recorder.record(self.run.now(), &event)
+        let now = self.run.now();
+        self.recorder.record(now, &event)?;
+        if let Ok(id) = outcome
+            && self.highest.went_back(*id, sent.at, now)
+        {
+            let partition = id.partition();
+            self.recorder.record(now, &Event::TailNoticed { partition })?;
+        }
+        Ok(())
+    }
+}
+
+/// A message under way, and when it was sent.
+#[derive(Clone, Copy)]
+struct Sent {
+    value: Value,
+    at: Duration,
+}
+
+/// The highest id that was acknowledged in each partition, and when.
+#[derive(Default)]
+struct Highest(HashMap<PartitionId, (MessageId, Duration)>);
+
+impl Highest {
+    /// Whether this id shows that the server has lost the end of its log: a message that was sent after
+    /// another had been acknowledged has a lower id.
+    fn went_back(&mut self, id: MessageId, sent: Duration, now: Duration) -> bool {
+        let (highest, since) = self.0.entry(id.partition()).or_insert((id, now));
+        let back = id < *highest && sent > *since;
+        if back || id > *highest {
+            (*highest, *since) = (id, now);
+        }
+        back
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lower_id_of_a_later_send_shows_a_lost_tail_once() {
+        let id = |sequence: u32| format!("10101261122{sequence:08}").parse().unwrap();
+        let (mut highest, at) = (Highest::default(), Duration::from_secs);
+        assert!(!highest.went_back(id(1), at(1), at(2)));
+        assert!(!highest.went_back(id(9), at(3), at(4)));
+        // Sent before the other was acknowledged: in either order.
+        assert!(!highest.went_back(id(8), at(3), at(5)));
+        assert!(highest.went_back(id(5), at(6), at(7)));
+        assert!(!highest.went_back(id(6), at(8), at(9)));
+        // Another partition.
+        assert!(!highest.went_back("1020126112200000001".parse().unwrap(), at(8), at(9)));
     }
 }

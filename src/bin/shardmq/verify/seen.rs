@@ -4,12 +4,12 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use shardmq::verify::{Event, Holding, Recorder, Value};
-use shardmq::{MessageId, Result, Uid};
+use shardmq::{MessageId, PartitionId, Result, Uid};
 
 /// The group in the history.
 pub(super) const GROUP_NUMBER: u16 = 1;
 
-/// Times are those of the history's clock. Which member it is knows whoever records it.
+/// Times are those of the history's clock. The recorder knows which member this is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(super) enum Seen {
@@ -22,11 +22,18 @@ pub(super) enum Seen {
         /// A [`Value`] as a number; none where the payload is damaged.
         value: Option<u64>,
     },
+    /// It was told that the partition's server has lost the end of its log.
+    TailNoticed { at: Duration, partition: PartitionId },
     /// A commit was confirmed.
     Committed { at: Duration, token: u64, upto: MessageId, asked: Duration },
 }
 
 impl Seen {
+    /// Whether a message was handed out.
+    pub(super) fn is_delivery(&self) -> bool {
+        matches!(self, Self::Taken { .. })
+    }
+
     /// Records it as this member's.
     pub(super) fn record(self, member: u32, recorder: &mut Recorder) -> Result<()> {
         let holding = |token| Holding { group: GROUP_NUMBER, member, token };
@@ -35,6 +42,9 @@ impl Seen {
                 let (holding, value) = (holding(token), value.map(Value::from_number));
                 recorder.record(at, &Event::Delivered { holding, id, uid, value })?;
                 recorder.record(at, &Event::Acked { holding, id })
+            }
+            Self::TailNoticed { at, partition } => {
+                recorder.record(at, &Event::TailNoticed { partition })
             }
             Self::Committed { at, token, upto, asked } => {
                 let holding = holding(token);
@@ -57,6 +67,7 @@ mod tests {
             Seen::Taken { at, token, id, uid, value: Some(u64::MAX) },
             Seen::Taken { at, token, id, uid, value: None },
             Seen::Committed { at, token, upto: id, asked: Duration::ZERO },
+            Seen::TailNoticed { at, partition: id.partition() },
         ] {
             let line = serde_json::to_string(&seen).unwrap();
             assert!(!line.contains('\n'));

@@ -1,10 +1,10 @@
 //! Before the work: has every member its share? After it: are all nodes back, and has the group
 //! everything?
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::time::Duration;
 
-use shardmq::{Cluster, Result};
+use shardmq::{Cluster, ErrorKind, PartitionId, Result, TopicOptions};
 use tokio::time::{Instant, sleep};
 
 use super::GROUP;
@@ -54,6 +54,29 @@ fn is_even(shares: &[usize], members: usize, partitions: usize) -> bool {
     shares.len() == members.min(partitions)
         && shares.iter().sum::<usize>() == partitions
         && least.zip(most).is_some_and(|(least, most)| most - least <= 1)
+}
+
+/// Makes the topic again where the control database has lost it, as one that was restored from a backup
+/// has: its partitions and messages are on the nodes.
+pub(super) async fn topic_is_known(
+    cluster: &Cluster,
+    topic: &str,
+    options: TopicOptions,
+    partitions: &[PartitionId],
+) -> std::result::Result<(), Failure> {
+    match cluster.topic(topic).await {
+        Err(error) if error.kind() == ErrorKind::NotFound => {}
+        // Nodes that are away are waited for later.
+        _ => return Ok(()),
+    }
+    note(&format!("warning: the control database has lost topic {topic}: it is made again"));
+    let made = cluster.create_topic(topic, options).await?;
+    let again: BTreeSet<_> = made.partitions.iter().map(|p| p.partition).collect();
+    if again.iter().eq(partitions.iter().collect::<BTreeSet<_>>()) {
+        return Ok(());
+    }
+    let text = "the control database has lost the topic, and made again it has other partitions";
+    Err(Failure::new(UNFINISHED, text))
 }
 
 /// Waits until every node of the topic answers.
