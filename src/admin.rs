@@ -209,7 +209,7 @@ impl Cluster {
         let refused = |error| refused(error, &what);
         let (_, version) = control::begin_change(change).await.map_err(refused)?;
         if control::topic(change, topic).await.map_err(refused)?.is_some() {
-            change.batch_execute("rollback").await.map_err(refused)?;
+            control::confirm(change).await.map_err(refused)?;
             return Ok(true);
         }
         let known = control::nodes(change).await.map_err(refused)?;

@@ -8,6 +8,7 @@ pub(crate) mod control;
 pub(crate) mod dead;
 pub(crate) mod dedup;
 mod dsn;
+pub(crate) mod failed;
 pub(crate) mod failures;
 #[cfg(feature = "embedded")]
 pub(crate) mod faults;

@@ -107,7 +107,7 @@ declare
 begin
     perform set_config('lock_timeout', '30s', true),
             set_config('idle_in_transaction_session_timeout', '5s', true);
-    if current_setting('synchronous_commit') in ('off', 'local') then
+    if current_setting('synchronous_commit') in ('off', 'local', 'remote_write') then
         perform set_config('synchronous_commit', 'on', true);
     end if;
     perform shardmq.lock_partition(partition);

@@ -7,8 +7,8 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::id::NodeId;
 use crate::migrate::{self, Schema};
 use crate::store::connect::{self, refused};
-use crate::store::node::{Connection, Durability, Node, Unfinished, write};
-use crate::store::param::{Param, typed};
+use crate::store::node::{Connection, Durability, Node, Unfinished, query, write};
+use crate::store::param::Param;
 use crate::store::{control, outbox, sql};
 
 /// A node as the control database has it.
@@ -31,21 +31,14 @@ impl Cluster {
     /// where it is empty and there is a node of this number.
     pub async fn add_node(&self, node: NodeId, url: &str) -> Result<()> {
         let what = format!("register node {node}");
-        let mut client = connect::connect_once(url, "shardmq node add").await?;
-        migrate::check(&client, Schema::Node).await?;
-        self.refuse_in_place_of(node, &client).await?;
-        let transaction = client
-            .build_transaction()
-            .read_only(false)
-            .start()
-            .await
-            .map_err(|error| refused(error, &what))?;
+        let candidate = Node::candidate(url, self.inner.nodes.options(1))?;
+        let connection = candidate.get().await?;
+        self.refuse_in_place_of(node, &connection).await?;
         let params: [&dyn Param; 2] = [&self.id(), &i32::from(node.number())];
-        transaction
-            .execute_typed(sql::REGISTER_NODE, &typed(&params))
+        write(connection, Durability::Durable, sql::REGISTER_NODE, &params)
             .await
             .map_err(|error| refused(error, &what))?;
-        transaction.commit().await.map_err(|error| refused(error, &what))?;
+        candidate.close();
         // What is there now is compared by the pool's check: a stranger is refused.
         let address = connect::without_password(url)?;
         let check = Node::new(url, self.id(), node, self.inner.nodes.options(1))?;
@@ -117,16 +110,11 @@ impl Cluster {
     }
 
     /// An empty database in the place of a node would hide all that the node has.
-    async fn refuse_in_place_of(
-        &self,
-        node: NodeId,
-        client: &tokio_postgres::Client,
-    ) -> Result<()> {
+    async fn refuse_in_place_of(&self, node: NodeId, candidate: &Connection) -> Result<()> {
         let what = format!("register node {node}");
         let known = self.inner.nodes.refresh().await?.iter().any(|(id, _)| *id == node);
-        let found =
-            client.query_typed_opt(sql::IDENTITY, &[]).await.map_err(|e| refused(e, &what))?;
-        if known && found.is_none() {
+        let found = query(candidate, sql::IDENTITY, &[]).await.map_err(|e| refused(e, &what))?;
+        if known && found.is_empty() {
             return Err(Error::new(
                 ErrorKind::Conflict,
                 format!(

@@ -56,7 +56,9 @@ impl Member {
         loop {
             match self.flush(None).await {
                 Ok(false) => {}
-                Err(error) if error.kind() == ErrorKind::Unavailable => {}
+                // A commit that no standby has is made again, and waits.
+                Err(error)
+                    if matches!(error.kind(), ErrorKind::Unavailable | ErrorKind::Unknown) => {}
                 other => return other.map(drop),
             }
             tokio::time::sleep(AGAIN).await;

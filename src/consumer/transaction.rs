@@ -8,6 +8,7 @@ use tokio_postgres::error::SqlState;
 use crate::consumer::delivery::Delivery;
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::connect::refused;
+use crate::store::failed::Failed;
 use crate::store::failures::commit_parked_in;
 use crate::store::group::{self, InTransaction, Outcome};
 
@@ -101,7 +102,7 @@ impl Delivery {
     }
 }
 
-fn is_no_node(error: &tokio_postgres::Error) -> bool {
+fn is_no_node(error: &Failed) -> bool {
     matches!(error.code(), Some(&SqlState::UNDEFINED_TABLE | &SqlState::INVALID_SCHEMA_NAME))
 }
 

@@ -20,6 +20,7 @@ use crate::producer::shared::Shared;
 use crate::producer::{Handle, Producer};
 use crate::store::append::Arrays;
 use crate::store::connect::{is_definite, kind_of, refused};
+use crate::store::failed::Failed;
 use crate::store::outbox::{self, Due};
 
 /// The most messages of [`Producer::deliver_all_at`] and [`Producer::deliver_all_after`].
@@ -344,7 +345,7 @@ impl Later<'_> {
     }
 }
 
-fn explained(error: tokio_postgres::Error, what: &str) -> Error {
+fn explained(error: Failed, what: &str) -> Error {
     if kind_of(&error) == ErrorKind::Incompatible {
         let what = format!("{what}: the database has no outbox: run `shardmq migrate --outbox`");
         return Error::with_source(ErrorKind::Incompatible, what, error);

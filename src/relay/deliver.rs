@@ -26,6 +26,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::id::Day;
 use crate::store::append::{self, Again, Append, Failure, Rolled};
 use crate::store::connect::refused;
+use crate::store::failed::Failed;
 use crate::store::node::Connection;
 use crate::store::outbox::{self, Frozen, State};
 
@@ -316,7 +317,7 @@ impl Delivery<'_> {
         self.outlet.get().await.map_err(|error| End::Again(error, Pause::Short))
     }
 
-    fn of_home(&self, error: tokio_postgres::Error) -> End {
+    fn of_home(&self, error: Failed) -> End {
         End::Again(refused(error, &self.what()), Pause::Short)
     }
 

@@ -25,6 +25,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::metrics as names;
 use crate::name::TopicName;
 use crate::store::connect::refused;
+use crate::store::failed::Failed;
 use crate::store::outbox::{self, Asked, Looked, Standing, Stepped, Waiting};
 use crate::topology::Topology;
 
@@ -447,7 +448,7 @@ impl Holder {
         in_time(SILENT, &format!("relay from {}", self.outlet.name), doing).await
     }
 
-    fn refused(&self, error: tokio_postgres::Error) -> Error {
+    fn refused(&self, error: Failed) -> Error {
         refused(error, &format!("relay from {}", self.outlet.name))
     }
 }

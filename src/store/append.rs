@@ -23,6 +23,7 @@ use crate::error::{Error, ErrorKind};
 use crate::id::{Day, MessageId, NodeId, PartitionId};
 use crate::name::TopicName;
 use crate::store::connect::{is_data_error, is_definite, refused};
+use crate::store::failed::Failed;
 use crate::store::node::{Connection, Durability, Unfinished, write};
 use crate::store::packed::Packed;
 use crate::store::param::Param;
@@ -76,23 +77,23 @@ pub(crate) enum Failure {
     NoTable,
     /// The server refused the data itself. Nothing was stored.
     #[error("the server refused the data")]
-    Data(#[source] tokio_postgres::Error),
+    Data(#[source] Failed),
     /// The lock was not to be had in time. Nothing was stored.
     #[error("the partition's lock was not to be had")]
-    Locked(#[source] tokio_postgres::Error),
+    Locked(#[source] Failed),
     /// The server refused, for another reason. Nothing was stored.
     #[error("the server refused")]
-    Refused(#[source] tokio_postgres::Error),
+    Refused(#[source] Failed),
     /// No answer came in time, but what would store something had not been sent yet.
     #[error("silence")]
     Silent,
     /// The connection failed, or no answer came in time: all may have been stored, or may be yet.
     #[error("no answer")]
-    Unknown(#[source] Option<tokio_postgres::Error>),
+    Unknown(#[source] Option<Failed>),
 }
 
 impl Failure {
-    fn of(error: tokio_postgres::Error) -> Self {
+    fn of(error: Failed) -> Self {
         if !is_definite(&error) {
             return Self::Unknown(Some(error));
         }
@@ -105,7 +106,7 @@ impl Failure {
     }
 
     /// Of a statement that is asked outside of the pipeline, so that nothing was stored.
-    fn before(error: tokio_postgres::Error) -> Self {
+    fn before(error: Failed) -> Self {
         match Self::of(error) {
             Self::Unknown(Some(error)) => Self::Refused(error),
             failure => failure,
@@ -113,7 +114,7 @@ impl Failure {
     }
 
     /// Of a commit. Only an error of a deferred constraint tells that nothing was stored.
-    fn of_commit(error: tokio_postgres::Error) -> Self {
+    fn of_commit(error: Failed) -> Self {
         if is_definite(&error) && is_data_error(&error) {
             Self::Data(error)
         } else {
@@ -221,7 +222,7 @@ async fn pipeline(
     )
     .await;
     begun.map_err(Failure::of)?;
-    let held: Option<String> = locked.map_err(Failure::of)?.first().and_then(|row| row.get(3));
+    let held: Option<String> = locked.map_err(Failure::of)?.first().and_then(|row| row.get(4));
     let rows: Vec<Vec<Row>> =
         inserted.into_iter().collect::<Result<_, _>>().map_err(Failure::of)?;
     committed.map_err(Failure::of_commit)?;
@@ -236,7 +237,7 @@ async fn insert(
     connection: &Connection,
     statement: &Statement,
     batch: &Append<'_>,
-) -> Result<Vec<Row>, tokio_postgres::Error> {
+) -> Result<Vec<Row>, Failed> {
     let topic = batch.topic.as_str();
     let arrays = batch.arrays;
     connection
@@ -354,10 +355,7 @@ pub(crate) async fn append_again(
 }
 
 /// Where `begin` failed, a statement that did not was committed by itself.
-fn check_begun(
-    begun: Result<(), tokio_postgres::Error>,
-    rows: &Result<Vec<Row>, tokio_postgres::Error>,
-) -> Result<(), Failure> {
+fn check_begun(begun: Result<(), Failed>, rows: &Result<Vec<Row>, Failed>) -> Result<(), Failure> {
     let undone = rows.as_ref().is_err_and(is_definite);
     begun.map_err(|error| if undone { Failure::of(error) } else { Failure::Unknown(Some(error)) })
 }

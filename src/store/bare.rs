@@ -6,6 +6,7 @@ use std::error::Error as StdError;
 use tokio_postgres::types::{FromSql, Type};
 
 use crate::id::{Day, PartitionId};
+use crate::store::failed::Failed;
 use crate::store::node::{Connection, query};
 use crate::store::sql;
 
@@ -18,7 +19,7 @@ pub(crate) async fn fetch(
     position: i64,
     (bytes, rows): (i64, i32),
     mut touch: impl FnMut(&[u8]),
-) -> Result<(u64, i64), tokio_postgres::Error> {
+) -> Result<(u64, i64), Failed> {
     let text = sql::for_day(sql::FETCH, partition, day);
     let rows = query(connection, &text, &[&position, &bytes, &rows]).await?;
     let (mut messages, mut last) = (0, position);

@@ -8,6 +8,7 @@ use tokio_postgres::{Client, Config};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::dsn::{self, Parameters};
+use crate::store::failed::{CutWait, Failed};
 use crate::store::passfile;
 use crate::store::pooler::Marker;
 use crate::store::target::{self, Opened, Target};
@@ -117,7 +118,7 @@ pub(crate) async fn connect_once(url: &str, application: &str) -> Result<Client>
     target.config.application_name(application);
     let what = format!("connect to {}", describe(&target.config));
     let opened = target.connect(&what, None).await?;
-    tokio::spawn(target::drive(opened.messages));
+    tokio::spawn(target::drive(opened.messages, CutWait::default()));
     Ok(opened.client)
 }
 
@@ -128,7 +129,7 @@ pub(crate) async fn connect_directly(url: &str, application: &str) -> Result<Cli
     let what = format!("connect to {}", describe(&target.config));
     let marker = Marker::new();
     let Opened { client, messages, marked } = target.connect(&what, Some(&marker)).await?;
-    tokio::spawn(target::drive(messages));
+    tokio::spawn(target::drive(messages, CutWait::default()));
     if marked && marker.is_there(&client).await.map_err(|error| refused(error, &what))? {
         return Ok(client);
     }
@@ -142,12 +143,12 @@ pub(crate) async fn connect_directly(url: &str, application: &str) -> Result<Cli
 /// Whether the server answered with an error, so that a transaction that had not been asked to commit
 /// is certainly rolled back. An error that ends the connection does not count: a pooler can make one
 /// of its own, with more of the pipeline already on its way to the server.
-pub(crate) fn is_definite(error: &tokio_postgres::Error) -> bool {
+pub(crate) fn is_definite(error: &Failed) -> bool {
     error.as_db_error().is_some_and(|db| db.parsed_severity() == Some(Severity::Error))
 }
 
 /// Whether the server refused the data itself: class 22, 23 or 54, but not a clash of ids.
-pub(crate) fn is_data_error(error: &tokio_postgres::Error) -> bool {
+pub(crate) fn is_data_error(error: &Failed) -> bool {
     error.code().is_some_and(|state| {
         *state != SqlState::UNIQUE_VIOLATION
             && ["22", "23", "54"].iter().any(|class| state.code().starts_with(class))
@@ -155,14 +156,18 @@ pub(crate) fn is_data_error(error: &tokio_postgres::Error) -> bool {
 }
 
 /// What the caller should do about an error of the server or of the way to it.
-pub(crate) fn kind_of(error: &tokio_postgres::Error) -> ErrorKind {
+pub(crate) fn kind_of(error: &Failed) -> ErrorKind {
+    if matches!(error, Failed::Unconfirmed) {
+        return ErrorKind::Unknown;
+    }
     let Some(state) = error.code() else {
         return ErrorKind::Unavailable;
     };
     match (state.code().get(..2), state.code()) {
         // 0A000: a transaction that begins as "read write" on a standby, which may be promoted.
         (_, "57014" | "55P03" | "25006" | "0A000" | "40001" | "40P01")
-        | (Some("08" | "53" | "57" | "58"), _) => ErrorKind::Unavailable,
+        // 28: a password is replaced on the server first, or in the file.
+        | (Some("08" | "28" | "53" | "57" | "58"), _) => ErrorKind::Unavailable,
         (Some("22" | "23" | "54"), _) => ErrorKind::Invalid,
         (_, "3F000" | "42P01" | "42883") => ErrorKind::Incompatible,
         _ => ErrorKind::Database,
@@ -170,8 +175,13 @@ pub(crate) fn kind_of(error: &tokio_postgres::Error) -> ErrorKind {
 }
 
 /// An error that says what was being done, of the kind that the server's answer means.
-pub(crate) fn refused(error: tokio_postgres::Error, what: &str) -> Error {
-    Error::with_source(kind_of(&error), what, error)
+pub(crate) fn refused(error: impl Into<Failed>, what: &str) -> Error {
+    let error = error.into();
+    let kind = kind_of(&error);
+    match error {
+        Failed::Postgres(error) => Error::with_source(kind, what, error),
+        error @ Failed::Unconfirmed => Error::with_source(kind, what, error),
+    }
 }
 
 #[cfg(test)]

@@ -3,25 +3,26 @@
 use std::collections::{BTreeMap, HashMap};
 use std::time::SystemTime;
 
+use tokio_postgres::Row;
 use tokio_postgres::error::SqlState;
-use tokio_postgres::{Error, Row};
 use uuid::Uuid;
 
 use crate::id::{NodeId, PartitionId};
 use crate::name::{GroupName, TopicName};
+use crate::store::failed::Failed;
 use crate::store::group::StartAt;
 use crate::store::node::{Connection, Durability, query, query_one, write};
 use crate::store::param::Param;
 use crate::store::sql;
 
 /// The cluster's id and the version of its topology.
-pub(crate) async fn cluster(connection: &Connection) -> Result<(Uuid, i64), Error> {
+pub(crate) async fn cluster(connection: &Connection) -> Result<(Uuid, i64), Failed> {
     let row = query_one(connection, sql::CONTROL_CLUSTER, &[]).await?;
     Ok((row.get(0), row.get(1)))
 }
 
 /// All nodes with their addresses.
-pub(crate) async fn nodes(connection: &Connection) -> Result<Vec<(NodeId, String)>, Error> {
+pub(crate) async fn nodes(connection: &Connection) -> Result<Vec<(NodeId, String)>, Failed> {
     let rows = query(connection, sql::CONTROL_NODES, &[]).await?;
     Ok(rows.iter().filter_map(|row| Some((node_of(row, 0)?, row.get(1)))).collect())
 }
@@ -31,7 +32,7 @@ fn node_of(row: &Row, column: usize) -> Option<NodeId> {
 }
 
 /// The cluster's settings; none where the schema is older than they are.
-pub(crate) async fn settings(connection: &Connection) -> Result<BTreeMap<String, String>, Error> {
+pub(crate) async fn settings(connection: &Connection) -> Result<BTreeMap<String, String>, Failed> {
     match query(connection, sql::CONTROL_SETTINGS, &[]).await {
         Err(error) if error.code() == Some(&SqlState::UNDEFINED_TABLE) => Ok(BTreeMap::new()),
         Err(error) => Err(error),
@@ -40,28 +41,28 @@ pub(crate) async fn settings(connection: &Connection) -> Result<BTreeMap<String,
 }
 
 /// Sets one, inside a change.
-pub(crate) async fn set(connection: &Connection, name: &str, value: &str) -> Result<(), Error> {
+pub(crate) async fn set(connection: &Connection, name: &str, value: &str) -> Result<(), Failed> {
     query(connection, sql::CONTROL_SET, &[&name, &value]).await.map(drop)
 }
 
 /// Forgets one, inside a change.
-pub(crate) async fn unset(connection: &Connection, name: &str) -> Result<(), Error> {
+pub(crate) async fn unset(connection: &Connection, name: &str) -> Result<(), Failed> {
     query(connection, sql::CONTROL_UNSET, &[&name]).await.map(drop)
 }
 
 /// The addresses of databases that have an outbox and are no nodes.
-pub(crate) async fn outboxes(connection: &Connection) -> Result<Vec<String>, Error> {
+pub(crate) async fn outboxes(connection: &Connection) -> Result<Vec<String>, Failed> {
     let rows = query(connection, sql::CONTROL_OUTBOXES, &[]).await?;
     Ok(rows.iter().map(|row| row.get(0)).collect())
 }
 
 /// Records such a database, inside a change.
-pub(crate) async fn add_outbox(connection: &Connection, dsn: &str) -> Result<(), Error> {
+pub(crate) async fn add_outbox(connection: &Connection, dsn: &str) -> Result<(), Failed> {
     query(connection, sql::CONTROL_ADD_OUTBOX, &[&dsn]).await.map(drop)
 }
 
 /// Forgets such a database, inside a change; false where it was not known.
-pub(crate) async fn remove_outbox(connection: &Connection, dsn: &str) -> Result<bool, Error> {
+pub(crate) async fn remove_outbox(connection: &Connection, dsn: &str) -> Result<bool, Failed> {
     let rows = query(connection, sql::CONTROL_REMOVE_OUTBOX, &[&dsn]).await?;
     Ok(!rows.is_empty())
 }
@@ -71,20 +72,23 @@ pub(crate) async fn add_node(
     connection: &Connection,
     node: NodeId,
     dsn: &str,
-) -> Result<(), Error> {
+) -> Result<(), Failed> {
     let number = i32::from(node.number());
     query(connection, sql::CONTROL_ADD_NODE, &[&number, &dsn]).await.map(drop)
 }
 
 /// The topics that have partitions on a node.
-pub(crate) async fn topics_on(connection: &Connection, node: NodeId) -> Result<Vec<String>, Error> {
+pub(crate) async fn topics_on(
+    connection: &Connection,
+    node: NodeId,
+) -> Result<Vec<String>, Failed> {
     let number = i32::from(node.number());
     let rows = query(connection, sql::CONTROL_TOPICS_ON, &[&number]).await?;
     Ok(rows.iter().map(|row| row.get(0)).collect())
 }
 
 /// Removes a node, inside a change.
-pub(crate) async fn forget_node(connection: &Connection, node: NodeId) -> Result<(), Error> {
+pub(crate) async fn forget_node(connection: &Connection, node: NodeId) -> Result<(), Failed> {
     let number = i32::from(node.number());
     query(connection, sql::CONTROL_FORGET_NODE, &[&number]).await.map(drop)
 }
@@ -99,7 +103,7 @@ pub(crate) struct TopicRow {
 }
 
 /// All topics, by name.
-pub(crate) async fn topics(connection: &Connection) -> Result<Vec<TopicRow>, Error> {
+pub(crate) async fn topics(connection: &Connection) -> Result<Vec<TopicRow>, Failed> {
     let rows = query(connection, sql::CONTROL_TOPICS, &[]).await?;
     let read = |row: &Row| TopicRow {
         topic: row.get(0),
@@ -124,7 +128,7 @@ pub(crate) struct TopicDetail {
 pub(crate) async fn topic(
     connection: &Connection,
     topic: &TopicName,
-) -> Result<Option<TopicDetail>, Error> {
+) -> Result<Option<TopicDetail>, Failed> {
     let name = topic.as_str();
     let rows = query(connection, sql::CONTROL_TOPIC, &[&name]).await?;
     let Some(row) = rows.first() else {
@@ -153,7 +157,7 @@ pub(crate) async fn topic(
 /// How many partitions each node has.
 pub(crate) async fn partition_counts(
     connection: &Connection,
-) -> Result<HashMap<NodeId, usize>, Error> {
+) -> Result<HashMap<NodeId, usize>, Failed> {
     let rows = query(connection, sql::CONTROL_PARTITION_COUNTS, &[]).await?;
     let read = |row: &Row| {
         Some((node_of(row, 0)?, usize::try_from(row.get::<_, i64>(1)).unwrap_or(usize::MAX)))
@@ -163,7 +167,7 @@ pub(crate) async fn partition_counts(
 
 /// Begins a change of the topology: one at a time in the whole cluster, to the end of the transaction
 /// on this connection. Returns the cluster's id and the version that the change makes.
-pub(crate) async fn begin_change(connection: &Connection) -> Result<(Uuid, i64), Error> {
+pub(crate) async fn begin_change(connection: &Connection) -> Result<(Uuid, i64), Failed> {
     connection.batch_execute(sql::BEGIN_DURABLE).await?;
     stay(connection).await?;
     let row = query_one(connection, sql::CONTROL_LOCK, &[]).await?;
@@ -171,12 +175,19 @@ pub(crate) async fn begin_change(connection: &Connection) -> Result<(Uuid, i64),
 }
 
 /// Says that a change goes on: nodes are asked meanwhile, and the silence is ours, not a lost client's.
-pub(crate) async fn stay(connection: &Connection) -> Result<(), Error> {
+pub(crate) async fn stay(connection: &Connection) -> Result<(), Failed> {
     connection.batch_execute("set local idle_in_transaction_session_timeout = '60s'").await
 }
 
+/// Ends a change that found everything as it should be. What it found may be of a commit that no standby
+/// has: this one waits.
+pub(crate) async fn confirm(connection: &Connection) -> Result<(), Failed> {
+    connection.batch_execute(sql::PROBE).await?;
+    connection.batch_execute("commit").await
+}
+
 /// Commits a change under a new version.
-pub(crate) async fn commit_change(connection: &Connection) -> Result<(), Error> {
+pub(crate) async fn commit_change(connection: &Connection) -> Result<(), Failed> {
     connection.batch_execute(sql::CONTROL_BUMP).await?;
     connection.batch_execute("commit").await
 }
@@ -186,7 +197,7 @@ pub(crate) async fn record_topic(
     connection: &Connection,
     topic: &TopicName,
     slots: &[(u16, u16, PartitionId)],
-) -> Result<(), Error> {
+) -> Result<(), Failed> {
     let partitions: Vec<i32> = slots.iter().map(|slot| slot.2.as_i32()).collect();
     let first: Vec<i32> = slots.iter().map(|slot| i32::from(slot.0)).collect();
     let last: Vec<i32> = slots.iter().map(|slot| i32::from(slot.1)).collect();
@@ -195,7 +206,7 @@ pub(crate) async fn record_topic(
 }
 
 /// Removes a topic, inside a change.
-pub(crate) async fn forget_topic(connection: &Connection, topic: &TopicName) -> Result<(), Error> {
+pub(crate) async fn forget_topic(connection: &Connection, topic: &TopicName) -> Result<(), Failed> {
     query(connection, sql::CONTROL_DELETE_TOPIC, &[&topic.as_str()]).await.map(drop)
 }
 
@@ -204,7 +215,7 @@ pub(crate) async fn group_start(
     connection: &Connection,
     topic: &TopicName,
     group: &GroupName,
-) -> Result<Option<(StartAt, bool)>, Error> {
+) -> Result<Option<(StartAt, bool)>, Failed> {
     let params: [&dyn Param; 2] = [&topic.as_str(), &group.as_str()];
     let rows = query(connection, sql::CONTROL_GROUP_START, &params).await?;
     let read = |row: &Row| {
@@ -219,7 +230,7 @@ pub(crate) async fn make_group(
     topic: &TopicName,
     group: &GroupName,
     start: StartAt,
-) -> Result<(), Error> {
+) -> Result<(), Failed> {
     let (topic, group) = (topic.as_str(), group.as_str());
     let params: [&dyn Param; 5] = [&topic, &group, &start.at, &start.id, &start.broadcast];
     write(connection, Durability::Durable, sql::CONTROL_MAKE_GROUP, &params).await.map(drop)

@@ -2,8 +2,9 @@
 
 use std::time::SystemTime;
 
-use tokio_postgres::{Error, Row};
+use tokio_postgres::Row;
 
+use crate::store::failed::Failed;
 use crate::store::node::{Connection, Durability, query, query_one, write};
 use crate::store::param::Param;
 use crate::store::sql;
@@ -27,7 +28,7 @@ pub(crate) enum What {
 }
 
 /// The node's time.
-pub(crate) async fn clock(connection: &Connection) -> Result<SystemTime, Error> {
+pub(crate) async fn clock(connection: &Connection) -> Result<SystemTime, Failed> {
     query_one(connection, sql::NODE_CLOCK, &[]).await.map(|row| row.get(0))
 }
 
@@ -36,7 +37,7 @@ pub(crate) async fn list(
     connection: &Connection,
     chosen: &Chosen,
     (after, most, bytes): (i64, i32, i64),
-) -> Result<Vec<Row>, Error> {
+) -> Result<Vec<Row>, Failed> {
     let Chosen { ids, topic, group, partition, error } = chosen;
     let params: [&dyn Param; 8] = [ids, topic, group, partition, error, &after, &most, &bytes];
     query(connection, sql::DEAD_LETTERS, &params).await
@@ -49,7 +50,7 @@ pub(crate) async fn portion(
     chosen: &Chosen,
     died_until: SystemTime,
     most: i32,
-) -> Result<Vec<(String, String, i64)>, Error> {
+) -> Result<Vec<(String, String, i64)>, Failed> {
     let statement = match what {
         What::Retry => sql::DEAD_LETTER_RETRY,
         What::Drop => sql::DEAD_LETTER_DROP,

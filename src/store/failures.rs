@@ -2,12 +2,13 @@
 
 use std::time::SystemTime;
 
-use tokio_postgres::{Error, GenericClient, Row};
+use tokio_postgres::{GenericClient, Row};
 use uuid::Uuid;
 
 use crate::failure::FailedAttempt;
 use crate::id::PartitionId;
 use crate::name::{GroupName, TopicName};
+use crate::store::failed::Failed;
 use crate::store::fetch::Batch;
 use crate::store::group::{Fence, InTransaction, Moved, Outcome, why_not};
 use crate::store::node::{Connection, Durability, query, write};
@@ -51,7 +52,7 @@ pub(crate) async fn put_aside(
     (topic, group): (&TopicName, &GroupName),
     messages: &[Aside<'_>],
     waits: bool,
-) -> Result<Vec<Moved>, Error> {
+) -> Result<Vec<Moved>, Failed> {
     let (topic, group) = (topic.as_str(), group.as_str());
     let fences = Fences::of(messages.iter().map(|message| &message.under));
     let (mut ids, mut producers, mut sequences, mut indexes) = (vec![], vec![], vec![], vec![]);
@@ -129,7 +130,7 @@ pub(crate) async fn settle_parked(
     connection: Connection,
     group: &GroupName,
     parked: &[Settle<'_>],
-) -> Result<Vec<Moved>, Error> {
+) -> Result<Vec<Moved>, Failed> {
     let group = group.as_str();
     let fences = Fences::of(parked.iter().map(|parked| &parked.under));
     let ids: Vec<Uuid> = parked.iter().map(|parked| parked.id).collect();
@@ -169,7 +170,7 @@ pub(crate) async fn commit_parked_in<C: GenericClient + Sync>(
     group: &GroupName,
     this: &InTransaction,
     id: Uuid,
-) -> Result<Outcome, Error> {
+) -> Result<Outcome, Failed> {
     let (group, partition) = (group.as_str(), this.partition.as_i32());
     let Fence { owner, epoch, reset_epoch } = this.fence;
     let params: [&dyn Param; 7] =
@@ -211,7 +212,7 @@ pub(crate) async fn parked(
     in_hand: &[Uuid],
     (rows, bytes): (i32, i64),
     since: Option<SystemTime>,
-) -> Result<Due, Error> {
+) -> Result<Due, Failed> {
     let group = group.as_str();
     let params: [&dyn Param; 6] = [&group, &partitions, &in_hand, &rows, &bytes, &since];
     let rows = query(connection, sql::PARKED, &params).await?;

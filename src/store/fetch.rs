@@ -9,6 +9,7 @@ use uuid::Uuid;
 
 use crate::id::{Day, PartitionId, Uid, last_of};
 use crate::message::Headers;
+use crate::store::failed::Failed;
 use crate::store::node::{Connection, query};
 use crate::store::packed::Unpacked;
 use crate::store::sql;
@@ -135,7 +136,7 @@ pub(crate) async fn fetch(
     day: Day,
     position: i64,
     (bytes, rows): (i64, i32),
-) -> Result<Option<Vec<Batch>>, tokio_postgres::Error> {
+) -> Result<Option<Vec<Batch>>, Failed> {
     let text = sql::for_day(sql::FETCH, partition, day);
     match query(connection, &text, &[&position, &bytes, &rows]).await {
         Ok(rows) => Ok(Some(rows.iter().map(Batch::read).collect())),
@@ -161,7 +162,7 @@ pub(crate) async fn overlap(
     partition: PartitionId,
     day: Day,
     last: &Identity,
-) -> Result<Overlap, tokio_postgres::Error> {
+) -> Result<Overlap, Failed> {
     let text = sql::for_day(sql::OVERLAP, partition, day);
     let rows = match query(connection, &text, &[&last.base_id]).await {
         Err(error) if error.code() == Some(&SqlState::UNDEFINED_TABLE) => {
@@ -203,7 +204,7 @@ pub(crate) async fn partition_state(
     connection: &Connection,
     partition: PartitionId,
     after: Option<Day>,
-) -> Result<Option<PartitionState>, tokio_postgres::Error> {
+) -> Result<Option<PartitionState>, Failed> {
     let after = after.map_or(0, Day::as_i32);
     let rows = query(connection, sql::PARTITION_STATE, &[&partition.as_i32(), &after]).await?;
     Ok(rows.first().and_then(|row| {
@@ -221,7 +222,7 @@ pub(crate) async fn partition_state(
 pub(crate) async fn look(
     connection: &Connection,
     partitions: &[(PartitionId, Day, i64)],
-) -> Result<Vec<PartitionId>, tokio_postgres::Error> {
+) -> Result<Vec<PartitionId>, Failed> {
     let parts: Vec<String> = partitions
         .iter()
         .map(|(partition, day, _)| sql::for_day(sql::LOOK, *partition, *day))

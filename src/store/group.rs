@@ -2,11 +2,12 @@
 
 use std::time::SystemTime;
 
-use tokio_postgres::{Error, GenericClient};
+use tokio_postgres::GenericClient;
 use uuid::Uuid;
 
 use crate::id::PartitionId;
 use crate::name::{GroupName, TopicName};
+use crate::store::failed::Failed;
 use crate::store::node::{Connection, Durability, query, write};
 use crate::store::param::{Param, typed};
 use crate::store::sql;
@@ -49,7 +50,7 @@ pub(crate) async fn start(
     connection: &Connection,
     topic: &TopicName,
     group: &GroupName,
-) -> Result<Option<StartAt>, Error> {
+) -> Result<Option<StartAt>, Failed> {
     let params: [&dyn Param; 2] = [&topic.as_str(), &group.as_str()];
     let rows = query(connection, sql::GROUP_START_READ, &params).await?;
     Ok(rows.first().map(|row| StartAt {
@@ -65,7 +66,7 @@ pub(crate) async fn write_start(
     topic: &TopicName,
     group: &GroupName,
     start: StartAt,
-) -> Result<(), Error> {
+) -> Result<(), Failed> {
     let (topic, group) = (topic.as_str(), group.as_str());
     let params: [&dyn Param; 5] = [&topic, &group, &start.at, &start.id, &start.broadcast];
     write(connection, Durability::Durable, sql::GROUP_START_WRITE, &params).await.map(drop)
@@ -76,7 +77,7 @@ pub(crate) async fn make_cursors(
     connection: Connection,
     topic: &TopicName,
     group: &GroupName,
-) -> Result<(), Error> {
+) -> Result<(), Failed> {
     let (topic, group) = (topic.as_str(), group.as_str());
     write(connection, Durability::Durable, sql::MAKE_CURSORS, &[&topic, &group]).await.map(drop)
 }
@@ -104,7 +105,7 @@ pub(crate) async fn renew(
     incarnation: Option<SystemTime>,
     session: Option<String>,
     parked_since: Option<SystemTime>,
-) -> Result<Renewed, Error> {
+) -> Result<Renewed, Failed> {
     let group = group.as_str();
     let params: [&dyn Param; 6] =
         [&member, &group, &lease_secs, &incarnation, &session, &parked_since];
@@ -142,7 +143,7 @@ pub(crate) async fn acquire(
     (topic, group): (&TopicName, &GroupName),
     taker: &Taker<'_>,
     partitions: &[i32],
-) -> Result<Vec<Acquired>, Error> {
+) -> Result<Vec<Acquired>, Failed> {
     let (topic, group) = (topic.as_str(), group.as_str());
     let Taker { member, lease_secs, ended_too, gone, dead } = taker;
     let params: [&dyn Param; 8] =
@@ -208,7 +209,7 @@ pub(crate) async fn flush(
     connection: Connection,
     group: &GroupName,
     moves: &[Move],
-) -> Result<Vec<(PartitionId, Moved)>, Error> {
+) -> Result<Vec<(PartitionId, Moved)>, Failed> {
     let partitions: Vec<i32> = moves.iter().map(|m| m.partition.as_i32()).collect();
     let owners: Vec<Uuid> = moves.iter().map(|m| m.fence.owner).collect();
     let epochs: Vec<i64> = moves.iter().map(|m| m.fence.epoch).collect();
@@ -233,7 +234,7 @@ pub(crate) async fn entrusted(
     group: &GroupName,
     partition: PartitionId,
     fence: Fence,
-) -> Result<Option<(i64, Vec<(i64, i64)>, SystemTime)>, Error> {
+) -> Result<Option<(i64, Vec<(i64, i64)>, SystemTime)>, Failed> {
     let (group, partition) = (group.as_str(), partition.as_i32());
     let Fence { owner, epoch, reset_epoch } = fence;
     let params: [&dyn Param; 5] = [&group, &partition, &owner, &epoch, &reset_epoch];
@@ -275,7 +276,7 @@ pub(crate) async fn commit_in<C: GenericClient + Sync>(
     transaction: &C,
     group: &GroupName,
     this: &InTransaction,
-) -> Result<Outcome, Error> {
+) -> Result<Outcome, Failed> {
     let (group, partition) = (group.as_str(), this.partition.as_i32());
     let Fence { owner, epoch, reset_epoch } = this.fence;
     let params: [&dyn Param; 8] = [
@@ -300,7 +301,7 @@ pub(crate) async fn commit_in<C: GenericClient + Sync>(
 pub(super) async fn why_not<C: GenericClient + Sync>(
     transaction: &C,
     params: &[&dyn Param],
-) -> Result<Outcome, Error> {
+) -> Result<Outcome, Failed> {
     let why = transaction.query_typed_opt(sql::COMMIT_IN_REFUSED, &typed(params)).await?;
     Ok(match why.as_ref().map(|row| row.get(0)) {
         Some("acknowledged") => Outcome::Already,
@@ -317,7 +318,7 @@ pub(crate) async fn release(
     connection: Connection,
     group: &GroupName,
     owned: &[(PartitionId, Uuid)],
-) -> Result<(), Error> {
+) -> Result<(), Failed> {
     let partitions: Vec<i32> = owned.iter().map(|(partition, _)| partition.as_i32()).collect();
     let owners: Vec<Uuid> = owned.iter().map(|(_, owner)| *owner).collect();
     let group = group.as_str();
@@ -327,17 +328,17 @@ pub(crate) async fn release(
 }
 
 /// Ends a member's lease.
-pub(crate) async fn leave(connection: Connection, member: Uuid) -> Result<(), Error> {
+pub(crate) async fn leave(connection: Connection, member: Uuid) -> Result<(), Failed> {
     write(connection, Durability::Relaxed, sql::LEAVE, &[&member]).await.map(drop)
 }
 
 /// Removes the groups of broadcast consumers that are gone.
-pub(crate) async fn sweep_broadcasts(connection: Connection) -> Result<(), Error> {
+pub(crate) async fn sweep_broadcasts(connection: Connection) -> Result<(), Failed> {
     write(connection, Durability::Relaxed, sql::SWEEP_BROADCASTS, &[]).await.map(drop)
 }
 
 /// Removes members whose lease ended long ago.
-pub(crate) async fn sweep_members(connection: Connection) -> Result<(), Error> {
+pub(crate) async fn sweep_members(connection: Connection) -> Result<(), Failed> {
     write(connection, Durability::Relaxed, sql::SWEEP_MEMBERS, &[]).await.map(drop)
 }
 

@@ -2,11 +2,12 @@
 
 use std::time::SystemTime;
 
-use tokio_postgres::{Error, Row};
+use tokio_postgres::Row;
 use uuid::Uuid;
 
 use crate::id::NodeId;
 use crate::name::{GroupName, TopicName};
+use crate::store::failed::Failed;
 use crate::store::group::StartAt;
 use crate::store::node::{Connection, Durability, query, write};
 use crate::store::param::Param;
@@ -30,7 +31,7 @@ pub(crate) async fn groups(
     connection: &Connection,
     topic: Option<&TopicName>,
     group: Option<&GroupName>,
-) -> Result<Vec<GroupRow>, Error> {
+) -> Result<Vec<GroupRow>, Failed> {
     let (topic, group) = (topic.map(TopicName::as_str), group.map(GroupName::as_str));
     let rows = query(connection, sql::CONTROL_GROUPS, &[&topic, &group]).await?;
     let read = |row: &Row| GroupRow {
@@ -58,7 +59,7 @@ pub(crate) async fn groups_on(
     connection: &Connection,
     topic: Option<&TopicName>,
     group: Option<&GroupName>,
-) -> Result<Vec<NodeGroupRow>, Error> {
+) -> Result<Vec<NodeGroupRow>, Failed> {
     let (topic, group) = (topic.map(TopicName::as_str), group.map(GroupName::as_str));
     let rows = query(connection, sql::GROUPS_ON, &[&topic, &group]).await?;
     let read =
@@ -88,7 +89,7 @@ pub(crate) async fn members(
     connection: &Connection,
     topic: &TopicName,
     group: &GroupName,
-) -> Result<Vec<MemberRow>, Error> {
+) -> Result<Vec<MemberRow>, Failed> {
     let params: [&dyn Param; 2] = [&topic.as_str(), &group.as_str()];
     let rows = query(connection, sql::CONTROL_MEMBERS, &params).await?;
     let read = |row: &Row| MemberRow {
@@ -116,7 +117,7 @@ pub(crate) async fn forget(
     connection: Connection,
     topic: &TopicName,
     group: &GroupName,
-) -> Result<Forgotten, Error> {
+) -> Result<Forgotten, Failed> {
     let (topic, group) = (topic.as_str(), group.as_str());
     let rows = write(connection, Durability::Durable, sql::CONTROL_DELETE_GROUP, &[&topic, &group])
         .await?;
@@ -129,7 +130,7 @@ pub(crate) async fn tell(
     connection: Connection,
     topic: &TopicName,
     group: &GroupName,
-) -> Result<(), Error> {
+) -> Result<(), Failed> {
     let (topic, group) = (topic.as_str(), group.as_str());
     let tell = sql::CONTROL_TELL_GROUP;
     write(connection, Durability::Relaxed, tell, &[&topic, &group]).await.map(drop)
@@ -152,7 +153,7 @@ pub(crate) async fn seek(
     group: &GroupName,
     partitions: &[i32],
     to: StartAt,
-) -> Result<Vec<SoughtRow>, Error> {
+) -> Result<Vec<SoughtRow>, Failed> {
     let (topic, group) = (topic.as_str(), group.as_str());
     let latest = to.at.is_none() && to.id.is_none();
     let params: [&dyn Param; 6] = [&topic, &group, &partitions, &to.at, &to.id, &latest];
@@ -180,7 +181,7 @@ pub(crate) async fn delete(
     connection: Connection,
     topic: &TopicName,
     group: &GroupName,
-) -> Result<Deleted, Error> {
+) -> Result<Deleted, Failed> {
     let (topic, group) = (topic.as_str(), group.as_str());
     let rows = write(connection, Durability::Durable, sql::DELETE_GROUP, &[&topic, &group]).await?;
     Ok(match rows.first().map(|row| row.get::<_, &str>(0)) {

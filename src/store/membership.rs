@@ -2,10 +2,11 @@
 
 use std::time::SystemTime;
 
-use tokio_postgres::{Error, Row};
+use tokio_postgres::Row;
 use uuid::Uuid;
 
 use crate::name::{GroupName, TopicName};
+use crate::store::failed::Failed;
 use crate::store::node::{Connection, Durability, query, write};
 use crate::store::param::Param;
 use crate::store::sql;
@@ -65,7 +66,7 @@ pub(crate) async fn heartbeat(
     connection: Connection,
     (topic, group): (&TopicName, &GroupName),
     sign: &Sign<'_>,
-) -> Result<Heard, Error> {
+) -> Result<Heard, Failed> {
     let (topic, group) = (topic.as_str(), group.as_str());
     let pid = i32::try_from(std::process::id()).unwrap_or(0);
     let Sign { member, host, lease_secs, only, unreachable, avoid, session } = sign;
@@ -100,14 +101,14 @@ pub(crate) async fn bury(
     member: Uuid,
     heartbeat_at: SystemTime,
     died: bool,
-) -> Result<bool, Error> {
+) -> Result<bool, Failed> {
     let params: [&dyn Param; 3] = [&member, &heartbeat_at, &died];
     let rows = write(connection, Durability::Relaxed, sql::CONTROL_BURY, &params).await?;
     Ok(!rows.is_empty())
 }
 
 /// A consumer that leaves.
-pub(crate) async fn leave(connection: Connection, member: Uuid) -> Result<(), Error> {
+pub(crate) async fn leave(connection: Connection, member: Uuid) -> Result<(), Failed> {
     write(connection, Durability::Relaxed, sql::CONTROL_LEAVE, &[&member]).await.map(drop)
 }
 
@@ -129,7 +130,7 @@ pub(crate) async fn assignment(
     connection: &Connection,
     topic: &TopicName,
     group: &GroupName,
-) -> Result<Option<Assignment>, Error> {
+) -> Result<Option<Assignment>, Failed> {
     let params: [&dyn Param; 2] = [&topic.as_str(), &group.as_str()];
     let rows = query(connection, sql::CONTROL_ASSIGNMENT, &params).await?;
     let read = |row: &Row| Assignment {
@@ -147,7 +148,7 @@ pub(crate) async fn assign(
     connection: Connection,
     (topic, group): (&TopicName, &GroupName),
     next: &Assignment,
-) -> Result<bool, Error> {
+) -> Result<bool, Failed> {
     let (topic, group) = (topic.as_str(), group.as_str());
     let before = next.version - 1;
     let Assignment { basis, members, partitions, owners, .. } = next;

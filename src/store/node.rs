@@ -1,5 +1,6 @@
 //! A node: its number, its address and its connections.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,6 +15,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::id::NodeId;
 use crate::migrate::{self, Schema};
 use crate::store::connect::{self, refused};
+use crate::store::failed::Failed;
 use crate::store::param::{Param, typed, values};
 use crate::store::pool::{self, Check, Manager, Object, Pool};
 use crate::store::pooler::{PreparedStatements, Way};
@@ -38,16 +40,13 @@ impl Connection {
     }
 
     /// Runs statements without parameters and rows, sent as one message.
-    pub(crate) async fn batch_execute(
-        &self,
-        statements: &str,
-    ) -> Result<(), tokio_postgres::Error> {
-        self.object.batch_execute(statements).await
+    pub(crate) async fn batch_execute(&self, statements: &str) -> Result<(), Failed> {
+        self.counted(self.object.client.batch_execute(statements).await)
     }
 
     /// A statement that is kept: only where they are.
-    pub(crate) async fn prepare(&self, text: &str) -> Result<Statement, tokio_postgres::Error> {
-        self.object.prepare_cached(text).await
+    pub(crate) async fn prepare(&self, text: &str) -> Result<Statement, Failed> {
+        Ok(self.object.client.prepare_cached(text).await?)
     }
 
     /// Runs a statement that is kept.
@@ -55,8 +54,8 @@ impl Connection {
         &self,
         statement: &Statement,
         params: &[&(dyn ToSql + Sync)],
-    ) -> Result<Vec<Row>, tokio_postgres::Error> {
-        self.object.query(statement, params).await
+    ) -> Result<Vec<Row>, Failed> {
+        self.counted(self.object.client.query(statement, params).await)
     }
 
     /// Parses and runs a statement that is not kept.
@@ -64,8 +63,15 @@ impl Connection {
         &self,
         text: &str,
         params: &[(&(dyn ToSql + Sync), Type)],
-    ) -> Result<Vec<Row>, tokio_postgres::Error> {
-        self.object.query_typed(text, params).await
+    ) -> Result<Vec<Row>, Failed> {
+        self.counted(self.object.client.query_typed(text, params).await)
+    }
+
+    /// An answer, where no commit on this connection ended before the standby had it. Each answer is looked
+    /// at, since a commit is a statement like others, and a statement alone commits itself.
+    fn counted<T>(&self, answer: Result<T, tokio_postgres::Error>) -> Result<T, Failed> {
+        let answer = answer?;
+        if self.object.cut.is_noted() { Err(Failed::Unconfirmed) } else { Ok(answer) }
     }
 }
 
@@ -84,6 +90,12 @@ impl Node {
     pub(crate) fn new(url: &str, cluster: Uuid, id: NodeId, options: PoolOptions) -> Result<Self> {
         let check: Check = Arc::new(move |client| Box::pin(check_node(client, cluster, id)));
         Self::open(url, &format!("node {id}"), options, check)
+    }
+
+    /// A pool of a database that is to become a node.
+    pub(crate) fn candidate(url: &str, options: PoolOptions) -> Result<Self> {
+        let check: Check = Arc::new(|client| Box::pin(migrate::check(client, Schema::Node)));
+        Self::open(url, "a database that is to be a node", options, check)
     }
 
     /// The control database's pool.
@@ -121,8 +133,8 @@ impl Node {
                 Error::new(ErrorKind::Unavailable, why)
             })?
             .map_err(|error| self.explain(error))?;
-        if object.statement_cache.size() > MAX_STATEMENTS {
-            object.statement_cache.clear();
+        if object.client.statement_cache.size() > MAX_STATEMENTS {
+            object.client.statement_cache.clear();
         }
         Ok(Connection { object, keeps_statements: self.way.keeps_statements() })
     }
@@ -193,13 +205,21 @@ pub(crate) enum Durability {
 }
 
 impl Durability {
-    fn begin(self) -> &'static str {
+    /// The transaction's first statements.
+    fn opening(self) -> Cow<'static, str> {
         match self {
-            Self::Durable => sql::BEGIN_DURABLE,
-            Self::Patient => sql::BEGIN_PATIENT,
-            Self::Relaxed => sql::BEGIN_RELAXED,
+            Self::Durable => durable(sql::BEGIN_DURABLE).into(),
+            Self::Patient => durable(sql::BEGIN_PATIENT).into(),
+            Self::Relaxed => sql::BEGIN_RELAXED.into(),
         }
     }
+}
+
+/// First statements after which the commit waits for disk and standby also where the transaction finds
+/// everything done: an earlier transaction may have done it without a standby. Only a commit that has
+/// written something waits.
+pub(crate) fn durable(opening: &str) -> String {
+    format!("{opening};\n{}", sql::PROBE)
 }
 
 /// Runs one statement that reads, prepared where that may be kept.
@@ -207,7 +227,7 @@ pub(crate) async fn query(
     connection: &Connection,
     statement: &str,
     params: &[&dyn Param],
-) -> Result<Vec<Row>, tokio_postgres::Error> {
+) -> Result<Vec<Row>, Failed> {
     let kept = prepared(connection, statement).await?;
     run(connection, statement, kept.as_ref(), params).await
 }
@@ -217,17 +237,16 @@ pub(crate) async fn query_one(
     connection: &Connection,
     statement: &str,
     params: &[&dyn Param],
-) -> Result<Row, tokio_postgres::Error> {
-    match prepared(connection, statement).await? {
-        Some(kept) => connection.object.query_one(&kept, &values(params)).await,
-        None => connection.object.query_typed_one(statement, &typed(params)).await,
-    }
+) -> Result<Row, Failed> {
+    let client = &connection.object.client;
+    let row = match prepared(connection, statement).await? {
+        Some(kept) => client.query_one(&kept, &values(params)).await,
+        None => client.query_typed_one(statement, &typed(params)).await,
+    };
+    connection.counted(row)
 }
 
-async fn prepared(
-    connection: &Connection,
-    text: &str,
-) -> Result<Option<Statement>, tokio_postgres::Error> {
+async fn prepared(connection: &Connection, text: &str) -> Result<Option<Statement>, Failed> {
     if connection.keeps_statements() { connection.prepare(text).await.map(Some) } else { Ok(None) }
 }
 
@@ -237,7 +256,7 @@ async fn run(
     text: &str,
     kept: Option<&Statement>,
     params: &[&dyn Param],
-) -> Result<Vec<Row>, tokio_postgres::Error> {
+) -> Result<Vec<Row>, Failed> {
     match kept {
         Some(statement) => connection.query_prepared(statement, &values(params)).await,
         None => connection.query_typed(text, &typed(params)).await,
@@ -253,7 +272,7 @@ pub(crate) async fn write(
     durability: Durability,
     statement: &str,
     params: &[&dyn Param],
-) -> Result<Vec<Row>, tokio_postgres::Error> {
+) -> Result<Vec<Row>, Failed> {
     let guard = Unfinished::new(connection);
     let connection = guard.connection();
     let kept = match prepared(connection, statement).await {
@@ -263,9 +282,10 @@ pub(crate) async fn write(
             return Err(error);
         }
     };
+    let opening = durability.opening();
     // Each sends as it is polled for the first time, in this order.
     let (begun, rows, committed) = join3(
-        connection.batch_execute(durability.begin()),
+        connection.batch_execute(&opening),
         run(connection, statement, kept.as_ref(), params),
         connection.batch_execute("commit"),
     )
@@ -283,7 +303,7 @@ pub(crate) async fn write_all(
     connection: Connection,
     opening: &str,
     statements: &[(&str, &[&dyn Param])],
-) -> Result<Vec<Vec<Row>>, tokio_postgres::Error> {
+) -> Result<Vec<Vec<Row>>, Failed> {
     let guard = Unfinished::new(connection);
     let connection = guard.connection();
     let mut kept = Vec::with_capacity(statements.len());

@@ -4,14 +4,15 @@ use std::time::{Duration, SystemTime};
 
 use tokio_postgres::error::SqlState;
 use tokio_postgres::types::Type;
-use tokio_postgres::{Error, GenericClient, Row};
+use tokio_postgres::{GenericClient, Row};
 use uuid::Uuid;
 
 use crate::id::{Day, PartitionId};
 use crate::message::Message;
 use crate::name::TopicName;
 use crate::store::append::Arrays;
-use crate::store::node::{Connection, Durability, query, query_one, write, write_all};
+use crate::store::failed::Failed;
+use crate::store::node::{Connection, Durability, durable, query, query_one, write, write_all};
 use crate::store::param::{Param, Typed, typed};
 use crate::store::sql;
 
@@ -29,7 +30,7 @@ pub(crate) async fn publish<C: GenericClient + Sync>(
     topic: &TopicName,
     message: &Message,
     at: Option<SystemTime>,
-) -> Result<i64, Error> {
+) -> Result<i64, Failed> {
     let (topic, key) = (topic.as_str(), message.key.as_deref());
     let headers = (!message.headers.is_empty())
         .then(|| serde_json::to_value(&message.headers).unwrap_or_default());
@@ -59,7 +60,7 @@ pub(crate) async fn deliver(
     topic: &TopicName,
     due: Due,
     arrays: &Arrays,
-) -> Result<Vec<i64>, Error> {
+) -> Result<Vec<i64>, Failed> {
     let (at, secs) = match due {
         Due::At(at) => (Some(at), None),
         Due::After(delay) => (None, Some(delay.as_secs_f64())),
@@ -79,7 +80,7 @@ pub(crate) async fn deliver(
 }
 
 /// Takes a message back; false where a relay has taken it.
-pub(crate) async fn cancel(connection: Connection, id: i64) -> Result<bool, Error> {
+pub(crate) async fn cancel(connection: Connection, id: i64) -> Result<bool, Failed> {
     let rows = write(connection, Durability::Durable, sql::OUTBOX_CANCEL, &[&id]).await?;
     Ok(rows.first().is_some_and(|row| row.get(0)))
 }
@@ -118,13 +119,13 @@ fn standing(row: Option<&Row>) -> Standing {
 }
 
 /// Takes or keeps the relaying from a database.
-pub(crate) async fn keep(connection: Connection, keep: &Keep) -> Result<Standing, Error> {
+pub(crate) async fn keep(connection: Connection, keep: &Keep) -> Result<Standing, Failed> {
     let rows = write(connection, Durability::Relaxed, sql::OUTBOX_KEEP, &keep.params()).await?;
     Ok(standing(rows.first()))
 }
 
 /// Gives the relaying up.
-pub(crate) async fn end(connection: Connection, holder: Uuid) -> Result<(), Error> {
+pub(crate) async fn end(connection: Connection, holder: Uuid) -> Result<(), Failed> {
     write(connection, Durability::Relaxed, sql::OUTBOX_END, &[&holder]).await.map(drop)
 }
 
@@ -197,7 +198,7 @@ pub(crate) struct Looked {
 }
 
 /// Looks what there is to be taken.
-pub(crate) async fn look(connection: Connection, asked: &Asked<'_>) -> Result<Looked, Error> {
+pub(crate) async fn look(connection: Connection, asked: &Asked<'_>) -> Result<Looked, Failed> {
     let flag = i64::from(asked.arm == Some(true));
     let first: Vec<i64> = asked.ranges.iter().map(|range| range.0).collect();
     let last: Vec<i64> = asked.ranges.iter().map(|range| range.1).collect();
@@ -301,7 +302,7 @@ pub(crate) async fn step(
     connection: Connection,
     holder: Uuid,
     step: &Step,
-) -> Result<Stepped, Error> {
+) -> Result<Stepped, Failed> {
     let (now, later) = (places(&step.targets, false), places(&step.targets, true));
     let partitions: Vec<i32> = step.targets.iter().map(|t| t.partition.as_i32()).collect();
     let topics: Vec<&str> = step.targets.iter().map(|t| t.topic.as_str()).collect();
@@ -341,7 +342,7 @@ pub(crate) async fn step(
     let asked = [true, true, !step.done.is_empty(), !all_empty(&now, &later), !all.is_empty()];
     let asked: Vec<_> =
         statements.into_iter().zip(asked).filter_map(|(text, on)| on.then_some(text)).collect();
-    let mut answers = match write_all(connection, sql::OUTBOX_BEGIN, &asked).await {
+    let mut answers = match write_all(connection, &durable(sql::OUTBOX_BEGIN), &asked).await {
         Err(error) if error.code() == Some(&SqlState::LOCK_NOT_AVAILABLE) => {
             return Ok(Stepped::Locked);
         }
@@ -369,7 +370,7 @@ fn all_empty(now: &Places, later: &Places) -> bool {
 }
 
 /// Forgets batches that were appended. A crash may take that back: who finds one again finds it stored.
-pub(crate) async fn forget(connection: Connection, done: &[i64]) -> Result<(), Error> {
+pub(crate) async fn forget(connection: Connection, done: &[i64]) -> Result<(), Failed> {
     write(connection, Durability::Relaxed, sql::OUTBOX_DONE, &[&done]).await.map(drop)
 }
 
@@ -378,11 +379,11 @@ pub(crate) async fn forget(connection: Connection, done: &[i64]) -> Result<(), E
 pub(crate) async fn lanes(
     connection: Connection,
     holder: Uuid,
-) -> Result<Option<Vec<PartitionId>>, Error> {
+) -> Result<Option<Vec<PartitionId>>, Failed> {
     let hold: [&dyn Param; 1] = [&holder];
     let statements: [(&str, &[&dyn Param]); 3] =
         [(sql::OUTBOX_LOCK, &[]), (sql::OUTBOX_HOLD, &hold), (sql::OUTBOX_LANES, &[])];
-    let answers = write_all(connection, sql::OUTBOX_BEGIN, &statements).await?;
+    let answers = write_all(connection, &durable(sql::OUTBOX_BEGIN), &statements).await?;
     let [_, ours, lanes] = answers.as_slice() else { return Ok(None) };
     let partition = |row: &Row| PartitionId::from_i32(row.get(0)).ok();
     let is_ours = ours.first().is_some_and(|row| row.get(0));
@@ -396,14 +397,14 @@ pub(crate) async fn next(
     partition: PartitionId,
     after: i64,
     bytes: i64,
-) -> Result<Vec<Frozen>, Error> {
+) -> Result<Vec<Frozen>, Failed> {
     let params: [&dyn Param; 3] = [&partition.as_i32(), &after, &bytes];
     let rows = query(connection, sql::OUTBOX_NEXT, &params).await?;
     Ok(rows.iter().filter_map(Frozen::read).collect())
 }
 
 /// Which messages nobody is about to take back.
-pub(crate) async fn unlocked(connection: Connection, ids: &[i64]) -> Result<Vec<i64>, Error> {
+pub(crate) async fn unlocked(connection: Connection, ids: &[i64]) -> Result<Vec<i64>, Failed> {
     let params: [&dyn Param; 1] = [&ids];
     let rows = write(connection, Durability::Relaxed, sql::OUTBOX_UNLOCKED, &params).await?;
     Ok(rows.iter().map(|row| row.get(0)).collect())
@@ -415,7 +416,7 @@ pub(crate) async fn name_day(
     connection: Connection,
     id: i64,
     day: Day,
-) -> Result<Option<(Day, Day)>, Error> {
+) -> Result<Option<(Day, Day)>, Failed> {
     let params: [&dyn Param; 2] = [&id, &day.as_i32()];
     let rows = write(connection, Durability::Durable, sql::OUTBOX_NAME_DAY, &params).await?;
     Ok(rows.first().and_then(read_days))
@@ -431,7 +432,7 @@ pub(crate) async fn set_state(
     connection: Connection,
     id: i64,
     state: State,
-) -> Result<Option<(Day, Day)>, Error> {
+) -> Result<Option<(Day, Day)>, Failed> {
     let state = state.as_str();
     let params: [&dyn Param; 2] = [&id, &state];
     let rows = write(connection, Durability::Durable, sql::OUTBOX_SET_STATE, &params).await?;
@@ -440,11 +441,15 @@ pub(crate) async fn set_state(
 
 /// Puts the messages of a withdrawn batch back into the outbox, if this relay has the lock and the lease;
 /// false where it has not. A batch that is gone is back already.
-pub(crate) async fn put_back(connection: Connection, holder: Uuid, id: i64) -> Result<bool, Error> {
+pub(crate) async fn put_back(
+    connection: Connection,
+    holder: Uuid,
+    id: i64,
+) -> Result<bool, Failed> {
     let (hold, batch): ([&dyn Param; 1], [&dyn Param; 1]) = ([&holder], [&id]);
     let statements: [(&str, &[&dyn Param]); 3] =
         [(sql::OUTBOX_LOCK, &[]), (sql::OUTBOX_HOLD, &hold), (sql::OUTBOX_PUT_BACK, &batch)];
-    let answers = write_all(connection, sql::OUTBOX_BEGIN, &statements).await?;
+    let answers = write_all(connection, &durable(sql::OUTBOX_BEGIN), &statements).await?;
     Ok(answers.get(1).and_then(|rows| rows.first()).is_some_and(|row| row.get(0)))
 }
 
@@ -453,7 +458,7 @@ pub(crate) async fn bury_parts(
     connection: Connection,
     id: i64,
     parts: &[(i32, String)],
-) -> Result<(), Error> {
+) -> Result<(), Failed> {
     let places: Vec<i32> = parts.iter().map(|part| part.0).collect();
     let errors: Vec<&str> = parts.iter().map(|part| part.1.as_str()).collect();
     let params: [&dyn Param; 3] = [&id, &places, &errors];
@@ -461,7 +466,7 @@ pub(crate) async fn bury_parts(
 }
 
 /// How many messages wait in a database for a relay, or for their time.
-pub(crate) async fn left(connection: &Connection) -> Result<i64, Error> {
+pub(crate) async fn left(connection: &Connection) -> Result<i64, Failed> {
     query_one(connection, sql::OUTBOX_LEFT, &[]).await.map(|row| row.get(0))
 }
 
@@ -469,7 +474,7 @@ pub(crate) async fn left(connection: &Connection) -> Result<i64, Error> {
 pub(crate) const PRUNED: i64 = 10_000;
 
 /// Forgets old calls of [`deliver`]; returns how many.
-pub(crate) async fn prune(connection: Connection) -> Result<i64, Error> {
+pub(crate) async fn prune(connection: Connection) -> Result<i64, Failed> {
     let begin = format!("{}; set local synchronous_commit = off", sql::OUTBOX_BEGIN);
     let limit: [&dyn Param; 1] = [&PRUNED];
     let answers = write_all(connection, &begin, &[(sql::OUTBOX_PRUNE, &limit)]).await?;

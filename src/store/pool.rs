@@ -10,6 +10,7 @@ use futures_util::future::BoxFuture;
 use tokio_postgres::Client;
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::store::failed::CutWait;
 use crate::store::pooler::Way;
 use crate::store::target::Target;
 
@@ -19,6 +20,12 @@ pub(super) type Pool = managed::Pool<Manager>;
 
 /// Whether a new connection leads to what it should.
 pub(super) type Check = Arc<dyn Fn(&Client) -> BoxFuture<'_, Result<()>> + Send + Sync>;
+
+/// A connection of a pool, and whether a commit on it ended before the standby had it.
+pub(super) struct Session {
+    pub(super) client: ClientWrapper,
+    pub(super) cut: CutWait,
+}
 
 /// Makes a pool's connections. deadpool's own manager has no room for our errors, and opens
 /// connections by itself.
@@ -30,18 +37,21 @@ pub(super) struct Manager {
 }
 
 impl managed::Manager for Manager {
-    type Type = ClientWrapper;
+    type Type = Session;
     type Error = Error;
 
-    async fn create(&self) -> Result<ClientWrapper> {
-        let (client, task) = self.way.connect(&self.target, &self.what).await?;
+    async fn create(&self) -> Result<Session> {
+        let (client, task, cut) = self.way.connect(&self.target, &self.what).await?;
         let client = ClientWrapper::new(client, task);
         (self.check)(&client).await?;
-        Ok(client)
+        Ok(Session { client, cut })
     }
 
-    async fn recycle(&self, client: &mut ClientWrapper, _: &Metrics) -> RecycleResult<Error> {
-        if client.is_closed() { Err(RecycleError::message("it is closed")) } else { Ok(()) }
+    async fn recycle(&self, session: &mut Session, _: &Metrics) -> RecycleResult<Error> {
+        if session.client.is_closed() || session.cut.is_noted() {
+            return Err(RecycleError::message("it is closed, or a commit on it did not wait"));
+        }
+        Ok(())
     }
 }
 

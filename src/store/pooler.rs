@@ -28,6 +28,7 @@ use uuid::Uuid;
 
 use crate::error::Result;
 use crate::store::connect::{self, refused};
+use crate::store::failed::CutWait;
 use crate::store::sql;
 use crate::store::target::{Opened, Target, drive};
 
@@ -106,11 +107,12 @@ impl Way {
         &self,
         target: &Target,
         what: &str,
-    ) -> Result<(Client, JoinHandle<()>)> {
+    ) -> Result<(Client, JoinHandle<()>, CutWait)> {
         let is_open = self.setting == PreparedStatements::Auto && self.keeps_statements();
         let marker = is_open.then_some(&self.marker);
         let Opened { client, messages, marked } = target.connect(what, marker).await?;
-        let task = tokio::spawn(drive(messages));
+        let cut = CutWait::default();
+        let task = tokio::spawn(drive(messages, cut.clone()));
         if let Some(marker) = marker
             && !(marked && marker.is_there(&client).await.map_err(|error| refused(error, what))?)
         {
@@ -120,7 +122,7 @@ impl Way {
                 "a pooler stands before the server: no statements are kept prepared"
             );
         }
-        Ok((client, task))
+        Ok((client, task, cut))
     }
 }
 

@@ -22,7 +22,8 @@ use tokio_postgres::{AsyncMessage, Client, Config, Connection, NoTls, Socket};
 use uuid::Uuid;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::store::connect::kind_of;
+use crate::store::connect::refused;
+use crate::store::failed::CutWait;
 use crate::store::passfile::{self, Lines, Login};
 use crate::store::pooler::{Marker, refuses_options};
 use crate::store::tls::{Connector, Encryption, Tls};
@@ -281,11 +282,13 @@ pub(super) fn has_password(config: &Config) -> bool {
     config.get_password().is_some_and(|password| !password.is_empty())
 }
 
-/// Drives a connection until its client is gone, for who has no use for its messages.
-pub(crate) async fn drive(mut messages: Messages) {
+/// Drives a connection until its client is gone, for a caller that has no use for its messages. A wait for a
+/// standby that was cut short is noted before the commit's answer arrives.
+pub(crate) async fn drive(mut messages: Messages, cut: CutWait) {
     while let Some(message) = messages.next().await {
         match message {
             Ok(AsyncMessage::Notice(notice)) => {
+                cut.note(&notice);
                 tracing::debug!(severity = notice.severity(), "{}", notice.message());
             }
             Ok(_) => {}
@@ -356,7 +359,7 @@ impl Failure {
                 let source = io::Error::new(io::ErrorKind::TimedOut, self.text());
                 Error::with_source(ErrorKind::Unavailable, what, source)
             }
-            Self::Refused(error) => Error::with_source(kind_of(&error), what, error),
+            Self::Refused(error) => refused(error, what),
         }
     }
 }

@@ -1,10 +1,10 @@
 //! What keeps a node in order: day tables ahead, old days gone.
 
-use tokio_postgres::Error;
 use uuid::Uuid;
 
 use crate::id::{Day, PartitionId};
 use crate::name::TopicName;
+use crate::store::failed::Failed;
 use crate::store::node::{Connection, Durability, Unfinished, query, write};
 use crate::store::param::Param;
 use crate::store::sql;
@@ -14,14 +14,16 @@ pub(crate) async fn keep_up(
     connection: Connection,
     holder: Uuid,
     lease_secs: f64,
-) -> Result<bool, Error> {
+) -> Result<bool, Failed> {
     let rows =
         write(connection, Durability::Relaxed, sql::KEEP_UP, &[&holder, &lease_secs]).await?;
     Ok(rows.first().is_some_and(|row| row.get(0)))
 }
 
 /// The node's partitions, and whether each is in use.
-pub(crate) async fn partitions(connection: &Connection) -> Result<Vec<(PartitionId, bool)>, Error> {
+pub(crate) async fn partitions(
+    connection: &Connection,
+) -> Result<Vec<(PartitionId, bool)>, Failed> {
     let rows = query(connection, sql::UPKEEP_PARTITIONS, &[]).await?;
     let read =
         |row: &tokio_postgres::Row| Some((PartitionId::from_i32(row.get(0)).ok()?, row.get(1)));
@@ -43,7 +45,7 @@ pub(crate) enum Expired {
 pub(crate) async fn expire_day(
     connection: Connection,
     partition: PartitionId,
-) -> Result<Expired, Error> {
+) -> Result<Expired, Failed> {
     let number = partition.as_i32();
     let rows = write(connection, Durability::Durable, sql::EXPIRE_DAY, &[&number]).await?;
     Ok(rows.first().map_or(Expired::Nothing, |row| {
@@ -71,7 +73,7 @@ pub(crate) async fn drop_day(
     connection: Connection,
     partition: PartitionId,
     day: Day,
-) -> Result<Dropped, Error> {
+) -> Result<Dropped, Failed> {
     let params: [&dyn Param; 2] = [&partition.as_i32(), &day.as_i32()];
     let rows = write(connection, Durability::Durable, sql::DROP_DAY, &params).await?;
     Ok(rows.first().map_or(Dropped::Nothing, |row| match row.get(0) {
@@ -84,7 +86,7 @@ pub(crate) async fn drop_day(
 /// Closed days whose table was not frozen yet, some at a time.
 pub(crate) async fn unfrozen_days(
     connection: &Connection,
-) -> Result<Vec<(PartitionId, Day)>, Error> {
+) -> Result<Vec<(PartitionId, Day)>, Failed> {
     let rows = query(connection, sql::UNFROZEN_DAYS, &[]).await?;
     let read = |row: &tokio_postgres::Row| {
         Some((PartitionId::from_i32(row.get(0)).ok()?, Day::from_i32(row.get(1)).ok()?))
@@ -98,7 +100,7 @@ pub(crate) async fn freeze_day(
     connection: Connection,
     partition: PartitionId,
     day: Day,
-) -> Result<(), Error> {
+) -> Result<(), Failed> {
     let guard = Unfinished::new(connection);
     guard.connection().batch_execute(&sql::for_day(sql::FREEZE_DAY, partition, day)).await?;
     guard.finished();
@@ -110,13 +112,13 @@ pub(crate) async fn day_frozen(
     connection: Connection,
     partition: PartitionId,
     day: Day,
-) -> Result<(), Error> {
+) -> Result<(), Failed> {
     let params: [&dyn Param; 2] = [&partition.as_i32(), &day.as_i32()];
     write(connection, Durability::Relaxed, sql::DAY_FROZEN, &params).await.map(drop)
 }
 
 /// Forgets dedup keys that are older than their window: at most so many. Returns how many.
-pub(crate) async fn prune_sent_keys(connection: Connection, most: i32) -> Result<i64, Error> {
+pub(crate) async fn prune_sent_keys(connection: Connection, most: i32) -> Result<i64, Failed> {
     let rows = write(connection, Durability::Relaxed, sql::PRUNE_SENT_KEYS, &[&most]).await?;
     Ok(rows.first().map_or(0, |row| row.get(0)))
 }
@@ -126,7 +128,7 @@ pub(crate) async fn missed(
     connection: &Connection,
     partition: PartitionId,
     position: i64,
-) -> Result<u64, Error> {
+) -> Result<u64, Failed> {
     let rows = query(connection, sql::MISSED, &[&partition.as_i32(), &position]).await?;
     Ok(rows.first().map_or(0, |row| u64::try_from(row.get::<_, i64>(0)).unwrap_or(0)))
 }
@@ -136,7 +138,7 @@ pub(crate) async fn expire_dead_letters(
     connection: Connection,
     partition: PartitionId,
     most: i32,
-) -> Result<i64, Error> {
+) -> Result<i64, Failed> {
     let params: [&dyn Param; 2] = [&partition.as_i32(), &most];
     let rows = write(connection, Durability::Durable, sql::EXPIRE_DEAD_LETTERS, &params).await?;
     Ok(rows.first().map_or(0, |row| row.get(0)))
@@ -147,7 +149,7 @@ pub(crate) async fn set_retention(
     connection: Connection,
     topic: &TopicName,
     (days, drop_unread, dead_letter_days): (i32, bool, i32),
-) -> Result<(), Error> {
+) -> Result<(), Failed> {
     let topic = topic.as_str();
     let params: [&dyn Param; 4] = [&topic, &days, &drop_unread, &dead_letter_days];
     write(connection, Durability::Durable, sql::SET_RETENTION, &params).await.map(drop)

@@ -119,6 +119,8 @@ mod settings;
 mod shutdown;
 /// The functions for SQL users: append, message, messages.
 mod sql_functions;
+/// Commits whose wait for a standby is cancelled are not done.
+mod standby_waits;
 /// Where a group starts: earliest, latest, a time, an id.
 mod starts;
 /// Encrypted connections: who is talked to is who it should be, or nobody.

@@ -11,7 +11,7 @@ use tokio::process::Command;
 
 use crate::support::authority::put;
 use crate::support::stored::topic;
-use crate::support::{TestCluster, client, database, prepared, within};
+use crate::support::{TestCluster, client, database, eventually, prepared, within};
 
 const SOON: Duration = Duration::from_secs(10);
 const RIGHT: &str = "geheim:1";
@@ -115,6 +115,32 @@ async fn a_password_that_is_replaced_in_the_file_serves_the_next_connection() {
     let end = "select pg_terminate_backend(pid) from pg_stat_activity where usename = 'app'";
     sql.batch_execute(end).await.unwrap();
     within(SOON, "a message", producer.send(Message::new("after"))).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_message_waits_where_a_password_is_replaced_on_the_server_first() {
+    let server = server().await;
+    let plain = database(&server).await;
+    let dir = tempfile::tempdir().unwrap();
+    let file = passfile(&dir, RIGHT);
+    let url = format!("{}?passfile={file}", plain.replace("shardmq@", "app@"));
+    let test = TestCluster::of(vec![url]).await;
+    topic(&test, "orders", 1).await;
+    let producer = test.cluster.producer("orders").build().await.unwrap();
+    producer.send(Message::new("before")).await.unwrap();
+
+    let sql = client(&plain).await;
+    sql.batch_execute("alter role app password 'another'").await.unwrap();
+    let end = "select pg_terminate_backend(pid) from pg_stat_activity where usename = 'app'";
+    sql.batch_execute(end).await.unwrap();
+    let sending = tokio::spawn(async move { producer.send(Message::new("after")).await });
+    let refusals = || server.log().matches("password authentication failed").count();
+    let before = refusals();
+    let refused = async || refusals() > before + 2;
+    eventually("several attempts are refused", 2 * SOON, refused).await;
+    assert!(!sending.is_finished(), "{:?}", sending.await);
+    passfile(&dir, "another");
+    within(2 * SOON, "the id", sending).await.unwrap().unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -13,7 +13,7 @@ use crate::support::{TestCluster, client, eventually, shared_server, within};
 const SECOND: Duration = Duration::from_secs(1);
 
 /// A new database whose defaults are hostile, and a superuser's connection that overrides them.
-async fn hostile(name: &str, isolation: &str) -> (String, Client) {
+async fn hostile(name: &str, isolation: &str, durability: &str) -> (String, Client) {
     let server = shared_server().await;
     let name = format!("{name}_{}", std::process::id());
     server.create_database(&name).await.unwrap();
@@ -23,7 +23,8 @@ async fn hostile(name: &str, isolation: &str) -> (String, Client) {
         &format!("default_transaction_isolation = '{isolation}'"),
         "default_transaction_read_only = on",
         "default_transaction_deferrable = on",
-        "synchronous_commit = off",
+        &format!("synchronous_commit = {durability}"),
+        "client_min_messages = error",
         "statement_timeout = '5s'",
         "lock_timeout = '50ms'",
         "timezone = 'America/St_Johns'",
@@ -67,8 +68,8 @@ async fn noted(sql: &Client) -> Vec<(String, String)> {
     rows.iter().map(|row| (row.get(0), row.get(1))).collect()
 }
 
-async fn everything_works_with(name: &str, isolation: &str) {
-    let (url, sql) = hostile(name, isolation).await;
+async fn everything_works_with(name: &str, isolation: &str, durability: &str) {
+    let (url, sql) = hostile(name, isolation, durability).await;
     for schema in [Schema::Control, Schema::Log, Schema::Node, Schema::Dedup] {
         migrate(&url, schema).await.unwrap();
         assert!(migrate(&url, schema).await.unwrap().is_empty());
@@ -110,12 +111,12 @@ async fn everything_works_with(name: &str, isolation: &str) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn everything_works_in_a_read_only_repeatable_read_database() {
-    everything_works_with("settings_rr", "repeatable read").await;
+    everything_works_with("settings_rr", "repeatable read", "off").await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn everything_works_in_a_serializable_database() {
-    everything_works_with("settings_serializable", "serializable").await;
+    everything_works_with("settings_serializable", "serializable", "remote_write").await;
 }
 
 /// An append that waits longer for the lock than the database lets a statement run.

@@ -30,6 +30,7 @@ pub mod relays;
 pub mod said;
 pub mod signals;
 pub mod small_disk;
+pub mod standby_away;
 pub mod stored;
 mod watchdog;
 

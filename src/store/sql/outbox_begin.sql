@@ -9,5 +9,6 @@ set local jit = off;
 set local enable_seqscan = off;
 set local enable_bitmapscan = off;
 set local plan_cache_mode = force_generic_plan;
+set local client_min_messages = warning;
 select set_config('synchronous_commit', 'on', true)
- where current_setting('synchronous_commit') in ('off', 'local')
+ where current_setting('synchronous_commit') in ('off', 'local', 'remote_write')
