@@ -38,7 +38,7 @@ async fn cluster_on(server: &Server) -> Result<Cluster> {
     migrate(&url, Schema::Control).await?;
     migrate(&url, Schema::Node).await?;
     let cluster = Cluster::connect(&url).await?;
-    cluster.add_node(NodeId::new(1)?, &url).await?;
+    cluster.add_node(NodeId::new(1)?, &server.node_url("shop")).await?;
     Ok(cluster)
 }
 

@@ -1,9 +1,10 @@
 //! Private Postgres and Redis servers, started from the binaries that are installed on this machine.
 //!
 //! For development and tests: a [`Server`] has its own temporary folder, a port of its own on
-//! `127.0.0.1`, and trusts everybody who can reach that port. It is ready about a third of a second
-//! after [`ServerBuilder::start`]; the first one on a machine takes longer, since it has to make the
-//! cluster that the later ones copy.
+//! `127.0.0.1`, and a random password, which is in its [address](Server::url): who has none does not get
+//! in, other users of this machine included. It is ready about a third of a second after
+//! [`ServerBuilder::start`]; the first one on a machine takes longer, since it has to make the cluster
+//! that the later ones copy.
 //!
 //! A server never outlives the process that started it, however that process ends: a small shell
 //! process waits for the other end of a pipe to close, then stops the server and removes its folder.
@@ -35,6 +36,7 @@ mod database;
 mod faults;
 mod folder;
 mod life;
+mod password;
 mod port;
 mod postmaster;
 mod process;

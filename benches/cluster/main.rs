@@ -67,7 +67,7 @@ async fn main() {
 
 /// A server that flushes, with so many connections.
 async fn server(connections: u32) -> Server {
-    let builder = Server::builder().durable(true);
+    let builder = Server::builder().durable(true).trusts_everybody();
     builder.setting("max_connections", connections.to_string()).start().await.unwrap()
 }
 

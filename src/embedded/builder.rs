@@ -8,6 +8,7 @@ use super::account::Account;
 use super::binaries::Binaries;
 use super::blocking;
 use super::folder::{DataFile, Folder};
+use super::password::Password;
 use super::postmaster::Postgres;
 use super::server::Server;
 use crate::{Error, Result};
@@ -15,6 +16,9 @@ use crate::{Error, Result};
 /// Where the server is, and where its log goes, is what the rest of this module relies on.
 const RESERVED: [&str; 5] =
     ["port", "listen_addresses", "unix_socket_directories", "data_directory", "logging_collector"];
+
+/// Who gets in, and how.
+const RULES: &str = "pg_hba.conf";
 
 /// What belongs to the server alone, beside the folders that `initdb` made.
 const RESERVED_FILES: [&str; 5] =
@@ -36,6 +40,7 @@ pub struct ServerBuilder {
     variables: Vec<(OsString, OsString)>,
     files: Vec<DataFile>,
     volatile: bool,
+    open: bool,
 }
 
 impl ServerBuilder {
@@ -58,8 +63,8 @@ impl ServerBuilder {
     }
 
     /// A file in the folder of the cluster, which only the user of the server may read: certificates
-    /// for the setting `ssl`, say, or `pg_hba.conf` in place of the one that trusts everybody. There
-    /// from the first start on.
+    /// for the setting `ssl`, say, or `pg_hba.conf` in place of the one that asks for the password: then
+    /// the superuser has none. There from the first start on.
     ///
     /// The name has only ASCII letters, digits, `_`, `-` and `.`, and is neither `postgresql.conf` nor
     /// that of another file that the server keeps for itself. Checked by [`start`](Self::start).
@@ -72,6 +77,14 @@ impl ServerBuilder {
     /// environment, without all variables whose names begin with `PG`, and `LC_ALL=C`.
     pub fn env(mut self, name: impl Into<OsString>, value: impl Into<OsString>) -> Self {
         self.variables.push((name.into(), value.into()));
+        self
+    }
+
+    /// Lets everybody in who can reach the port, without a password, as superuser: every user of this
+    /// machine can read all and run programs as the user of the server. For tests on a machine of their
+    /// own. Default: the random password of [`Server::url`] is asked for.
+    pub fn trusts_everybody(mut self) -> Self {
+        self.open = true;
         self
     }
 
@@ -102,8 +115,16 @@ impl ServerBuilder {
         let account = Account::find().await?;
         let folder = Folder::create(account, "shardmq-pg-").await?;
         let settings = format!("{}{settings}", of_folder(&folder.run())?);
-        let files = Files { settings, others: self.files };
-        let postgres = Postgres { binaries, variables: self.variables };
+        let has_own_rules = self.files.iter().any(|file| file.name == RULES);
+        let (mut files, asks) = (self.files, !self.open && !has_own_rules);
+        if self.open && !has_own_rules {
+            let text = "local all all trust\nhost all all 127.0.0.1/32 trust\n\
+                        local replication all trust\nhost replication all 127.0.0.1/32 trust\n";
+            files.push(DataFile { name: RULES.into(), text: text.into() });
+        }
+        let files = Files { settings, others: files };
+        let password = asks.then(Password::random);
+        let postgres = Postgres { binaries, variables: self.variables, password };
         Server::start(folder, account, postgres, files).await
     }
 

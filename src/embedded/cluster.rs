@@ -7,12 +7,13 @@ use std::path::{Path, PathBuf};
 
 use super::account::{self, Account};
 use super::binaries::Binaries;
+use super::database::USER;
 use super::folder::Folder;
 use super::{blocking, failed};
 use crate::Result;
 
 /// Part of the name of a template. Change it when the arguments of `initdb` change.
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
 
 /// `--reflink` is GNU's, and makes the copy nearly free where the file system shares blocks.
 const COPY: &str = r#"
@@ -84,7 +85,8 @@ async fn initialise(folder: &Folder, binaries: &Binaries, account: Account) -> R
     let data = fresh.join("data");
     let mut initdb = account.command(binaries.program("initdb"));
     initdb.arg("-D").arg(&data).args(["--no-sync", "--encoding=UTF8", "--locale=C"]);
-    initdb.args(["--username=shardmq", "--auth=trust"]);
+    // The socket is where only the user of the server reaches it.
+    initdb.args(["--username", USER, "--auth-local=trust", "--auth-host=scram-sha-256"]);
     account::run(initdb, "", "initialise a cluster with initdb").await?;
     let weight = blocking(move || weigh(&data).map_err(failed("weigh the new cluster"))).await?;
     folder.append(&fresh.join("weight"), &weight).await?;

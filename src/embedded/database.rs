@@ -4,23 +4,29 @@ use std::fmt::Write;
 
 use tokio_postgres::error::SqlState;
 
+use super::password::Password;
 use crate::store::connect::connect_once;
 use crate::{Error, ErrorKind, Result};
 
 /// Postgres cuts longer names, with no more than a notice.
 const LONGEST_NAME: usize = 63;
 
-pub(super) fn url(port: u16, database: &str) -> String {
-    format!("postgresql://shardmq@127.0.0.1:{port}/{}", escaped(database))
+/// The superuser.
+pub(super) const USER: &str = "shardmq";
+
+pub(super) fn url(port: u16, database: &str, password: Option<&Password>) -> String {
+    let password = password.map_or_else(String::new, |password| format!(":{}", password.text()));
+    format!("postgresql://{USER}{password}@127.0.0.1:{port}/{}", escaped(database))
 }
 
-pub(super) async fn create(port: u16, name: &str) -> Result<()> {
+/// In the database of this address.
+pub(super) async fn create(admin_url: &str, name: &str) -> Result<()> {
     if name.is_empty() || name.len() > LONGEST_NAME || name.contains('\0') {
         return Err(Error::invalid("the name of a database has 1 to 63 bytes and no NUL"));
     }
     let error =
         |kind, cause| Error::with_source(kind, format!("create the database {name}"), cause);
-    let client = connect_once(&url(port, "postgres"), "shardmq embedded").await?;
+    let client = connect_once(admin_url, "shardmq embedded").await?;
     let statement = format!("CREATE DATABASE \"{}\"", name.replace('"', "\"\""));
     client.batch_execute(&statement).await.map_err(|cause| match cause.code() {
         // The second is what the slower of two at once gets.
@@ -51,8 +57,11 @@ mod tests {
 
     #[test]
     fn names_of_databases_are_escaped_in_a_url() {
-        assert_eq!(url(5, "orders-1"), "postgresql://shardmq@127.0.0.1:5/orders-1");
-        let config: tokio_postgres::Config = url(5, "a b/ü?x").parse().unwrap();
+        assert_eq!(url(5, "orders-1", None), "postgresql://shardmq@127.0.0.1:5/orders-1");
+        let password = Password::random();
+        let url = url(5, "a b/ü?x", Some(&password));
+        let config: tokio_postgres::Config = url.parse().unwrap();
+        assert_eq!(config.get_password(), Some(password.text().as_bytes()));
         assert_eq!(config.get_dbname(), Some("a b/ü?x"));
     }
 }

@@ -61,10 +61,15 @@ impl Folder {
 
     /// Writes a file into `data`, in place of one of that name.
     pub(super) async fn put(&self, file: &DataFile) -> Result<()> {
-        let path = self.data().join(&file.name);
-        let command = self.account.shell("umask 077; cat >\"$1\"", &[&path]);
-        let doing = format!("write {} for the embedded server", file.name);
-        account::run(command, &file.text, &doing).await.map(drop)
+        self.write(&self.data().join(&file.name), &file.text).await
+    }
+
+    /// Writes a file that only the account may read.
+    pub(super) async fn write(&self, path: &Path, text: &str) -> Result<()> {
+        let command = self.account.shell("umask 077; cat >\"$1\"", &[path]);
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        let doing = format!("write {name} for the embedded server");
+        account::run(command, text, &doing).await.map(drop)
     }
 
     pub(super) async fn append(&self, path: &Path, text: &str) -> Result<()> {

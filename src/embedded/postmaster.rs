@@ -14,6 +14,7 @@ use super::account::{self, Account};
 use super::binaries::Binaries;
 use super::folder::Folder;
 use super::life::{Kind, LOOK_EVERY, Life, StopMode};
+use super::password::Password;
 use super::process::Process;
 use super::watchdog::Trace;
 use crate::Result;
@@ -28,6 +29,8 @@ const LOCK_FILE: &str = "postmaster.pid";
 pub(super) struct Postgres {
     pub(super) binaries: Binaries,
     pub(super) variables: Vec<(OsString, OsString)>,
+    /// That of the superuser; none where a file of the user's says who gets in, or everybody does.
+    pub(super) password: Option<Password>,
 }
 
 impl Kind for Postgres {

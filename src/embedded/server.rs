@@ -13,7 +13,11 @@ use super::postmaster::{self, Postgres};
 use crate::ErrorKind;
 use crate::Result;
 
-/// A private Postgres server. Its superuser is `shardmq`, without a password.
+/// In the folder of the server, beside that of the cluster.
+const PASSWORD_FILE: &str = "pgpass";
+
+/// A private Postgres server. Its superuser is `shardmq`, with a random password, unless its
+/// [builder](ServerBuilder) said otherwise.
 ///
 /// To drop it ends it, and removes its folder, some milliseconds later; the drop does not wait for
 /// that. [`stop`](Self::stop) does. Both also end a server that somebody started again in the same
@@ -31,9 +35,28 @@ impl Server {
     }
 
     /// The address of a database of this server, for clients on this machine:
-    /// `postgresql://shardmq@127.0.0.1:PORT/DATABASE`. Does not check that there is such a database.
+    /// `postgresql://shardmq:PASSWORD@127.0.0.1:PORT/DATABASE`. Does not check that there is such a
+    /// database.
     pub fn url(&self, database: &str) -> String {
-        database::url(self.life.port, database)
+        database::url(self.life.port, database, self.life.kind.password.as_ref())
+    }
+
+    /// The same address with the name of a [password file](Self::password_file) in place of the
+    /// password, for [`Cluster::add_node`](crate::Cluster::add_node): the control database keeps
+    /// addresses without passwords. Other clients than `ShardMQ` and libpq may not know that parameter.
+    pub fn node_url(&self, database: &str) -> String {
+        let url = database::url(self.life.port, database, None);
+        if self.life.kind.password.is_none() {
+            return url;
+        }
+        let file = self.password_file();
+        format!("{url}?passfile={}", database::escaped(&file.display().to_string()))
+    }
+
+    /// A file with the password, as libpq reads it (`PGPASSFILE`, or `passfile=` in an address). Only the
+    /// user of the server, and root, may read it. It lives as long as the server's folder.
+    pub fn password_file(&self) -> PathBuf {
+        self.life.folder.path().join(PASSWORD_FILE)
     }
 
     /// The port on `127.0.0.1`. Stays the same for as long as this value lives.
@@ -82,7 +105,7 @@ impl Server {
     /// [`ErrorKind::Conflict`] if there is one of that name; [`ErrorKind::Unavailable`] if the server
     /// is down; [`ErrorKind::Database`] otherwise. If dropped, the database may be made or not.
     pub async fn create_database(&self, name: &str) -> Result<()> {
-        database::create(self.life.port, name).await
+        database::create(&self.url("postgres"), name).await
     }
 
     /// Stops the server and keeps its folder, for [`start_server`](Self::start_server). Does nothing
@@ -138,7 +161,15 @@ impl Server {
         for file in &files.others {
             life.folder.put(file).await?;
         }
+        let password = life.kind.password.clone();
+        if let Some(password) = &password {
+            let file = life.folder.path().join(PASSWORD_FILE);
+            life.folder.write(&file, &password.line()).await?;
+        }
         life.launch_on_a_free_port().await?;
+        if let Some(password) = password {
+            password.set(&life.folder, life.port).await?;
+        }
         Ok(Self { life })
     }
 }

@@ -79,7 +79,7 @@ impl FaultKind {
 pub struct Fault {
     /// What is done.
     pub kind: FaultKind,
-    /// Not before this time from the beginning, nor before the fault before it in its row has ended.
+    /// When it begins, from the beginning. Later by as much as those before it in its row took longer.
     pub at: Duration,
     /// How long it lasts.
     pub lasts: Duration,

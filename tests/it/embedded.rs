@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod endings;
+mod passwords;
 mod redis_server;
 
 use std::future::Future;

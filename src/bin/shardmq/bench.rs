@@ -4,6 +4,7 @@ use clap::{Parser, Subcommand, ValueEnum};
 use shardmq::bench::{self, Bench, Options, Percentiles, Report};
 use shardmq::embedded::Redis;
 use shardmq::notifier::NotifierKind;
+use uuid::Uuid;
 
 use crate::context::Context;
 use crate::failure::{FAILED, Failure};
@@ -139,7 +140,8 @@ async fn on_private_servers(
     };
     let mut redis = None;
     if options.notifier.needs_redis() && options.redis_url.is_none() {
-        redis = Some(Redis::builder().start().await?);
+        let password = Uuid::new_v4().simple().to_string();
+        redis = Some(Redis::builder().password(password).start().await?);
     }
     options.redis_url = redis.as_ref().map(Redis::url).or(options.redis_url);
     options.data_dir = nodes.first().map(|node| node.server.data_dir());

@@ -16,6 +16,7 @@ mod workload;
 use std::sync::{Arc, Mutex};
 
 use clap::Parser;
+use shardmq::embedded::Redis;
 use shardmq::{Cluster, TopicOptions};
 
 use crate::context::Context;
@@ -91,12 +92,15 @@ impl Stage {
 
 async fn work(nodes: &[Node], args: &Args, stage: &Stage) -> Result<Report, Failure> {
     let control_url = nodes.first().map(Node::url).unwrap_or_default();
-    let mut _redis = None;
+    let mut redis = None;
+    let mut cluster = Cluster::builder(&control_url);
     if args.redis {
         stage.enter("starting a private Redis");
-        _redis = Some(servers::start_redis(&control_url).await?);
+        let started = servers::start_redis(&control_url).await?;
+        cluster = cluster.redis_url(&started.url());
+        redis = Some(started);
     }
-    let cluster = Cluster::connect(&control_url).await?;
+    let cluster = cluster.connect().await?;
     let partitions = nodes.len() * PARTITIONS_PER_NODE;
     cluster.create_topic(TOPIC, TopicOptions::partitions(partitions)).await?;
 
@@ -106,7 +110,9 @@ async fn work(nodes: &[Node], args: &Args, stage: &Stage) -> Result<Report, Fail
 
     stage.enter("consuming in a group of three; one of them will be killed");
     let record = Arc::new(Mutex::new(Record::new(args.messages)));
-    let group = group::Group::join(&cluster, &control_url, &record, workload.bulk()).await?;
+    let redis_url = redis.as_ref().map(Redis::url);
+    let urls = group::Urls { control: &control_url, redis: redis_url.as_deref() };
+    let group = group::Group::join(&cluster, urls, &record, workload.bulk()).await?;
     let crashed = group.crash().await?;
     let of_dead = crashed.delivered_by_dead();
     stage.enter(&format!(

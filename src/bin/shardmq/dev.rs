@@ -22,7 +22,9 @@ const LOOK_EVERY: Duration = Duration::from_secs(1);
 
 /// Start private servers for development, until a signal ends them.
 ///
-/// All their data is removed at the end.
+/// All their data is removed at the end. Who has not the addresses that are printed, with their
+/// passwords, does not get in: other users of this machine neither. The passwords of nodes are also in
+/// files beside their data, which only you may read; so the control database's address is enough.
 #[derive(Parser)]
 pub(crate) struct Args {
     /// How many nodes, each on a server of its own.
@@ -101,6 +103,9 @@ async fn announce(context: &Context, nodes: &[Node], redis: Option<&Redis>) -> R
         }
         note("Ready. Ctrl-C stops the servers and removes their data. In another terminal:");
         out.line(&format!("export SHARDMQ_URL={}", ready.control_url));
+        if let Some(url) = &ready.redis_url {
+            out.line(&format!("export SHARDMQ_REDIS_URL={url}"));
+        }
     }
     out.flush().await
 }

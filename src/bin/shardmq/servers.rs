@@ -6,6 +6,7 @@ use shardmq::embedded::{Redis, Server};
 use shardmq::migrate::{Schema, migrate};
 use shardmq::notifier::NotifierKind;
 use shardmq::{Cluster, NodeId, Result};
+use uuid::Uuid;
 
 use crate::output::note;
 
@@ -51,7 +52,8 @@ pub(crate) async fn start_on(count: u8, servers: u8, connections: usize) -> Resu
         migrate(&control_url, schema).await?;
     }
     let cluster = Cluster::connect(&control_url).await?;
-    let urls = first.iter().map(|node| (node.number, node.url())).chain(further);
+    let own = first.iter().map(|node| (node.number, node.server.node_url(DATABASE)));
+    let urls = own.chain(further);
     for (number, url) in urls {
         cluster.add_node(number, &url).await?;
     }
@@ -81,12 +83,14 @@ async fn make_one(number: u8, server: &Server) -> Result<(NodeId, String)> {
     server.create_database(&name).await?;
     let url = server.url(&name);
     migrate(&url, Schema::Node).await?;
-    Ok((number, url))
+    Ok((number, server.node_url(&name)))
 }
 
 /// Starts a Redis through which the hints of the cluster go from now on, of those who connect from now on.
+/// They need its address with the password: the control database keeps none.
 pub(crate) async fn start_redis(control_url: &str) -> Result<Redis> {
-    let redis = Redis::builder().start().await?;
+    let password = Uuid::new_v4().simple().to_string();
+    let redis = Redis::builder().password(password).start().await?;
     let cluster = Cluster::connect(control_url).await?;
     let set = cluster.set_notifier(NotifierKind::Redis, Some(&redis.url())).await;
     cluster.shutdown().await;

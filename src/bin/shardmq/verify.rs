@@ -326,8 +326,7 @@ async fn break_it(
         counted(plan.len() as u64, "fault")
     ));
     let (began, stop) = (Instant::now(), stop.clone());
-    let until = began + length;
-    let stage = Stage { run, nodes, members: processes.pids(), stop, began, until };
+    let stage = Stage { run, nodes, members: processes.pids(), stop, began };
     stage.perform(&plan, seed, kinds).await.map(Some)
 }
 

@@ -8,7 +8,7 @@ use shardmq::embedded::Binaries;
 use tokio::io::{AsyncBufReadExt, BufReader, Lines};
 use tokio::process::{Child, ChildStderr, Command};
 
-use super::{LONG, command, payload, run, run_with};
+use super::{LONG, command, finish, payload, run, run_with};
 use crate::support::redis::ByHand;
 use crate::support::signals::signal;
 use crate::support::{client, eventually, within};
@@ -153,18 +153,26 @@ async fn with_redis_hints_go_through_it_and_its_end_is_reported() {
     let mut dev = Dev::start_with("--redis").await;
     let redis = dev.ready["redis_url"].as_str().unwrap().to_owned();
     let url = dev.control_url().to_owned();
-    let shown = run(&url, "notifier show --json").await.good().json();
-    assert_eq!((&shown[0]["notifier"], &shown[0]["redis_url"]), (&json!("redis"), &json!(redis)));
+    let run = async |arguments: &str| {
+        let mut command = command(&url, arguments);
+        finish(command.env("SHARDMQ_REDIS_URL", &redis).spawn().unwrap()).await
+    };
+    let shown = run("notifier show --json").await.good().json();
+    assert_eq!(shown[0]["notifier"], json!("redis"));
     assert_eq!(shown[0]["nodes"][0]["hints"], "ok");
-    run(&url, "topic create orders --partitions 2").await.good();
+    run("topic create orders --partitions 2").await.good();
     run_with(&url, "produce orders", b"through Redis").await.good();
-    run(&url, "consume orders --group g --count 1").await.good();
-    let port = redis.trim_end_matches('/').rsplit_once(':').unwrap().1.parse().unwrap();
-    ByHand::connect(port).await.send(b"SHUTDOWN NOSAVE\r\n").await;
+    run("consume orders --group g --count 1").await.good();
+    let (password, at) = redis.strip_prefix("redis://:").unwrap().split_once('@').unwrap();
+    let port = at.trim_end_matches('/').rsplit_once(':').unwrap().1.parse().unwrap();
+    let mut by_hand = ByHand::connect(port).await;
+    assert!(by_hand.say("PING").await.starts_with("-NOAUTH"));
+    assert_eq!(by_hand.say(&format!("AUTH {password}")).await, "+OK");
+    by_hand.send(b"SHUTDOWN NOSAVE\r\n").await;
     dev.reported("Redis has ended").await;
-    let shown = run(&url, "notifier show").await;
+    let shown = run("notifier show").await;
     assert_eq!(shown.code, Some(1), "{}", shown.stderr);
     run_with(&url, "produce orders", b"without").await.good();
-    run(&url, "consume orders --group g --count 1").await.good();
+    run("consume orders --group g --count 1").await.good();
     dev.ends("INT").await;
 }

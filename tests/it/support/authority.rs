@@ -96,6 +96,7 @@ pub async fn started(builder: ServerBuilder) -> Option<Server> {
 pub fn tls_server(signed: &Signed) -> ServerBuilder {
     Server::builder()
         .durable(false)
+        .trusts_everybody()
         .setting("ssl", "on")
         .file("server.crt", &signed.certificate)
         .file("server.key", &signed.key)

@@ -33,6 +33,13 @@ pub(super) fn consumer(cluster: &Cluster) -> ConsumerBuilder {
     cluster.consumer(TOPIC, GROUP).lease(LEASE)
 }
 
+/// Where the servers are, passwords included.
+#[derive(Clone, Copy)]
+pub(super) struct Urls<'a> {
+    pub(super) control: &'a str,
+    pub(super) redis: Option<&'a str>,
+}
+
 /// A group with all its members.
 pub(super) struct Group {
     doomed: Child,
@@ -48,11 +55,11 @@ impl Group {
     /// The process joins first, then two members here; returns when all three have partitions.
     pub(super) async fn join(
         cluster: &Cluster,
-        control_url: &str,
+        urls: Urls<'_>,
         record: &Arc<Mutex<Record>>,
         messages: u32,
     ) -> Result<Self, Failure> {
-        let mut doomed = start_process(control_url, messages / 10)?;
+        let mut doomed = start_process(urls, messages / 10)?;
         let stdin = doomed.stdin.take();
         let stdout = doomed.stdout.take().ok_or_else(|| Failure::new(FAILED, "no pipe"))?;
         let reading = tokio::spawn(read_process(stdout, Arc::clone(record)));
@@ -157,11 +164,12 @@ async fn consume(mut messages: Messages, member: Member, record: Arc<Mutex<Recor
     }
 }
 
-fn start_process(control_url: &str, per_second: u32) -> Result<Child, Failure> {
+fn start_process(urls: Urls<'_>, per_second: u32) -> Result<Child, Failure> {
     let child = Command::new(std::env::current_exe()?)
+        .envs(urls.redis.map(|url| ("SHARDMQ_REDIS_URL", url)))
         .args(["demo-member", "--per-second"])
         .arg(per_second.to_string())
-        .env("SHARDMQ_URL", control_url)
+        .env("SHARDMQ_URL", urls.control)
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .kill_on_drop(true)

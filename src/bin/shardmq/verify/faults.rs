@@ -99,7 +99,6 @@ pub(super) struct Stage<'a> {
     /// No fault begins after it, and those under way end.
     pub(super) stop: CancellationToken,
     pub(super) began: Instant,
-    pub(super) until: Instant,
 }
 
 impl Stage<'_> {
@@ -117,15 +116,12 @@ impl Stage<'_> {
     }
 
     async fn row(&self, faults: &[Fault]) -> Result<Vec<Done>, Failure> {
-        let mut done = Vec::new();
+        let (mut done, mut late) = (Vec::new(), Duration::ZERO);
         for fault in faults {
-            let due = (self.began + fault.at).max(Instant::now());
+            // Those after one that took longer are as far apart as planned.
             tokio::select! {
-                () = sleep_until(due) => {}
+                () = sleep_until(self.began + fault.at + late) => {}
                 () = self.stop.cancelled() => break,
-            }
-            if due + fault.lasts > self.until {
-                break;
             }
             let (at, delivered) = (self.run.now(), self.run.delivered());
             tracing::info!(kind = %fault.kind, target = fault.target, "a fault begins");
@@ -146,6 +142,8 @@ impl Stage<'_> {
                     return Err(Failure::new(UNFINISHED, text));
                 }
             }
+            let planned = self.began + fault.at + fault.lasts;
+            late = late.max(Instant::now().saturating_duration_since(planned));
         }
         Ok(done)
     }
