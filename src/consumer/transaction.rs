@@ -48,7 +48,8 @@ impl Delivery {
     /// End the transaction with a rollback after each. [`ErrorKind::LeaseLost`] and [`ErrorKind::Reset`]
     /// where the partition is another's, or was moved by a seek: the message is delivered again.
     /// [`ErrorKind::Conflict`] where it is acknowledged already: an earlier transaction was committed, and
-    /// nothing is left to do. [`ErrorKind::Unavailable`] where the server was started again since the
+    /// nothing is left to do; or this very transaction has done so before, and after its rollback the message is
+    /// still in hand. [`ErrorKind::Unavailable`] where the server was started again since the
     /// message was read, until the consumer has seen that it is still there.
     /// [`ErrorKind::Invalid`] where the transaction is not on the message's node.
     pub async fn commit_in<C>(&mut self, transaction: &C) -> Result<Acknowledged<'_>>
@@ -90,6 +91,11 @@ impl Delivery {
                 // As good as answered, where it is still this one's.
                 let _ = self.committed();
                 let why = format!("{what}: it is acknowledged already");
+                return Err(Error::new(ErrorKind::Conflict, why));
+            }
+            Outcome::Uncommitted => {
+                let why =
+                    format!("{what}: it is acknowledged already, in this transaction or before it");
                 return Err(Error::new(ErrorKind::Conflict, why));
             }
             Outcome::Elsewhere => {

@@ -179,7 +179,11 @@ pub(crate) async fn commit_parked_in<C: GenericClient + Sync>(
     if ended == 1 {
         return Ok(Outcome::Acknowledged);
     }
-    why_not(transaction, &params[..6]).await
+    // Where its row has gone, that may have been in this very transaction: nobody can tell.
+    Ok(match why_not(transaction, &params[..6]).await? {
+        Outcome::Already => Outcome::Uncommitted,
+        other => other,
+    })
 }
 
 /// A parked message that is due.

@@ -259,8 +259,10 @@ pub(crate) struct InTransaction {
 pub(crate) enum Outcome {
     /// Acknowledged, if the transaction is committed.
     Acknowledged,
-    /// It was acknowledged before.
+    /// It was acknowledged before, for good.
     Already,
+    /// It is acknowledged, but maybe only in this transaction, which may still be rolled back.
+    Uncommitted,
     /// The partition is another owner's.
     LeaseLost,
     /// A seek came in between.
@@ -305,6 +307,7 @@ pub(super) async fn why_not<C: GenericClient + Sync>(
     let why = transaction.query_typed_opt(sql::COMMIT_IN_REFUSED, &typed(params)).await?;
     Ok(match why.as_ref().map(|row| row.get(0)) {
         Some("acknowledged") => Outcome::Already,
+        Some("uncommitted") => Outcome::Uncommitted,
         Some("reset") => Outcome::Reset,
         Some("other_server") => Outcome::OtherServer,
         Some(_) => Outcome::LeaseLost,
