@@ -26,13 +26,15 @@ create table shardmq.cursor (
     acked_ahead int8multirange not null default '{}',
     member uuid,
     owner uuid,
-    epoch bigint not null default 0,
+    epoch bigint not null default (random() * 281474976710656)::bigint,
     reset_epoch bigint not null default 0,
     primary key (group_name, partition)
 ) with (fillfactor = 50, autovacuum_vacuum_threshold = 200, autovacuum_vacuum_scale_factor = 0,
         vacuum_truncate = off);
 comment on column shardmq.cursor.acked_id is 'The last id up to which all is acknowledged';
 comment on column shardmq.cursor.acked_ahead is 'Ids above it that are acknowledged too';
+comment on column shardmq.cursor.epoch is
+    'Raised by each acquisition. It begins at a random number, so that no fence of a group that was deleted fits one of the same name';
 comment on column shardmq.cursor.owner is
     'Drawn anew at each acquisition; with epoch and reset_epoch the fence that every commit names';
 

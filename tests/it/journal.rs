@@ -151,6 +151,24 @@ async fn what_another_owner_or_a_seek_has_made_void_is_not_taken_from_the_journa
     messages.shutdown(SECOND).await.unwrap();
 }
 
+/// A group that was made again has the name of the one before, and a life of its own.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_journal_says_nothing_of_a_group_that_was_deleted_and_made_again() {
+    let (test, sql, partition, folder) = setting(8).await;
+    let all: Vec<usize> = (0..8).collect();
+    killed_with(SECOND, &test, folder.path(), 8, &all).await;
+    let deleted = async || test.cluster.delete_group("orders", "g").await.is_ok();
+    eventually("the group is deleted", SOON, deleted).await;
+    // As many acquisitions as before; the second consumer has the journal.
+    let mut elsewhere = test.cluster.consumer("orders", "g").stream().await.unwrap();
+    take(&mut elsewhere, 2).await.into_iter().for_each(|delivery| delivery.ack().unwrap());
+    elsewhere.shutdown(SECOND).await.unwrap();
+    let mut messages = consumer(&test.cluster, folder.path()).stream().await.unwrap();
+    let rest = all_until_end(&mut messages, &sql, partition).await;
+    assert_eq!(rest, ["2", "3", "4", "5", "6", "7"]);
+    messages.shutdown(SECOND).await.unwrap();
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_journal_is_of_one_consumer_at_a_time() {
     let (test, _sql, _, folder) = setting(1).await;
