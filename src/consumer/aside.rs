@@ -247,9 +247,9 @@ impl Shared {
         let parked: Vec<Settle<'_>> = parked.collect();
         let connection = self.connection(node).await?;
         let what = format!("put messages aside again on node {node}");
-        failures::settle_parked(connection, &self.group, &parked)
-            .await
-            .map_err(|error| refused(error, &what))
+        let outcomes = failures::settle_parked(connection, &self.group, &parked).await;
+        self.failpoint("settle parked").await;
+        outcomes.map_err(|error| refused(error, &what))
     }
 
     /// What was put aside is done; the rest is to be tried again.

@@ -11,10 +11,22 @@ with asked as (
            with ordinality
            as a (partition, owner, epoch, reset_epoch, incarnation, id, action, attempts, failures,
                  due_secs, place)),
+-- What is done is done, whoever has the partition by now. All else is for its owner, which nobody becomes
+-- meanwhile.
+owned as (
+    select c.partition, c.owner, c.epoch, c.reset_epoch
+      from shardmq.cursor c
+     where c.group_name = $1 and c.partition = any (array(select a.partition from asked a where a.action <> 'done'))
+     order by c.partition
+       for no key update skip locked),
 fenced as (
     select a.*
       from asked a join shardmq.cursor c using (partition, owner, epoch, reset_epoch)
-     where c.group_name = $1 and a.same_server),
+     where c.group_name = $1 and a.same_server and a.action = 'done'
+    union all
+    select a.*
+      from asked a join owned o using (partition, owner, epoch, reset_epoch)
+     where a.same_server),
 locked as (
     select r.id from shardmq.retry r
      where r.id in (select f.id from fenced f)
@@ -40,11 +52,15 @@ select a.place::int,
        case when f.place is not null and l.id is not null then 'moved'
             when f.place is not null and exists (select from shardmq.retry r where r.id = a.id) then 'locked'
             when f.place is not null then 'already'
+            when a.action <> 'done' and o.partition is null and c.partition is not null then 'locked'
             when not a.same_server then 'other_server'
+            when o.partition is not null and (o.owner, o.epoch) is distinct from (a.owner, a.epoch)
+                 then 'lease_lost'
             when c.partition is null or (c.owner, c.epoch) is distinct from (a.owner, a.epoch)
                  then 'lease_lost'
             else 'reset' end
   from asked a
   left join fenced f using (place)
   left join locked l on l.id = a.id
+  left join owned o on o.partition = a.partition
   left join shardmq.cursor c on c.group_name = $1 and c.partition = a.partition

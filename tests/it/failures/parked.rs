@@ -5,7 +5,7 @@ use shardmq::TopicOptions;
 
 use super::*;
 use crate::support::clocks::Clocks;
-use crate::support::reading::seek;
+use crate::support::reading::{next_error, seek};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_is_parked_delays_nothing_and_comes_when_it_is_due() {
@@ -58,6 +58,34 @@ async fn it_outlives_its_consumer_and_counts_on() {
     assert_eq!((letter.attempts, errors), (3, vec!["one", "two", "three"]));
     assert_eq!(count(&sql, "retry").await, 0);
     second.shutdown(SECOND).await.unwrap();
+}
+
+/// The next owner may have it in hand by then.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_given_up_while_another_takes_the_partition_is_no_dead_letter() {
+    let (test, partition, sql) = ready().await;
+    append_texts(&sql, partition, 1..=1).await;
+    let tried = Arc::new(tokio::sync::Semaphore::new(0));
+    let told = Arc::clone(&tried);
+    let builder = consumer(&test, Order::Unordered).lease(600 * SECOND).failpoint(move |name| {
+        told.add_permits(usize::from(name == "settle parked"));
+        Box::pin(async {})
+    });
+    let mut messages = builder.stream().await.unwrap();
+    next(&mut messages).await.retry("once");
+    let again = next(&mut messages).await;
+    assert_eq!(again.attempt(), 2);
+    let mut other = test.sql(0).await;
+    let taking = other.transaction().await.unwrap();
+    let take = "update shardmq.cursor set owner = gen_random_uuid(), epoch = epoch + 1";
+    taking.execute(take, &[]).await.unwrap();
+    again.reject("no");
+    within(20 * SECOND, "an attempt", tried.acquire()).await.unwrap().forget();
+    taking.commit().await.unwrap();
+    let error = next_error(&mut messages).await;
+    assert_eq!(error.kind(), ErrorKind::LeaseLost, "{error:?}");
+    assert_eq!((count(&sql, "dead_letter").await, count(&sql, "retry").await), (0, 1));
+    messages.shutdown(SECOND).await.unwrap();
 }
 
 /// The copy is all that is left of it.
