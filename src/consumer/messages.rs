@@ -144,11 +144,16 @@ impl Messages {
                 (None, _) => {}
             }
         }
+        self.clear();
+        None
+    }
+
+    /// Nothing more is handed out.
+    fn clear(&mut self) {
         self.count();
         self.current = None;
         self.lanes.clear();
         self.failed.clear();
-        None
     }
 
     /// One that failed and is due, or that waited for the key of one.
@@ -180,6 +185,7 @@ impl Messages {
 
     /// It has ended: the reason, once, where nobody shut it down.
     pub(super) fn end(&mut self) -> Option<Error> {
+        self.clear();
         let is_told = std::mem::replace(&mut self.is_told, true);
         self.handle.shared.ended_by.get().filter(|_| !is_told).cloned()
     }
@@ -232,8 +238,11 @@ impl Stream for Messages {
     type Item = Result<Delivery>;
 
     fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        // A batch is handed out whole before it is looked what has come.
+        // What has come is looked at between any two messages: a handler may take long for each, and what is
+        // due, resumed or lost by now must not wait for all that was fetched before.
         if self.current.is_some()
+            && self.events.is_empty()
+            && !self.events.is_closed()
             && let Some(delivery) = self.hand_out()
         {
             return Poll::Ready(Some(Ok(delivery)));

@@ -23,6 +23,7 @@ use crate::support::{TestCluster, eventually, own_server, within};
 
 mod dead_letters;
 mod parked;
+mod prefetched;
 
 const SECOND: Duration = Duration::from_secs(1);
 const MS: Duration = Duration::from_millis(1);
