@@ -109,9 +109,11 @@ const PATCHY: u32 = 2;
 const AHEAD: u32 = 4;
 /// The lease has run out by the own clock: it may be another's by now.
 const LAPSED: u32 = 8;
+/// What was read of it was dropped, since others needed the room.
+const CROWDED_OUT: u32 = 16;
 /// A message has failed that comes before all others; the bits from here on count such.
 pub(super) const FAILED: u32 = 1 << 8;
-/// Any of these keeps messages from being handed out; `AHEAD` only keeps them from being read.
+/// Any of these keeps messages from being handed out; `AHEAD` and `CROWDED_OUT` only keep them from being read.
 const CLOSED: u32 = PAUSED | PATCHY | LAPSED | !(FAILED - 1);
 
 impl Holding {
@@ -334,7 +336,8 @@ impl Holding {
         self.stream.upgrade().map(|stream| stream.send(turn()));
     }
 
-    /// Whether so much was read above the cursor that the reader must wait; it is woken then.
+    /// Whether so much was read above the cursor, or others need the room so much, that the reader must wait;
+    /// it is woken then.
     pub(crate) fn is_far_ahead(&self) -> bool {
         let tracker = self.tracker();
         let far = tracker.span() >= self.bounds.messages;
@@ -342,7 +345,25 @@ impl Holding {
             // Under the lock: the acknowledgement that ends it comes after.
             self.gate.fetch_or(AHEAD, Ordering::SeqCst);
         }
-        far || self.gate.load(Ordering::SeqCst) & AHEAD != 0
+        far || self.gate.load(Ordering::SeqCst) & (AHEAD | CROWDED_OUT) != 0
+    }
+
+    /// Others need the room of what was read of it: no more is read until it is asked for.
+    pub(crate) fn crowd_out(&self) {
+        self.gate.fetch_or(CROWDED_OUT, Ordering::SeqCst);
+    }
+
+    pub(crate) fn is_crowded_out(&self) -> bool {
+        self.gate.load(Ordering::SeqCst) & CROWDED_OUT != 0
+    }
+
+    /// What was read of it is handed out, or its turn has come.
+    pub(crate) fn read_on(&self) {
+        if self.is_crowded_out() {
+            self.gate.fetch_and(!CROWDED_OUT, Ordering::SeqCst);
+            self.wake.notify_one();
+            self.wake_what_is_parked();
+        }
     }
 
     /// Counts a delivery, unless the partition is no longer held or has to wait. Counted first: whoever

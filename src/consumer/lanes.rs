@@ -8,8 +8,10 @@
 //!                     └────── something is left, and others had their turn
 //! ```
 //!
-//! A lane that is parked keeps what was fetched for a while only: where others need the room it is
-//! dropped, and read again later from the last message that was handed out.
+//! A lane that is parked, or whose messages in hand must be done first, keeps what was fetched for a while
+//! only: where others need the room it is dropped, and read again from the last message that was handed out.
+//! Not before its turn: read again at once it would only compete for the same room, and be dropped again. A row
+//! of which a message is in hand is in memory with that; its rest stays, and takes no room.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
@@ -40,7 +42,8 @@ pub(super) struct Unread {
     /// What is wanted of it.
     filter: Option<Arc<Filter>>,
     round: u32,
-    _room: Room,
+    /// None where it was given to others.
+    room: Option<Room>,
 }
 
 impl Unread {
@@ -48,7 +51,7 @@ impl Unread {
         let Read { holding, row, from, patchy, round, room } = read;
         let (topic, read_at) = (topic.clone(), now());
         let origin = Arc::new(Origin { holding, row, topic, read_at, parked: None });
-        Self { origin, next: from, patchy, filter, round, _room: room }
+        Self { origin, next: from, patchy, filter, round, room: Some(room) }
     }
 
     /// A message that was parked, in a row of its own.
@@ -61,7 +64,7 @@ impl Unread {
         let (next, round) = (row.base_id, holding.round());
         let (topic, read_at) = (topic.clone(), now());
         let origin = Arc::new(Origin { holding, row, topic, read_at, parked: Some(parked) });
-        Self { origin, next, patchy: false, filter: None, round, _room: room }
+        Self { origin, next, patchy: false, filter: None, round, room: Some(room) }
     }
 
     fn is_parked(&self) -> bool {
@@ -121,6 +124,11 @@ impl Unread {
         }
     }
 
+    /// Whether messages of it are in hand, and keep it in memory.
+    fn is_in_hand(&self) -> bool {
+        !self.is_parked() && Arc::strong_count(&self.origin) > 1
+    }
+
     /// Whether it may be handed out: it is held, and was not dropped to be read again.
     fn is_current(&self) -> bool {
         let Origin { holding, .. } = &*self.origin;
@@ -176,7 +184,11 @@ impl Lanes {
                 self.lanes.remove(&owner);
                 continue;
             }
-            if let Some(batch) = lane.batches.pop_front() {
+            let batch = lane.batches.pop_front();
+            if lane.batches.is_empty() {
+                lane.holding.read_on();
+            }
+            if let Some(batch) = batch {
                 lane.state = State::Taken;
                 return Some(batch);
             }
@@ -273,7 +285,7 @@ impl Lanes {
             if let State::Parked(since) | State::Busy(since) = lane.state
                 && since.elapsed() >= PATIENCE
             {
-                lane.drop_unread();
+                lane.make_room();
             }
         }
     }
@@ -285,6 +297,30 @@ impl Lanes {
 }
 
 impl Lane {
+    /// Others need the room. No more is read until what stays is handed out, or the lane has its turn.
+    fn make_room(&mut self) {
+        self.holding.crowd_out();
+        let Some(first) = self.batches.front_mut().filter(|first| first.is_in_hand()) else {
+            return self.drop_unread();
+        };
+        first.room = None;
+        if self.batches.len() > 1 {
+            self.drop_behind_first();
+        }
+    }
+
+    /// Drops what is behind the first batch; the reader goes back to its end.
+    fn drop_behind_first(&mut self) {
+        if let Some(first) = self.batches.front() {
+            let row = &first.origin.row;
+            self.holding.rewind(Place { position: row.last_id(), last: row.place() });
+        }
+        self.batches.truncate(1);
+        for first in &mut self.batches {
+            first.round = self.holding.round();
+        }
+    }
+
     /// Drops what was fetched; the reader goes back to the last message that was handed out.
     fn drop_unread(&mut self) {
         let Some(first) = self.batches.iter().find(|batch| !batch.is_parked()) else {

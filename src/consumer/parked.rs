@@ -35,7 +35,8 @@ const FETCH: i32 = 256;
 const FETCH_TIME: Duration = Duration::from_mins(1);
 /// How soon more is fetched where there was more than one fetch brings.
 const MORE: f64 = 0.005;
-/// How often everything is looked at that is due, and not only what was not due the last time.
+/// How often everything is looked at that is due, and not only what was not due the last time: a transaction
+/// that parks something may commit long after it was due.
 const FULL_LOOK: Duration = Duration::from_mins(1);
 
 /// Parked messages of one holding, and what its node keeps instead of it.
@@ -117,7 +118,8 @@ impl Holding {
         let mut parked = self.parked();
         // In this order: whoever opens it looks at this afterwards.
         parked.left_out = true;
-        parked.left_out = parked.ids.len() >= MOST || !self.may_go();
+        let is_full = parked.ids.len() >= MOST;
+        parked.left_out = is_full || !self.may_go() || self.is_crowded_out();
         !parked.left_out
     }
 
@@ -228,7 +230,10 @@ impl Expected {
     pub(super) fn expect(&mut self, secs: Option<f64>) {
         let Some(secs) = secs else { return };
         let wait = Duration::try_from_secs_f64(secs.clamp(0.0, 1e9)).unwrap_or_default();
-        let at = Instant::now() + wait;
+        self.expect_at(Instant::now() + wait);
+    }
+
+    fn expect_at(&mut self, at: Instant) {
         self.at = Some(self.at.map_or(at, |before| before.min(at)));
     }
 
@@ -241,7 +246,7 @@ impl Expected {
     /// A fetch begins; returns from when on it looks.
     fn begin(&mut self) -> Option<SystemTime> {
         self.at = None;
-        self.all |= self.looked_at_all.elapsed() > FULL_LOOK;
+        self.all |= self.looked_at_all.elapsed() >= FULL_LOOK;
         let since = self.since();
         if since.is_none() {
             self.looked_at_all = Instant::now();
@@ -258,6 +263,8 @@ impl Expected {
             // What it has left out may have been due long ago.
             _ => self.all |= was_all,
         }
+        // Whether anything else is expected or not.
+        self.expect_at(self.looked_at_all + FULL_LOOK);
         match fetched {
             Some(fetched) => {
                 self.expect(fetched.next_secs);
@@ -392,6 +399,25 @@ mod tests {
         let since = expected.begin();
         expected.end(Some(&fetched(since, false)));
         assert_eq!(expected.begin(), Some(at(100)));
+    }
+
+    /// A row that becomes visible after its time is between the looks: no renewal tells of it.
+    #[tokio::test(start_paused = true)]
+    async fn with_nothing_else_to_fetch_all_is_looked_at_each_minute() {
+        let mut expected = Expected::default();
+        expected.look_at_all();
+        for _ in 0..3 {
+            assert_eq!(expected.begin(), None);
+            expected.end(Some(&fetched(None, true)));
+            // Something else in between changes nothing.
+            tokio::time::advance(FULL_LOOK / 2).await;
+            expected.expect(Some(0.0));
+            assert_eq!(expected.begin(), Some(at(100)));
+            expected.end(Some(&fetched(Some(at(100)), true)));
+            let next = expected.at().unwrap();
+            assert_eq!(next - Instant::now(), FULL_LOOK / 2);
+            tokio::time::advance(FULL_LOOK / 2).await;
+        }
     }
 
     #[tokio::test(start_paused = true)]
