@@ -183,6 +183,11 @@ impl Delivery {
         holding.is_lapsed() && !holding.revoked.is_cancelled()
     }
 
+    /// Whether the partition is known to be another's by now.
+    pub(super) fn is_revoked(&self) -> bool {
+        self.origin.holding.revoked.is_cancelled()
+    }
+
     fn number(&self) -> i64 {
         self.origin.row.base_id + i64::from(self.index)
     }

@@ -281,8 +281,15 @@ where
     }
 
     /// A unit that failed before. It waits like what was not handed out yet where the lease has run out:
-    /// another may work on it by then.
+    /// another may work on it by then. Where the partition was lost while it waited, another does.
     fn next_again(&mut self) -> Option<Unit> {
+        let is_lost = |unit: &Unit| unit.deliveries.first().is_some_and(Delivery::is_revoked);
+        while let Some(lost) = self.again.iter().position(is_lost) {
+            let Some(mut unit) = self.again.remove(lost) else { break };
+            unit.deliveries.clear();
+            self.unpin(&mut unit);
+            self.free(unit);
+        }
         let is_due = |unit: &Unit| unit.deliveries.first().is_none_or(|first| !first.is_lapsed());
         let next = self.again.iter().position(is_due)?;
         let mut unit = self.again.remove(next)?;

@@ -15,6 +15,8 @@ use crate::support::stored::{number, topic};
 use crate::support::{TestCluster, eventually, within};
 
 mod bounds;
+mod crowded;
+mod revoked;
 
 const SECOND: Duration = Duration::from_secs(1);
 const SOON: Duration = Duration::from_secs(15);
