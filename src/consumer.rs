@@ -41,6 +41,7 @@ mod shared;
 pub(crate) mod start;
 mod status;
 mod transaction;
+mod waiting;
 mod wanted;
 
 use again::Resting;

@@ -16,9 +16,6 @@ use crate::store::connect::refused;
 use crate::store::failures::{self, Ending, Settle};
 use crate::store::group::{self, Move, Moved};
 
-/// Between two attempts at a flush that is waited for.
-pub(super) const AGAIN: Duration = Duration::from_millis(20);
-
 /// How many parked messages one statement deletes.
 const MOST_PARKED: usize = 256;
 
@@ -50,22 +47,6 @@ impl Pace {
 }
 
 impl Member {
-    /// Flushes until the node has answered and no row was passed over because a transaction had locked
-    /// it.
-    pub(super) async fn flush_through(&mut self) -> Result<()> {
-        loop {
-            match self.flush(None).await {
-                Ok(false) => {}
-                // A commit that no standby has is made again, and waits.
-                Err(error)
-                    if matches!(error.kind(), ErrorKind::Unavailable | ErrorKind::Unknown) => {}
-                other => return other.map(drop),
-            }
-            tokio::time::sleep(AGAIN).await;
-            self.renew_if_due().await;
-        }
-    }
-
     /// Keeps the lease while a flush waits.
     pub(super) async fn renew_if_due(&mut self) {
         let lease = self.shared.options.lease;

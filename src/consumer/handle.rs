@@ -20,6 +20,8 @@ use crate::id::{NodeId, PartitionId};
 
 /// How much longer than its deadline a shutdown may take, where nodes don't answer.
 pub(super) const GRACE: Duration = Duration::from_secs(6);
+/// How long a flush may take in all, where nodes don't answer.
+const FLUSH: Duration = Duration::from_secs(15);
 /// The longest deadline: a clock can't be set for ever.
 const LONGEST: Duration = Duration::from_hours(365 * 24);
 
@@ -31,7 +33,9 @@ pub struct ConsumerHandle {
 
 impl ConsumerHandle {
     /// Commits everything that was acknowledged before. When it returns `Ok`, none of that is delivered
-    /// again.
+    /// again. It waits for up to 5 s where an open transaction keeps a cursor locked
+    /// ([`commit_in`](crate::Delivery::commit_in)), and for 15 s at most where a node does not answer;
+    /// meanwhile everything else goes on.
     ///
     /// # Errors
     /// [`ErrorKind::LeaseLost`] or [`ErrorKind::Reset`] where a partition's acknowledgements were
@@ -41,7 +45,11 @@ impl ConsumerHandle {
         // A node that does not answer holds nobody up that has nothing to be committed there.
         let answers = self.shared.tell_nodes(&self.shared.pending_nodes(), Command::Flush);
         let mut outcome = Ok(());
-        for answer in join_all(answers).await {
+        let late =
+            || Error::new(ErrorKind::Timeout, "commit cursors: a node did not answer in time");
+        let answers =
+            timeout(FLUSH, join_all(answers)).await.unwrap_or_else(|_| vec![Ok(Err(late()))]);
+        for answer in answers {
             outcome = outcome.and(answer.unwrap_or_else(|_| Err(self.shared.closed())));
         }
         outcome = outcome.and(self.shared.take_uncommitted(flush));

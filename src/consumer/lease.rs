@@ -9,7 +9,6 @@ use uuid::Uuid;
 
 use crate::cluster::Place;
 use crate::consumer::Event;
-use crate::consumer::commit::AGAIN;
 use crate::consumer::holding::Holding;
 use crate::consumer::member::{Member, STATEMENT};
 use crate::consumer::reader::read;
@@ -254,52 +253,6 @@ impl Member {
         ::metrics::counter!(names::LEASE_LOST).increment(1);
         self.shared.send(Event::Error(news));
         self.forget(holding);
-    }
-
-    /// Commits and releases partitions that are answered, or that were waited for long enough.
-    pub(super) async fn give_back(&mut self, mut answered: Vec<Arc<Holding>>) {
-        answered.retain(|holding| {
-            let current = self.holdings.get(&holding.partition);
-            current.is_some_and(|current| Arc::ptr_eq(current, holding))
-        });
-        // What is acknowledged from now on would never be committed.
-        for holding in &answered {
-            holding.end(ErrorKind::LeaseLost);
-        }
-        let partitions: Vec<_> = answered.iter().map(|holding| holding.partition).collect();
-        let done = timeout(STATEMENT, async {
-            loop {
-                match self.flush(Some(&partitions)).await {
-                    Ok(false) => {
-                        tokio::time::sleep(AGAIN).await;
-                        self.renew_if_due().await;
-                    }
-                    Ok(true) => break,
-                    // One of them is another's already, and the others are not.
-                    Err(error)
-                        if matches!(error.kind(), ErrorKind::LeaseLost | ErrorKind::Reset) => {}
-                    Err(error) => return Err(error),
-                }
-            }
-            self.release(&answered).await
-        });
-        let outcome = done.await.unwrap_or_else(|_| {
-            let what = format!(
-                "give {} partitions of node {} back: no answer",
-                partitions.len(),
-                self.node
-            );
-            Err(Error::new(ErrorKind::Timeout, what))
-        });
-        for holding in answered {
-            if let Err(error) = &outcome
-                && holding.is_pending()
-            {
-                self.shared.note_uncommitted(error.clone(), &holding);
-            }
-            self.forget(&holding);
-        }
-        self.note(outcome);
     }
 
     /// Holds it no longer.

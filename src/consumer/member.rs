@@ -28,6 +28,7 @@ use crate::consumer::expiry::Expiry;
 use crate::consumer::holding::Holding;
 use crate::consumer::looks::Looks;
 use crate::consumer::parked::{Expected, Fetched};
+use crate::consumer::waiting::Waiting;
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::{NodeId, PartitionId};
 use crate::notifier::Hints;
@@ -91,6 +92,7 @@ pub(super) struct Member {
     /// The node knows where the group starts.
     pub(super) started: bool,
     pub(super) pace: Pace,
+    pub(super) waiting: Waiting,
     pub(super) parked: Expected,
     pub(super) fetching: JoinSet<Result<Fetched>>,
     /// Something that is wanted may be lacking: to be found out.
@@ -124,6 +126,7 @@ pub(crate) async fn run(
         other_server: false,
         started: false,
         pace,
+        waiting: Waiting::default(),
         parked: Expected::default(),
         fetching: JoinSet::new(),
         lacks: false,
@@ -145,6 +148,7 @@ pub(crate) async fn run(
                 never = expiry.watch(&shared, node) => match never {},
             }
             outcome = member.leave().await;
+            member.waiting.answer(&outcome);
             // Nobody is told any more if it changes.
             member.notifier_gauge().set(0.0);
         }
@@ -215,6 +219,9 @@ impl Member {
                 () = sleep_until(self.pace.due()) => {
                     self.attempt(Work::Flush).await;
                 }
+                () = sleep_until(self.waiting.at().unwrap_or(renew_at)), if self.waiting.at().is_some() => {
+                    self.attempt_what_waits().await;
+                }
                 () = sleep_until(self.parked.at().unwrap_or(renew_at)),
                     if self.parked.at().is_some() && self.fetching.is_empty() =>
                 {
@@ -233,7 +240,7 @@ impl Member {
                     // Whether it was given back or appended to is not said.
                     acquire_at = acquire_at.min(balanced_at + AFTER_HINT);
                 },
-                Some(Ok(holding)) = self.draining.join_next() => self.give_all_back(holding).await,
+                Some(Ok(holding)) = self.draining.join_next() => self.give_all_back(holding),
                 command = commands.recv() => match command {
                     Some(Command::Renew) => renew_at = Instant::now(),
                     Some(Command::Rebalance) => {
@@ -251,10 +258,10 @@ impl Member {
     }
 
     /// Gives a partition back that is answered, and what else is.
-    async fn give_all_back(&mut self, first: Arc<Holding>) {
+    fn give_all_back(&mut self, first: Arc<Holding>) {
         let others = std::iter::from_fn(|| self.draining.try_join_next());
         let answered = others.filter_map(Result::ok).chain([first]).collect();
-        self.give_back(answered).await;
+        self.give_back(answered);
     }
 
     fn is_listening(&self) -> bool {
@@ -352,12 +359,8 @@ impl Member {
 
     async fn obey(&mut self, command: Command) {
         match command {
-            Command::Flush(reply) => {
-                let done = timeout(STATEMENT, self.flush_through()).await;
-                let late =
-                    || Err(Error::new(ErrorKind::Timeout, "commit cursors: no answer in time"));
-                let _ = reply.send(done.unwrap_or_else(|_| late()));
-            }
+            Command::Flush(reply) if self.holdings.is_empty() => _ = reply.send(Ok(())),
+            Command::Flush(reply) => self.waiting.flush(reply),
             Command::TailLost { .. } | Command::Anew { .. } => {
                 match command {
                     Command::Anew { partition, owner } => self.begin_anew(partition, owner).await,
@@ -390,8 +393,9 @@ impl Member {
             holding.end(ErrorKind::LeaseLost);
         }
         let done = timeout(STATEMENT, async {
-            let flushed = self.flush_through().await;
-            let released = self.release(&holdings).await;
+            let flushed = self.hand_all_over().await;
+            let left: Vec<_> = self.holdings.values().cloned().collect();
+            let released = self.release(&left).await;
             let _ = group::sweep_members(self.shared.connection(self.node).await?).await;
             let connection = self.shared.connection(self.node).await?;
             let left = group::leave(connection, self.shared.member).await;

@@ -13,6 +13,9 @@ use crate::support::reading::{append_texts, cursor, cursors, next, next_text, se
 use crate::support::stored::{number, topic};
 use crate::support::{TestCluster, client, eventually, shared_server, within};
 
+mod orders;
+mod waiting;
+
 const SECOND: Duration = Duration::from_secs(1);
 const SOON: Duration = Duration::from_secs(15);
 /// Within a day.
