@@ -4,6 +4,8 @@ use std::error::Error as StdError;
 use std::fmt;
 use std::sync::Arc;
 
+use tokio_postgres::error::DbError;
+
 use crate::id::PartitionId;
 
 /// What the caller of a failed operation should do about it.
@@ -76,13 +78,14 @@ impl Error {
         Self(Arc::new(Inner { kind, message: message.into(), source: None, lost_tail: None }))
     }
 
-    /// An error with a cause.
+    /// An error with a cause. Where the cause is a server's answer whose detail may quote a message, its
+    /// words without the detail are kept in place of it.
     pub fn with_source(
         kind: ErrorKind,
         message: impl Into<String>,
         source: impl Into<Box<dyn StdError + Send + Sync>>,
     ) -> Self {
-        let (message, source) = (message.into(), Some(source.into()));
+        let (message, source) = (message.into(), Some(without_contents(source.into())));
         Self(Arc::new(Inner { kind, message, source, lost_tail: None }))
     }
 
@@ -127,12 +130,12 @@ impl Error {
 }
 
 /// The texts of an error and all its causes, joined by `": "`. (`tokio_postgres` displays only "db
-/// error" and keeps the server's words in the source.)
+/// error" and keeps the server's words in the source.) No text quotes a message: see [`words`].
 pub(crate) fn chain(error: &(dyn StdError + 'static)) -> String {
-    let mut text = error.to_string();
+    let mut text = words(error);
     let mut source = error.source();
     while let Some(cause) = source {
-        let words = cause.to_string();
+        let words = words(cause);
         if !text.ends_with(&words) {
             text.push_str(": ");
             text.push_str(&words);
@@ -140,6 +143,38 @@ pub(crate) fn chain(error: &(dyn StdError + 'static)) -> String {
         source = cause.source();
     }
     text
+}
+
+/// An error's own text. The detail of a server's answer is left out where it may quote a row: "Failing row
+/// contains (..)" shows keys, headers and the beginnings of payloads to everybody who reads a log.
+fn words(error: &(dyn StdError + 'static)) -> String {
+    match error.downcast_ref::<DbError>() {
+        Some(answer) if may_quote_rows(answer) => {
+            let hint = answer.hint().map(|hint| format!("\nHINT: {hint}")).unwrap_or_default();
+            format!("{}: {}{hint}", answer.severity(), answer.message())
+        }
+        _ => error.to_string(),
+    }
+}
+
+/// Whether a server's answer has a detail that may quote a row. The classes of errors that are listed are
+/// about connections, rights, locks, resources and the names in statements.
+fn may_quote_rows(answer: &DbError) -> bool {
+    const ABOUT_NO_ROW: [&str; 11] =
+        ["08", "0A", "25", "28", "3D", "40", "42", "53", "55", "57", "58"];
+    let class = answer.code().code().get(..2).unwrap_or_default();
+    answer.detail().is_some() && !ABOUT_NO_ROW.contains(&class)
+}
+
+/// The same cause, or its words where one of its own causes may quote a row: whoever prints all causes of
+/// an error shows no message.
+fn without_contents(source: Box<dyn StdError + Send + Sync>) -> Box<dyn StdError + Send + Sync> {
+    let first: &(dyn StdError + 'static) = &*source;
+    let mut causes = std::iter::successors(Some(first), |cause| (*cause).source());
+    let quotes = |cause: &(dyn StdError + 'static)| {
+        cause.downcast_ref::<DbError>().is_some_and(may_quote_rows)
+    };
+    if causes.any(quotes) { chain(first).into() } else { source }
 }
 
 impl fmt::Display for Error {

@@ -16,7 +16,7 @@ use crate::id::NodeId;
 use crate::migrate::{self, Schema};
 use crate::store::connect::{self, refused};
 use crate::store::failed::Failed;
-use crate::store::param::{Param, typed, values};
+use crate::store::param::{Param, Unseen, typed, values};
 use crate::store::pool::{self, Check, Manager, Object, Pool};
 use crate::store::pooler::{PreparedStatements, Way};
 use crate::store::sql;
@@ -55,7 +55,9 @@ impl Connection {
         statement: &Statement,
         params: &[&(dyn ToSql + Sync)],
     ) -> Result<Vec<Row>, Failed> {
-        self.counted(self.object.client.query(statement, params).await)
+        let unseen: Vec<Unseen<'_>> = params.iter().map(|value| Unseen(*value)).collect();
+        let unseen: Vec<_> = unseen.iter().map(|value| value as &(dyn ToSql + Sync)).collect();
+        self.counted(self.object.client.query(statement, &unseen).await)
     }
 
     /// Parses and runs a statement that is not kept.

@@ -2,10 +2,11 @@
 //! can be kept prepared, types travel with each.
 
 use std::error::Error as StdError;
+use std::fmt;
 use std::time::SystemTime;
 
 use bytes::BytesMut;
-use tokio_postgres::types::{IsNull, ToSql, Type, to_sql_checked};
+use tokio_postgres::types::{Format, IsNull, ToSql, Type, to_sql_checked};
 use uuid::Uuid;
 
 /// A parameter of a statement.
@@ -92,6 +93,36 @@ impl<T: ToSql + Sync> Param for Typed<T> {
     }
 }
 
+/// A value that no log shows: the driver prints the parameters of each statement at the level debug.
+pub(crate) struct Unseen<'a>(pub(crate) &'a (dyn ToSql + Sync));
+
+impl fmt::Debug for Unseen<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("..")
+    }
+}
+
+impl ToSql for Unseen<'_> {
+    fn to_sql(
+        &self,
+        ty: &Type,
+        out: &mut BytesMut,
+    ) -> Result<IsNull, Box<dyn StdError + Sync + Send>> {
+        self.0.to_sql_checked(ty, out)
+    }
+
+    /// The value itself is asked when it is written.
+    fn accepts(_: &Type) -> bool {
+        true
+    }
+
+    fn encode_format(&self, ty: &Type) -> Format {
+        self.0.encode_format(ty)
+    }
+
+    to_sql_checked!();
+}
+
 /// The values alone.
 pub(crate) fn values<'a>(params: &[&'a dyn Param]) -> Vec<&'a (dyn ToSql + Sync)> {
     params.iter().map(|param| *param as &(dyn ToSql + Sync)).collect()
@@ -100,4 +131,23 @@ pub(crate) fn values<'a>(params: &[&'a dyn Param]) -> Vec<&'a (dyn ToSql + Sync)
 /// The values with their types.
 pub(crate) fn typed<'a>(params: &[&'a dyn Param]) -> Vec<(&'a (dyn ToSql + Sync), Type)> {
     params.iter().map(|param| (*param as &(dyn ToSql + Sync), param.of_type())).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_value_that_no_log_shows_is_sent_as_it_is() {
+        let (number, text) = (7i64, "a secret");
+        for (value, ty) in [(&number as &(dyn ToSql + Sync), Type::INT8), (&text, Type::TEXT)] {
+            let (mut plain, mut unseen) = (BytesMut::new(), BytesMut::new());
+            value.to_sql_checked(&ty, &mut plain).unwrap();
+            Unseen(value).to_sql_checked(&ty, &mut unseen).unwrap();
+            assert_eq!(plain, unseen);
+            assert_eq!(format!("{:?}", Unseen(value)), "..");
+        }
+        let refused = Unseen(&text).to_sql_checked(&Type::INT8, &mut BytesMut::new());
+        assert!(refused.is_err());
+    }
 }

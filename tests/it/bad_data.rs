@@ -1,7 +1,13 @@
 //! One message that the server refuses, among many that it takes.
 
+use std::sync::{Arc, Mutex};
+
 use shardmq::{ErrorKind, Message, MessageId, PartitionId};
 use tokio_postgres::Client;
+use tracing_subscriber::Layer;
+use tracing_subscriber::filter::LevelFilter;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
 
 use crate::support::TestCluster;
 use crate::support::stored::{assert_dense, stored, table, topic};
@@ -109,4 +115,52 @@ async fn a_batch_of_bad_messages_only_fails_as_a_whole() {
     let outcomes = producer.send_all((0..20).map(|n| Message::new(format!("bad{n}"))));
     assert!(outcomes.await.iter().all(Result::is_err));
     assert!(stored(&sql, partition).await.is_empty());
+}
+
+/// All that is logged on a thread, at every level, as text.
+#[derive(Clone, Default)]
+struct Everything(Arc<Mutex<Vec<u8>>>);
+
+impl std::io::Write for Everything {
+    fn write(&mut self, text: &[u8]) -> std::io::Result<usize> {
+        self.0.lock().unwrap().extend_from_slice(text);
+        Ok(text.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+/// "Failing row contains (..)" would show keys, headers and payloads to everybody who reads a log.
+#[tokio::test]
+async fn a_refusal_shows_no_message_in_errors_or_logs() {
+    let test = TestCluster::new(1).await;
+    let sql = test.sql(0).await;
+    let partition = topic(&test, "orders", 1).await[0];
+    refuse_bad(&sql, partition).await;
+    let producer = test.cluster.producer("orders").build().await.unwrap();
+    let log = Everything::default();
+    let writer = log.clone();
+    let everything = tracing_subscriber::fmt::layer()
+        .with_ansi(false)
+        .with_writer(move || writer.clone())
+        .with_filter(LevelFilter::TRACE);
+    // This test has one thread, so that no other's words are among them.
+    let here = tracing_subscriber::registry().with(everything).set_default();
+    let message = || Message::new("bad secret").key("secret").header("h", "secret");
+    let plain = producer.send(message()).await.unwrap_err();
+    let once = producer.send(message().dedup_key("secret")).await.unwrap_err();
+    drop(here);
+    for error in [plain, once] {
+        let mut texts = vec![format!("{error:?}"), error.chain()];
+        let first: &dyn std::error::Error = &error;
+        for cause in std::iter::successors(Some(first), |cause| cause.source()) {
+            texts.extend([cause.to_string(), format!("{cause:?}")]);
+        }
+        assert!(texts[0].contains("no_bad"), "{texts:?}");
+        assert!(!texts.concat().contains("secret"), "{texts:?}");
+    }
+    let log = String::from_utf8(log.0.lock().unwrap().clone()).unwrap();
+    assert!(log.contains("no_bad") && !log.contains("secret"), "{log}");
 }
