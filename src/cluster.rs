@@ -182,10 +182,10 @@ impl ClusterBuilder {
     }
 
     /// How often the control database is asked whether the topology has changed, where no notification
-    /// says so: for tests.
+    /// says so: for tests. 10 ms at least.
     #[doc(hidden)]
     pub fn look_interval(mut self, interval: Duration) -> Self {
-        self.look_interval = interval;
+        self.look_interval = interval.max(Duration::from_millis(10));
         self
     }
 

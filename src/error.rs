@@ -69,6 +69,11 @@ struct Inner {
     lost_tail: Option<PartitionId>,
 }
 
+/// All connections of a pool, so many, are in use by this process.
+#[derive(Debug, thiserror::Error)]
+#[error("all {0} connections of this process are in use")]
+pub(crate) struct InUse(pub(crate) usize);
+
 /// A [`Result`](std::result::Result) whose error is [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -121,6 +126,12 @@ impl Error {
             self.0.kind,
             ErrorKind::Unavailable | ErrorKind::Timeout | ErrorKind::Unknown | ErrorKind::Full
         )
+    }
+
+    /// Whether there was no free connection: all are in use by this process itself, which says nothing about
+    /// the server.
+    pub(crate) fn is_own_pool(&self) -> bool {
+        self.0.source.as_ref().is_some_and(|source| source.is::<InUse>())
     }
 
     /// The message and those of all its causes, joined by `": "`.

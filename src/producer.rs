@@ -13,6 +13,7 @@ use crate::name::TopicName;
 
 mod balancer;
 pub(crate) mod batch;
+mod desertion;
 mod failover;
 mod health;
 mod lane;
@@ -25,10 +26,16 @@ mod writer;
 use balancer::Own;
 pub use balancer::{Balancer, Outgoing};
 pub use batch::Receipt;
+use desertion::spawn;
 pub use health::NodeState;
 pub use outbox::MAX_DELAYED;
 pub(crate) use shared::Shared;
 pub use status::{NodeStatus, ProducerEvent, ProducerEvents, ProducerStatus};
+
+/// The shortest that timeouts may be.
+const LEAST: Duration = Duration::from_millis(10);
+/// The longest that one attempt may take, beside the time for its bytes.
+const LONGEST_APPEND: Duration = Duration::from_hours(1);
 
 /// What a full buffer does to whoever sends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -124,15 +131,19 @@ impl ProducerBuilder {
         self
     }
 
-    /// How long a message is tried before it fails: 30 s by default.
+    /// How long a message is tried before it fails: 30 s by default, 10 ms at least, [`Duration::MAX`] for
+    /// as long as it takes. It waits for as long at most before, where the buffer is full. The last attempt
+    /// may end an [append timeout](Self::append_timeout) later, and the question what became of it another one.
     pub fn send_timeout(mut self, timeout: Duration) -> Self {
-        self.options.send_timeout = timeout;
+        self.options.send_timeout = timeout.max(LEAST);
         self
     }
 
-    /// How long one attempt may take before its connection is given up: 2 s by default.
+    /// How long one attempt may take before its connection is given up: 2 s by default, 10 ms to 1 h. To
+    /// wait for a free connection, and to make one, may take as long each; a second more is allowed for
+    /// each MiB that is sent.
     pub fn append_timeout(mut self, timeout: Duration) -> Self {
-        self.options.append_timeout = timeout.max(Duration::from_millis(10));
+        self.options.append_timeout = timeout.clamp(LEAST, LONGEST_APPEND);
         self
     }
 
@@ -149,11 +160,12 @@ impl ProducerBuilder {
         self
     }
 
-    /// How long after its failure a node is probed, and how long at most between two probes, which come
-    /// less and less often: 1 s and 60 s by default, 10 ms at least. A message that waits for the node
-    /// is tried each second besides.
+    /// How long after its failure a node is probed at the latest, and how long at most between two probes,
+    /// which come less and less often: 1 s and 60 s by default, 10 ms at least. Each comes at a random time
+    /// within that, so that not all processes probe at once. A message that waits for the node is tried
+    /// each second besides.
     pub fn probe_interval(mut self, first: Duration, longest: Duration) -> Self {
-        let first = first.max(Duration::from_millis(10));
+        let first = first.max(LEAST);
         self.options.probe_interval = (first, longest.max(first));
         self
     }
@@ -178,11 +190,10 @@ impl ProducerBuilder {
         }
         let shared = Arc::new(Shared::new(self.cluster, topology, self.options));
         shared.cluster.keep_up();
-        let tasks = &shared.cluster.inner.tasks;
         for writer in shared.writers.values() {
-            tasks.spawn(writer::run(Arc::clone(&shared), Arc::clone(writer)));
+            spawn(&shared, writer::run(Arc::clone(&shared), Arc::clone(writer)));
         }
-        tasks.spawn(failover::watch(Arc::clone(&shared)));
+        spawn(&shared, failover::watch(Arc::clone(&shared)));
         Ok(Producer { handle: Arc::new(Handle { shared }) })
     }
 }
@@ -220,7 +231,8 @@ impl Producer {
     /// [`ErrorKind::Invalid`] where the message is outside of a limit, [`ErrorKind::Full`] where the
     /// partition of its key is full until midnight UTC or the buffer is and was asked not to wait,
     /// [`ErrorKind::Timeout`] where it was certainly not stored in time, [`ErrorKind::Unknown`] where it
-    /// may have been.
+    /// may have been, [`ErrorKind::Closed`] where the producer or its cluster was shut down, or the runtime in
+    /// which they were made has ended.
     pub async fn send(&self, message: Message) -> Result<MessageId> {
         let receipt = {
             let shared = &self.handle.shared;
@@ -264,8 +276,14 @@ impl Producer {
 
     /// Waits until everything that was sent before is on disk or has failed; the first failure is
     /// returned. Cancel safe.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Closed`] where the runtime in which the producer was made has ended.
     pub async fn flush(&self) -> Result<()> {
         let shared = &self.handle.shared;
+        if shared.deserted.load(Ordering::Acquire) {
+            return Err(shared.why_closed());
+        }
         let completions: Vec<_> = {
             let _moving = shared.moving();
             // Twice, since a batch may go to another partition meanwhile, to one that was looked at

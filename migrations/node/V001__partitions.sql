@@ -48,7 +48,10 @@ create table shardmq.refused (
     partition int not null,
     producer uuid not null,
     sequence bigint not null,
+    named int not null,
     primary key (partition, producer, sequence)
 );
+comment on column shardmq.refused.named is
+    'The latest day that an attempt may have named: needed until the partition has left that day';
 comment on table shardmq.refused is
     'Batches whose producer was told that they are not there: a late original is turned away';

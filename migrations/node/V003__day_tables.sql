@@ -135,8 +135,9 @@ begin
             on conflict do nothing;
         end if;
     end if;
-    -- A late original names the day that is closed now, and is turned away by that.
-    delete from shardmq.refused r where r.partition = p_partition;
+    -- A late original that names a day before today is turned away by that. One of a client whose date
+    -- was ahead of this partition may name today, or a later day.
+    delete from shardmq.refused r where r.partition = p_partition and r.named < today;
     update shardmq.partition x set day = today where x.partition = p_partition;
     outcome := 'rolled';
     day := today;

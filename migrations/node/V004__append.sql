@@ -108,8 +108,10 @@ begin
 end $$;
 
 -- Asks for a batch under the lock. Where it is not there (null), a row in "refused" is left, so that
--- a late original is turned away: the answer is final.
-create function shardmq.fence_batch(p_partition int, p_producer uuid, p_sequence bigint, p_first_day int)
+-- a late original is turned away: the answer is final. The row stays until the partition has left the
+-- latest day that an attempt has named.
+create function shardmq.fence_batch(
+    p_partition int, p_producer uuid, p_sequence bigint, p_first_day int, p_latest_day int)
     returns bigint
     language plpgsql volatile security definer
     set search_path = pg_catalog, pg_temp
@@ -120,7 +122,10 @@ begin
     perform shardmq.lock_partition(p_partition);
     found_id := shardmq.find_batch(p_partition, p_producer, p_sequence, p_first_day);
     if found_id is null then
-        insert into shardmq.refused values (p_partition, p_producer, p_sequence) on conflict do nothing;
+        insert into shardmq.refused as r (partition, producer, sequence, named)
+        values (p_partition, p_producer, p_sequence, p_latest_day)
+        on conflict (partition, producer, sequence) do update
+           set named = greatest(r.named, excluded.named);
     else
         perform pg_logical_emit_message(true, 'shardmq', '');
     end if;

@@ -84,6 +84,7 @@ impl Bare {
             generation: self.generation,
             day: self.day,
             first_day: self.day,
+            latest_day: self.day,
             producer: self.producer,
             sequence: self.sequence,
             arrays,

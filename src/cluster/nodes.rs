@@ -16,7 +16,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::id::NodeId;
 use crate::store::connect::refused;
 use crate::store::control;
-use crate::store::node::{Node, PoolOptions};
+use crate::store::node::{Connection, Node, PoolOptions};
 
 /// How long the control database may take to answer.
 pub(super) const ANSWER: Duration = Duration::from_secs(5);
@@ -93,6 +93,11 @@ impl Nodes {
         self.find(id).await.map(|(_, node)| node)
     }
 
+    /// A connection to a node, within a time for a free one and as much for the making of one.
+    pub(crate) async fn connect(&self, id: NodeId, limit: Duration) -> Result<Connection> {
+        self.node(id).await?.get_within(limit).await
+    }
+
     /// A node's address.
     #[cfg(feature = "bench")]
     pub(crate) async fn url(&self, id: NodeId) -> Result<String> {
@@ -166,7 +171,7 @@ impl Nodes {
         for (id, url) in nodes {
             let node = match known.get(&id) {
                 Some((before, node)) if *before == url => Arc::clone(node),
-                _ => Arc::new(Node::new(&url, self.cluster, id, self.pools)?),
+                _ => Arc::new(self.open(id, &url)),
             };
             next.insert(id, (url, node));
         }
@@ -180,6 +185,17 @@ impl Nodes {
         drop(known);
         self.changed.notify_waiters();
         Ok(())
+    }
+
+    /// A node that can't be used keeps nobody from the others.
+    fn open(&self, id: NodeId, url: &str) -> Node {
+        Node::new(url, self.cluster, id, self.pools).unwrap_or_else(|error| {
+            tracing::error!(
+                node = %id, alert = "topology", error = %error.chain(),
+                "this build of the library can't use a node's address"
+            );
+            Node::unusable(id, error)
+        })
     }
 
     /// The version of the topology that is known.

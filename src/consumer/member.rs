@@ -188,7 +188,11 @@ impl Member {
 
     async fn probe(&mut self) {
         let connected = timeout(STATEMENT, self.shared.connection(self.node)).await;
-        self.shared.reach.note(self.node, matches!(connected, Ok(Ok(_))));
+        match connected {
+            // This process' own work has the connections, which says nothing about the node.
+            Ok(Err(error)) if error.is_own_pool() => {}
+            connected => self.shared.reach.note(self.node, matches!(connected, Ok(Ok(_)))),
+        }
     }
 
     /// What it should have here.
@@ -335,6 +339,11 @@ impl Member {
             }
             // A partition's trouble, and not the node's; the stream says so.
             Err(error) if matches!(error.kind(), ErrorKind::LeaseLost | ErrorKind::Reset) => {}
+            // This process' own work has the connections, which says nothing about the node.
+            Err(error) if error.is_own_pool() => {
+                let (node, group) = (self.node, &self.shared.group);
+                tracing::debug!(%node, %group, error = %error.chain(), "no free connection");
+            }
             Err(error) => {
                 self.shared.reach.note(self.node, false);
                 if self.trouble.meet(Instant::now()) {

@@ -11,7 +11,8 @@ use tokio::sync::Notify;
 use tokio::time::Instant;
 use uuid::Uuid;
 
-use crate::error::Result;
+use crate::deadline::after;
+use crate::error::{Error, Result};
 use crate::id::{Day, MessageId, Uid};
 use crate::message::{DUPLICATE_HEADER, Message, UID_HEADER};
 use crate::store::append::Arrays;
@@ -66,8 +67,9 @@ pub(crate) struct Batch {
     pub(crate) deadline: Instant,
     /// Drawn when it is sent for the first time to its partition.
     pub(crate) sequence: Option<i64>,
-    /// The earliest day that an attempt has named: where a repeat looks from.
-    pub(crate) first_day: Option<Day>,
+    /// The earliest and the latest day that an attempt has named: where a repeat looks from, and until
+    /// when a fence is needed.
+    pub(crate) named: Option<(Day, Day)>,
     /// Whether an attempt had no answer: it may have been stored, or may be yet.
     pub(crate) unknown: bool,
 }
@@ -79,9 +81,9 @@ impl Batch {
             arrays: Arrays::default(),
             tickets: Tickets::default(),
             cost: 0,
-            deadline: Instant::now() + timeout,
+            deadline: after(Instant::now(), timeout),
             sequence: None,
-            first_day: None,
+            named: None,
             unknown: false,
         }
     }
@@ -96,7 +98,8 @@ impl Batch {
 
     /// Notes that an attempt names this day.
     pub(crate) fn attempted_on(&mut self, day: Day) {
-        self.first_day = Some(self.first_day.map_or(day, |first| first.min(day)));
+        let (first, latest) = self.named.unwrap_or((day, day));
+        self.named = Some((first.min(day), latest.max(day)));
     }
 
     pub(crate) fn len(&self) -> u32 {
@@ -173,7 +176,7 @@ impl Batch {
             cost: self.cost * places.len() / (self.len() as usize).max(1),
             deadline: self.deadline,
             sequence: None,
-            first_day: None,
+            named: None,
             // Other batches were fenced. What has dedup keys is known by them.
             unknown: self.unknown && self.kind == Kind::Once,
         };
@@ -194,7 +197,7 @@ impl Batch {
 
     /// The same messages, to be sent elsewhere: no attempt has stored them.
     pub(crate) fn fresh(mut self) -> Self {
-        (self.sequence, self.first_day, self.unknown) = (None, None, false);
+        (self.sequence, self.named, self.unknown) = (None, None, false);
         self
     }
 
@@ -313,11 +316,23 @@ struct State {
     /// other.
     outcomes: Vec<(Range<u32>, Result<MessageId>)>,
     wakers: Vec<Option<Waker>>,
+    /// Why those that are not answered never will be.
+    given_up: Option<Error>,
 }
 
 impl Completion {
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Nobody is left to answer what is not answered yet: this is the answer.
+    pub(crate) fn give_up(&self, error: &Error) {
+        let mut state = self.lock();
+        state.given_up.get_or_insert_with(|| error.clone());
+        let woken = std::mem::take(&mut state.wakers);
+        drop(state);
+        woken.into_iter().flatten().for_each(Waker::wake);
+        self.changed.notify_waiters();
     }
 
     /// Waits until all messages are answered; the first failure. Cancel safe.
@@ -329,6 +344,9 @@ impl Completion {
                 if state.answered >= state.drawn as usize {
                     let failure = state.outcomes.iter().find_map(|(_, r)| r.as_ref().err());
                     return failure.map_or(Ok(()), |error| Err(error.clone()));
+                }
+                if let Some(error) = &state.given_up {
+                    return Err(error.clone());
                 }
             }
             changed.await;
@@ -343,7 +361,10 @@ impl State {
     }
 
     fn outcome(&self, index: u32) -> Option<Result<MessageId>> {
-        let (run, result) = self.outcomes.iter().find(|(run, _)| run.contains(&index))?;
+        let answered = self.outcomes.iter().find(|(run, _)| run.contains(&index));
+        let Some((run, result)) = answered else {
+            return self.given_up.clone().map(Err);
+        };
         Some(result.clone().map(|first| first.offset((index - run.start) as usize)))
     }
 

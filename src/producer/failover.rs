@@ -12,9 +12,10 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::time::{MissedTickBehavior, interval, timeout};
+use tokio::time::{MissedTickBehavior, interval};
 use tracing::Instrument;
 
+use crate::deadline::in_time;
 use crate::error::{Error, ErrorKind};
 use crate::producer::KeyFailover;
 use crate::producer::batch::{Batch, Kind};
@@ -58,16 +59,17 @@ pub(super) async fn watch(shared: Arc<Shared>) {
 
 /// Asks a node that is down to write something to its log.
 async fn probe(shared: &Shared, writer: &Writer) {
-    let asked = async {
-        let connection = shared.cluster.inner.nodes.node(writer.node).await?.get().await?;
-        append::probe(connection, writer.node).await
+    let limit = shared.options.append_timeout;
+    let answer = match shared.cluster.inner.nodes.connect(writer.node, limit).await {
+        Ok(connection) => {
+            let what = format!("probe node {}", writer.node);
+            in_time(limit, &what, append::probe(connection, writer.node)).await
+        }
+        Err(error) => Err(error),
     };
-    let answer = timeout(shared.options.append_timeout, asked).await.unwrap_or_else(|_| {
-        let why = format!("probe node {}: no answer in time", writer.node);
-        Err(Error::new(ErrorKind::Unavailable, why))
-    });
     match answer {
         Ok(()) => shared.is_back(writer, writer.health.answered()),
+        Err(error) if error.is_own_pool() => writer.health.unasked(),
         Err(error) => {
             writer.health.unanswered(&error);
             tracing::debug!(error = %error.chain(), "the node is still away");
@@ -169,12 +171,13 @@ impl Shared {
 
 /// Errors that say something about a node, rather than about one partition or batch.
 pub(super) fn is_of_node(error: &Error) -> bool {
-    matches!(
+    let kinds = matches!(
         error.kind(),
         ErrorKind::Unavailable
             | ErrorKind::Unknown
             | ErrorKind::Timeout
             | ErrorKind::Conflict
             | ErrorKind::Incompatible
-    )
+    );
+    kinds && !error.is_own_pool()
 }

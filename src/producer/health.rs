@@ -5,7 +5,7 @@
 //!   up <────────────────────> slow ─────────────────────────────┐
 //!   │ ^                                                          v
 //!   │ └── an append worked ── tried <── a probe was answered ── down ─┐
-//!   │                           └────── refused again ───────────^    │ probed after 1 s, 2 s, 4 s ..
+//!   │                           └────── refused again ───────────^    │ probed within 1 s, 2 s, 4 s ..
 //!   └──────────── refused, unreachable or silent ────────────────┘ <──┘
 //! ```
 //!
@@ -20,6 +20,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
+use crate::deadline::{after, spread};
 use crate::error::Error;
 
 /// An attempt that takes longer shows that its node is slow.
@@ -58,6 +59,17 @@ struct Detail {
     probe_at: Option<Instant>,
     /// When each attempt that is under way began.
     attempts: Vec<Instant>,
+}
+
+impl Detail {
+    fn lengthen(&mut self) {
+        self.interval = self.interval.saturating_mul(2).min(self.bounds.1);
+    }
+
+    /// At any time within the interval: others have seen the same failure in the same instant.
+    fn schedule_probe(&mut self) {
+        self.probe_at = Some(after(Instant::now(), spread(self.interval)));
+    }
 }
 
 /// An attempt that is under way, until it is dropped.
@@ -108,9 +120,9 @@ impl Health {
         detail.why = Some(why.clone());
         if news {
             if self.on_trial.swap(false, Ordering::AcqRel) {
-                detail.interval = (detail.interval * 2).min(detail.bounds.1);
+                detail.lengthen();
             }
-            detail.probe_at = Some(Instant::now() + detail.interval);
+            detail.schedule_probe();
             self.enter(&mut detail, NodeState::Down);
         }
         news
@@ -140,6 +152,14 @@ impl Health {
         is_down && detail.probe_at.take_if(|at| Instant::now() >= *at).is_some()
     }
 
+    /// A probe had no connection to go by: the next one comes as soon.
+    pub(crate) fn unasked(&self) {
+        let mut detail = self.lock();
+        if self.state() == NodeState::Down {
+            detail.schedule_probe();
+        }
+    }
+
     /// A probe was not answered, or with an error: the next one comes later.
     pub(crate) fn unanswered(&self, why: &Error) {
         let mut detail = self.lock();
@@ -148,8 +168,8 @@ impl Health {
             return;
         }
         detail.why = Some(why.clone());
-        detail.interval = (detail.interval * 2).min(detail.bounds.1);
-        detail.probe_at = Some(Instant::now() + detail.interval);
+        detail.lengthen();
+        detail.schedule_probe();
     }
 
     /// A probe was answered: it takes messages again, on trial. How long it was down.
@@ -225,22 +245,56 @@ mod tests {
         let health = Health::new((SECOND, 5 * SECOND));
         assert!(health.failed(&trouble()) && !health.failed(&trouble()));
         for secs in [1, 2, 4, 5, 5] {
-            assert_eq!(until_probe(&health).await, secs * SECOND);
+            assert!(until_probe(&health).await <= secs * SECOND);
+            assert_eq!(health.lock().interval, secs * SECOND);
             health.unanswered(&trouble());
         }
         // It answers, but can't write.
         assert!(health.answered().is_some());
         assert_eq!(health.state(), NodeState::Up);
         assert!(health.failed(&trouble()));
-        assert_eq!(until_probe(&health).await, 5 * SECOND);
+        assert_eq!(health.lock().interval, 5 * SECOND);
+        until_probe(&health).await;
         health.unanswered(&trouble());
-        assert_eq!(until_probe(&health).await, 5 * SECOND);
+        assert_eq!(health.lock().interval, 5 * SECOND);
+        until_probe(&health).await;
         health.answered();
         assert_eq!(health.worked(), None);
         health.failed(&trouble());
-        assert_eq!(until_probe(&health).await, SECOND);
+        assert_eq!(health.lock().interval, SECOND);
+        assert!(until_probe(&health).await <= SECOND);
         assert!(health.worked().is_some());
         assert_eq!((health.state(), health.detail().1.is_none()), (NodeState::Up, true));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_saw_the_same_failure_does_not_probe_in_the_same_instant() {
+        let all: Vec<_> = (0..100).map(|_| Health::new((SECOND, SECOND))).collect();
+        let now = Instant::now();
+        all.iter().for_each(|health| assert!(health.failed(&trouble())));
+        let due = |from: u32, to: u32| {
+            let within = now + SECOND / 4 * from..=now + SECOND / 4 * to;
+            all.iter()
+                .filter(|it| it.lock().probe_at.is_some_and(|at| within.contains(&at)))
+                .count()
+        };
+        assert_eq!(due(0, 4), 100);
+        assert!((0..4).all(|quarter| due(quarter, quarter + 1) >= 5));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_probe_that_had_no_connection_makes_none_later() {
+        let health = Health::new((SECOND, 60 * SECOND));
+        health.failed(&trouble());
+        for _ in 0..5 {
+            until_probe(&health).await;
+            health.unasked();
+        }
+        assert_eq!(health.lock().interval, SECOND);
+        // However long the time between two probes is.
+        let health = Health::new((Duration::MAX, Duration::MAX));
+        health.failed(&trouble());
+        health.unanswered(&trouble());
     }
 
     #[tokio::test(start_paused = true)]

@@ -13,7 +13,8 @@ use std::time::Duration;
 use tokio::time::Instant;
 use uuid::Uuid;
 
-use crate::id::{Day, PartitionId};
+use crate::deadline::after;
+use crate::id::{Day, MessageId, PartitionId};
 use crate::message::Message;
 use crate::producer::batch::{Batch, Completion, Kind, Receipt};
 use crate::producer::writer::Writer;
@@ -41,6 +42,8 @@ struct State {
     next_sequence: i64,
     /// The partition's day, once known.
     day: Option<Day>,
+    /// The last id that was acknowledged.
+    acknowledged: Option<MessageId>,
     closed: Option<Closed>,
 }
 
@@ -80,7 +83,7 @@ impl Lane {
         let size = message.size();
         let mut state = self.lock();
         // One that has waited for long is left as it is: each message is tried for most of its time.
-        let latest = Instant::now() + timeout * 3 / 4;
+        let latest = after(Instant::now(), timeout / 4 * 3);
         let (kind, has_key) = (Kind::of(message), message.key.is_some());
         let joins = |b: &Batch| {
             let waits = b.sequence.is_none() && b.deadline >= latest;
@@ -156,6 +159,20 @@ impl Lane {
         let mut state = self.lock();
         state.in_flight = None;
         state.schedule()
+    }
+
+    /// What is under way.
+    pub(crate) fn in_flight(&self) -> Option<Arc<Completion>> {
+        self.lock().in_flight.clone()
+    }
+
+    /// Notes the first id of a batch that was stored. Returns the last id that was acknowledged before,
+    /// where the new one is not beyond it: the server has lost what was acknowledged, and gives these ids
+    /// again.
+    pub(crate) fn acknowledge(&self, first: MessageId, count: u32) -> Option<MessageId> {
+        let last = first.offset(count.saturating_sub(1) as usize);
+        let before = self.lock().acknowledged.replace(last);
+        before.filter(|before| first <= *before)
     }
 
     /// A sequence for a part of the batch under way.
@@ -244,6 +261,19 @@ mod tests {
             let found: Vec<u32> = lane.abandon().iter().map(Batch::len).collect();
             assert_eq!(found, sizes);
         }
+    }
+
+    #[test]
+    fn an_id_that_is_not_beyond_the_last_shows_that_others_are_gone() {
+        let lane = lane(Duration::from_secs(30));
+        let id = |n: usize| MessageId::try_from(1_010_126_120_100_000_001_i64).unwrap().offset(n);
+        assert_eq!(lane.acknowledge(id(0), 10), None);
+        assert_eq!(lane.acknowledge(id(10), 1), None);
+        // Others may have appended in between.
+        assert_eq!(lane.acknowledge(id(50), 5), None);
+        assert_eq!(lane.acknowledge(id(7), 2), Some(id(54)));
+        // It is said once.
+        assert_eq!(lane.acknowledge(id(9), 1), None);
     }
 
     #[tokio::test(start_paused = true)]

@@ -11,7 +11,7 @@ use tokio_postgres::GenericClient;
 use uuid::Uuid;
 
 use crate::cluster::Cluster;
-use crate::deadline::{in_time, on_a_slow_line};
+use crate::deadline::{after, in_time, spread, with_bytes};
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::{Day, NodeId, ScheduledId};
 use crate::message::Message;
@@ -168,7 +168,7 @@ impl Producer {
         let mut results: Vec<Result<ScheduledId>> = Vec::new();
         let mut groups: BTreeMap<Option<NodeId>, (Vec<usize>, Vec<Message>)> = BTreeMap::new();
         for (index, message) in messages.into_iter().enumerate() {
-            results.push(Err(Error::closed("the producer")));
+            results.push(Err(shared.why_closed()));
             if let Err(error) = check(&message, shared) {
                 results[index] = Err(error);
                 continue;
@@ -237,7 +237,8 @@ fn check(message: &Message, shared: &Shared) -> Result<()> {
 }
 
 fn check_open(shared: &Shared) -> Result<()> {
-    if shared.closed.load(Ordering::Acquire) { Err(Error::closed("the producer")) } else { Ok(()) }
+    let is_closed = shared.closed.load(Ordering::Acquire) || shared.budget.is_closed();
+    if is_closed { Err(shared.why_closed()) } else { Ok(()) }
 }
 
 fn check_all(shared: &Shared, messages: &[Message]) -> Result<()> {
@@ -268,7 +269,7 @@ async fn deliver_together(
     due: Due,
     messages: &[Message],
 ) -> Result<(NodeId, Vec<i64>)> {
-    let deadline = Instant::now() + shared.options.send_timeout;
+    let deadline = after(Instant::now(), shared.options.send_timeout);
     let mut later = Later {
         shared,
         token: Uuid::now_v7(),
@@ -305,7 +306,7 @@ async fn deliver_together(
             let cause = last.map_or_else(|| "no answer".to_owned(), |error| error.chain());
             return Err(Error::with_source(kind, why, cause));
         }
-        sleep(backoff).await;
+        sleep(spread(backoff)).await;
         backoff = (backoff * 2).min(BACKOFF.1);
     }
 }
@@ -325,11 +326,10 @@ impl Later<'_> {
         let shared = self.shared;
         let (limit, topic) = (shared.options.append_timeout, &shared.topology.topic);
         let what = format!("store messages for later on node {node}");
-        let connection = async { shared.cluster.inner.nodes.node(node).await?.get().await };
-        let connection = in_time(limit, &what, connection).await?;
+        let connection = shared.cluster.inner.nodes.connect(node, limit).await?;
         let stored = outbox::deliver(connection, self.token, topic, self.due, &self.arrays);
         // What is large takes its time on a slow line.
-        let limit = limit + on_a_slow_line(self.arrays.bytes);
+        let limit = with_bytes(limit, self.arrays.bytes);
         match timeout(limit, stored).await {
             Ok(Ok(ids)) => Ok(ids),
             Ok(Err(error)) if is_definite(&error) => Err(explained(error, &what)),

@@ -20,7 +20,7 @@ use std::time::Duration;
 use tokio::sync::SemaphorePermit;
 use tokio::time::Instant;
 
-use crate::deadline::in_time;
+use crate::deadline::{spread, with_bytes};
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::MessageId;
 use crate::producer::batch::{Batch, Kind};
@@ -29,12 +29,12 @@ use crate::producer::health::NodeState;
 use crate::producer::lane::{Closed, Lane};
 use crate::producer::shared::Shared;
 use crate::producer::status::ProducerEvent;
-use crate::producer::writer::roll;
+use crate::producer::writer::{find_days, roll};
 use crate::store::append::{self, Again, Append, Failure, Rolled};
 
-/// How long a node that is down is asked for a batch that may go elsewhere. With the append timeout, after
-/// which a node that hangs is down, that is 3 s: the batch is to be stored elsewhere within 4 s, also where
-/// its new node is busy.
+/// How long a node that is down is asked for a batch that may go elsewhere, beyond the time for its bytes.
+/// With the append timeout, after which a node that hangs is down, that is 3 s: the batch is to be stored
+/// elsewhere within 4 s, also where its new node is busy.
 const ASK: Duration = Duration::from_secs(1);
 const ASK_EVERY: Duration = Duration::from_millis(100);
 /// Between attempts.
@@ -49,7 +49,7 @@ pub(crate) async fn settle(shared: &Arc<Shared>, lane: &Arc<Lane>, batch: Batch)
         }
         match settle_part(shared, lane, &mut part).await {
             Settled::At(id) => {
-                shared.answer(&part, Ok(id));
+                shared.stored(lane, &part, id);
                 shared.cluster.inner.notifier.publish(&[lane.partition]);
             }
             Settled::Each(ids) => {
@@ -115,6 +115,9 @@ async fn settle_part(shared: &Shared, lane: &Lane, batch: &mut Batch) -> Settled
                 match step(shared, lane, answer, &what).await {
                     Ok(()) => continue,
                     Err(Step::Wait(error)) => error,
+                    Err(Step::End(settled)) if may_come_later(lane, batch, &settled) => {
+                        return end(shared, lane, batch, of_each(batch, settled)).await;
+                    }
                     Err(Step::End(settled)) => return of_each(batch, settled),
                 }
             }
@@ -154,12 +157,22 @@ fn of_each(batch: &Batch, settled: Settled) -> Settled {
     }
 }
 
+/// Whether an attempt that had no answer may be stored after a partition has said that it takes the batch
+/// no more: the attempt named a later day than the partition's, and what is full or overtaken today is
+/// neither on that day.
+fn may_come_later(lane: &Lane, batch: &Batch, settled: &Settled) -> bool {
+    let is_there = matches!(settled, Settled::At(_) | Settled::Each(_));
+    let is_later = batch.named.is_some_and(|(_, latest)| lane.day().is_none_or(|day| latest > day));
+    batch.unknown && is_later && !is_there
+}
+
 /// Waits before the next attempt: shorter where some node's state changes. Not at all where the batch
 /// has somewhere to go.
 async fn wait(shared: &Shared, lane: &Lane, batch: &Batch, backoff: Duration) {
     let changed = shared.changed.notified();
     if leaves_for(shared, lane, batch).is_none() {
-        let _ = tokio::time::timeout(backoff, changed).await;
+        // At any time within it: others have met the same trouble in the same instant.
+        let _ = tokio::time::timeout(spread(backoff), changed).await;
     }
 }
 
@@ -170,7 +183,9 @@ fn too_late(shared: &Shared, what: &str, last: Option<Error>) -> Error {
         .no_node_left()
         .map(|nodes| format!("no node is left: {nodes}"))
         .or_else(|| last.map(|error| error.chain()))
-        .unwrap_or_else(|| "no answer".to_owned());
+        .unwrap_or_else(|| {
+            "it had no turn: earlier messages, or other work, had the connections".to_owned()
+        });
     Error::with_source(ErrorKind::Timeout, why, cause)
 }
 
@@ -188,7 +203,7 @@ async fn leave(shared: &Shared, lane: &Lane, batch: &Batch) -> Option<Settled> {
         return Some(end(shared, lane, batch, away).await);
     }
     leaves_for(shared, lane, batch)?;
-    let (true, Some(day)) = (batch.unknown, batch.first_day) else {
+    let (true, Some((day, _))) = (batch.unknown, batch.named) else {
         return Some(Settled::Leaves { asked: true });
     };
     let asking = async {
@@ -201,7 +216,7 @@ async fn leave(shared: &Shared, lane: &Lane, batch: &Batch) -> Option<Settled> {
             tokio::time::sleep(ASK_EVERY).await;
         }
     };
-    let asked = tokio::time::timeout(ASK, asking).await;
+    let asked = tokio::time::timeout(with_bytes(ASK, batch.arrays.bytes), asking).await;
     Some(asked.unwrap_or(Settled::Leaves { asked: false }))
 }
 
@@ -218,7 +233,7 @@ fn is_permanent(error: &Error) -> bool {
 
 enum Trouble {
     Data(Error),
-    /// The partition's lock was another's.
+    /// The partition's lock was another's, or this process had no free connection.
     Busy(Error),
     Refused(Error),
     Unknown(Error),
@@ -227,9 +242,17 @@ enum Trouble {
 async fn again(shared: &Shared, lane: &Lane, batch: &mut Batch) -> Result<Again, Trouble> {
     let what = format!("append to partition {}", lane.partition);
     let limit = shared.options.append_timeout;
-    let connection =
-        async { shared.cluster.inner.nodes.node(lane.partition.node()).await?.get().await };
-    let connection = in_time(limit, &what, connection).await.map_err(Trouble::Refused)?;
+    let connection = shared.cluster.inner.nodes.connect(lane.partition.node(), limit).await;
+    let connection = connection.map_err(|error| {
+        if error.is_own_pool() { Trouble::Busy(error) } else { Trouble::Refused(error) }
+    })?;
+    let trouble = |failure: Failure| match failure {
+        Failure::Data(_) => Trouble::Data(failure.into_error(&what)),
+        Failure::Locked(..) => Trouble::Busy(failure.into_error(&what)),
+        Failure::Unknown(_) => Trouble::Unknown(failure.into_error(&what)),
+        _ => Trouble::Refused(failure.into_error(&what)),
+    };
+    let connection = find_days(connection, &[lane], limit).await.map_err(trouble)?;
     let day = match lane.day() {
         Some(day) => day,
         None => shared.today().map_err(Trouble::Refused)?,
@@ -241,12 +264,7 @@ async fn again(shared: &Shared, lane: &Lane, batch: &mut Batch) -> Result<Again,
     } else {
         append::append_again(connection, &lane.append(shared, batch, day), limit).await
     };
-    answer.map_err(|failure| match failure {
-        Failure::Data(_) => Trouble::Data(failure.into_error(&what)),
-        Failure::Locked(_) => Trouble::Busy(failure.into_error(&what)),
-        Failure::Unknown(_) => Trouble::Unknown(failure.into_error(&what)),
-        _ => Trouble::Refused(failure.into_error(&what)),
-    })
+    answer.map_err(trouble)
 }
 
 enum Step {
@@ -319,7 +337,7 @@ async fn end(shared: &Shared, lane: &Lane, batch: &Batch, verdict: Settled) -> S
     if batch.unknown && batch.kind == Kind::Once {
         return open(verdict, batch);
     }
-    let (true, Some(day)) = (batch.unknown, batch.first_day) else {
+    let (true, Some((day, _))) = (batch.unknown, batch.named) else {
         return verdict;
     };
     match fence(shared, &lane.append(shared, batch, day)).await {
@@ -351,9 +369,10 @@ fn open(verdict: Settled, batch: &Batch) -> Settled {
 }
 
 async fn fence(shared: &Shared, batch: &Append<'_>) -> Result<Option<MessageId>> {
-    let node = batch.partition.node();
-    let connection = shared.cluster.inner.nodes.node(node).await?.get().await?;
-    append::fence(connection, batch, shared.options.append_timeout)
+    let (node, limit) = (batch.partition.node(), shared.options.append_timeout);
+    let connection = shared.cluster.inner.nodes.connect(node, limit).await?;
+    // What an abandoned attempt has sent may be before it on the same line.
+    append::fence(connection, batch, with_bytes(limit, batch.arrays.bytes))
         .await
         .map_err(|failure| failure.into_error(&format!("ask partition {}", batch.partition)))
 }

@@ -5,7 +5,8 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
-use tokio::sync::{Notify, Semaphore};
+use tokio::sync::{Notify, Semaphore, SemaphorePermit};
+use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 use crate::cluster::Cluster;
@@ -47,6 +48,8 @@ pub(crate) struct Shared {
     pub(super) events: Teller<ProducerEvent>,
     /// No message is left and none will come: the tasks end.
     pub(crate) ended: CancellationToken,
+    /// A task was dropped before its end.
+    pub(super) deserted: AtomicBool,
 }
 
 impl Shared {
@@ -74,6 +77,7 @@ impl Shared {
             changed: Notify::new(),
             events: Teller::new(),
             ended: cluster.inner.shutdown.child_token(),
+            deserted: AtomicBool::new(false),
             cluster,
             topology,
             options,
@@ -109,9 +113,10 @@ impl Shared {
         batch::cost(message).min(self.options.buffer_bytes)
     }
 
+    /// Waits for no longer than a message is tried.
     async fn wait_for_room(&self, cost: u32) -> Result<()> {
-        if self.closed.load(Ordering::Acquire) {
-            return Err(Error::closed("the producer"));
+        if self.budget.is_closed() {
+            return Err(self.why_closed());
         }
         if self.options.when_full == WhenFull::Fail {
             let why =
@@ -119,9 +124,19 @@ impl Shared {
             return Err(Error::new(ErrorKind::Full, why));
         }
         let waiting = Waiting::new(self);
-        let permit = self.budget.acquire_many(cost).await;
+        let limit = self.options.send_timeout;
+        let permit = timeout(limit, self.budget.acquire_many(cost)).await;
         drop(waiting);
-        permit.map(tokio::sync::SemaphorePermit::forget).map_err(|_| Error::closed("the producer"))
+        match permit {
+            Ok(permit) => permit.map(SemaphorePermit::forget).map_err(|_| self.why_closed()),
+            Err(_) => {
+                let (bytes, seconds) = (self.options.buffer_bytes, limit.as_secs_f32());
+                let why = format!(
+                    "the producer's buffer of {bytes} bytes had no room within {seconds} s"
+                );
+                Err(Error::new(ErrorKind::Timeout, why))
+            }
+        }
     }
 
     /// Puts a message that has room into the batch of its lane. Refused where its balancer chose what
@@ -262,6 +277,29 @@ impl Shared {
         }
     }
 
+    /// Puts a batch back that certainly was not stored: it goes first in its lane's next attempt.
+    pub(super) fn put_back(&self, lane: &Arc<Lane>, batch: Batch) {
+        lane.put_back(batch);
+        lane.writer.schedule_first(lane);
+        // As for a message: after the push.
+        if self.ended.is_cancelled() {
+            self.abandon(lane);
+        }
+    }
+
+    /// A batch was stored, and its first message has this id.
+    pub(super) fn stored(&self, lane: &Lane, batch: &Batch, first: MessageId) {
+        if let Some(last) = lane.acknowledge(first, batch.len()) {
+            let partition = lane.partition;
+            tracing::error!(
+                %partition, topic = %self.topology.topic, alert = "lost_tail", %first, %last,
+                "the server has lost messages that this producer had stored, and gives their ids again"
+            );
+            self.tell(ProducerEvent::LostTail { partition, first, last });
+        }
+        self.answer(batch, Ok(first));
+    }
+
     /// A node's state is another now, or a lane's.
     pub(super) fn note_change(&self) {
         self.look_anew();
@@ -284,7 +322,7 @@ impl Shared {
     pub(crate) fn abandon(&self, lane: &Lane) -> u64 {
         let abandoned = lane.abandon();
         for batch in &abandoned {
-            self.answer(batch, Err(Error::closed("the producer or its cluster")));
+            self.answer(batch, Err(self.why_closed()));
         }
         abandoned.iter().map(|batch| u64::from(batch.len())).sum()
     }

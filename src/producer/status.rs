@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::Error;
 use crate::events::Events;
-use crate::id::NodeId;
+use crate::id::{MessageId, NodeId, PartitionId};
 use crate::producer::health::NodeState;
 use crate::producer::shared::Shared;
 
@@ -28,6 +28,18 @@ pub enum ProducerEvent {
         node: NodeId,
         /// How long it did not.
         after: Duration,
+    },
+    /// A server has lost messages whose ids this producer was given: it gives these ids to others now. So
+    /// does a standby that is promoted without the last commits. Told once for each partition and loss, when
+    /// the next message is stored there, and not where others have stored as many before.
+    LostTail {
+        /// Which partition.
+        partition: PartitionId,
+        /// The first id that was given again. Those before it may be gone too where others have stored
+        /// messages since.
+        first: MessageId,
+        /// The last id that was acknowledged before.
+        last: MessageId,
     },
     /// The buffer is full, and senders wait.
     Throttled,

@@ -5,18 +5,20 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::{Notify, Semaphore, SemaphorePermit};
+use tokio::time::Instant;
 
-use crate::deadline::in_time;
 use crate::error::Result;
 use crate::id::{Day, NodeId, PartitionId};
 use crate::metrics as names;
 use crate::producer::Shared;
 use crate::producer::batch::{Batch, Kind};
+use crate::producer::desertion::spawn;
 use crate::producer::failover::is_of_node;
 use crate::producer::health::{Health, NodeState};
 use crate::producer::lane::Lane;
 use crate::producer::settle::settle;
-use crate::store::append::{self, Append, Failure, Inserted, MAX_PARTITIONS, Rolled};
+use crate::store::append::{self, Append, Culprit, Failure, Inserted, MAX_PARTITIONS, Rolled};
+use crate::store::node::Connection;
 
 /// How often the runtime's other tasks have their turn, at most, before what is ready is taken. In a turn
 /// some 60 of them run, so that these are enough for a batch of 1,000 messages.
@@ -62,7 +64,7 @@ impl Writer {
     }
 
     /// A batch was put back into this lane: it waits for the lock first in the next transaction.
-    fn schedule_first(&self, lane: &Arc<Lane>) {
+    pub(super) fn schedule_first(&self, lane: &Arc<Lane>) {
         self.lock().push_front(Arc::clone(lane));
         self.wake.notify_one();
     }
@@ -85,7 +87,6 @@ impl Writer {
 struct Departure {
     lane: Arc<Lane>,
     batch: Batch,
-    day: Day,
 }
 
 /// Writes what is ready, until the producer has ended.
@@ -106,7 +107,7 @@ pub(crate) async fn run(shared: Arc<Shared>, writer: Arc<Writer>) {
         };
         let shared = Arc::clone(&shared);
         // Whoever waits for a receipt may go away: what was begun is finished here.
-        shared.cluster.inner.tasks.clone().spawn(async move {
+        spawn(&shared.clone(), async move {
             fill(&lanes).await;
             write(&shared, lanes).await;
             drop(slot);
@@ -141,18 +142,16 @@ fn abandon_all(shared: &Shared, writer: &Arc<Writer>) {
 async fn write(shared: &Arc<Shared>, lanes: Vec<Arc<Lane>>) {
     let mut departures = Vec::with_capacity(lanes.len());
     for lane in lanes {
-        let Some(mut batch) = lane.take() else {
+        let Some(batch) = lane.take() else {
             continue;
         };
         shared.passed(&lane);
-        let goes_apart = batch.kind == Kind::Once || lane.writer.health.state() == NodeState::Down;
-        // Until the partition has said otherwise, its day is today's.
-        match lane.day().map_or_else(|| shared.today(), Ok) {
-            Ok(day) if !goes_apart => {
-                batch.attempted_on(day);
-                departures.push(Departure { lane, batch, day });
-            }
-            _ => begin_to_settle(shared, &lane, batch),
+        let is_late = Instant::now() >= batch.deadline;
+        let is_down = lane.writer.health.state() == NodeState::Down;
+        if batch.kind == Kind::Once || is_down || is_late {
+            begin_to_settle(shared, &lane, batch);
+        } else {
+            departures.push(Departure { lane, batch });
         }
     }
     if departures.is_empty() {
@@ -175,9 +174,7 @@ async fn attempt(shared: &Shared, departures: &mut [Departure]) -> Vec<Inserted>
     let Some(writer) = departures.first().map(|first| Arc::clone(&first.lane.writer)) else {
         return Vec::new();
     };
-    let under_way = writer.health.attempt();
-    let outcome = append_all(shared, departures).await;
-    drop(under_way);
+    let outcome = append_all(shared, &writer, departures).await;
     let error = match outcome {
         Ok(Ok(outcomes)) => {
             shared.node_worked(&writer);
@@ -186,6 +183,10 @@ async fn attempt(shared: &Shared, departures: &mut [Departure]) -> Vec<Inserted>
         Ok(Err(failure)) => failure,
         Err(error) => {
             tracing::debug!(error = %error.chain(), "no connection to append with");
+            if error.is_own_pool() {
+                // It says nothing about the node: the batches wait, until their deadline.
+                return vec![Inserted::NotHeld; departures.len()];
+            }
             if is_of_node(&error) {
                 shared.node_failed(&writer, &error);
             }
@@ -196,8 +197,14 @@ async fn attempt(shared: &Shared, departures: &mut [Departure]) -> Vec<Inserted>
     let mut outcomes = vec![Inserted::No; departures.len()];
     match error {
         Failure::Unknown(_) => departures.iter_mut().for_each(|d| d.batch.unknown = true),
-        // It is the first whose lock was waited for.
-        Failure::Locked(_) => outcomes[1..].fill(Inserted::NotHeld),
+        // Only the one that waited in vain goes alone from now on.
+        Failure::Locked(_, Culprit::Batch(culprit)) => {
+            for (nth, outcome) in outcomes.iter_mut().enumerate() {
+                if nth != culprit {
+                    *outcome = Inserted::NotHeld;
+                }
+            }
+        }
         _ => {}
     }
     // A connection that broke says little about its node: the next attempt does.
@@ -212,31 +219,66 @@ async fn attempt(shared: &Shared, departures: &mut [Departure]) -> Vec<Inserted>
 
 async fn append_all(
     shared: &Shared,
-    departures: &[Departure],
+    writer: &Writer,
+    departures: &mut [Departure],
 ) -> Result<Result<Vec<Inserted>, Failure>> {
-    let Some(first) = departures.first() else {
-        return Ok(Ok(Vec::new()));
+    let limit = shared.options.append_timeout;
+    let node = shared.cluster.inner.nodes.node(writer.node).await?;
+    // To wait for what this process itself does says nothing about the node.
+    let connecting = (!node.is_in_use()).then(|| writer.health.attempt());
+    let connection = node.get_within(limit).await?;
+    drop(connecting);
+    let _under_way = writer.health.attempt();
+    let lanes: Vec<&Lane> = departures.iter().map(|departure| &*departure.lane).collect();
+    let connection = match find_days(connection, &lanes, limit).await {
+        Ok(connection) => connection,
+        Err(failure) => return Ok(Err(failure)),
     };
-    let (nodes, limit) = (&shared.cluster.inner.nodes, shared.options.append_timeout);
-    let node = first.lane.writer.node;
-    let connection = in_time(limit, &format!("append to node {node}"), async {
-        nodes.node(node).await?.get().await
-    })
-    .await?;
+    let mut days = Vec::with_capacity(departures.len());
+    for departure in &mut *departures {
+        let day = departure.lane.day().map_or_else(|| shared.today(), Ok)?;
+        departure.batch.attempted_on(day);
+        days.push(day);
+    }
+    let named = departures.iter().zip(days);
     let batches: Vec<Append<'_>> =
-        departures.iter().map(|d| d.lane.append(shared, &d.batch, d.day)).collect();
-    Ok(append::append(connection, &batches, shared.options.append_timeout).await)
+        named.map(|(d, day)| d.lane.append(shared, &d.batch, day)).collect();
+    Ok(append::append(connection, &batches, limit).await)
+}
+
+/// Asks for the days of partitions that this producer has not written to. This machine's date would not do
+/// in their place: an attempt that hangs must name no day that its partition comes to later, when the batch
+/// is stored on an earlier day, or was said not to be.
+pub(super) async fn find_days(
+    connection: Connection,
+    lanes: &[&Lane],
+    limit: Duration,
+) -> Result<Connection, Failure> {
+    let unknown = lanes.iter().filter(|lane| lane.day().is_none());
+    let unknown: Vec<PartitionId> = unknown.map(|lane| lane.partition).collect();
+    if unknown.is_empty() {
+        return Ok(connection);
+    }
+    let (connection, days) = append::days(connection, &unknown, limit).await?;
+    for lane in lanes {
+        if let Some(day) = days.get(&lane.partition) {
+            lane.set_day(*day);
+        }
+    }
+    Ok(connection)
 }
 
 impl Lane {
     /// A batch with what is believed of its partition.
     pub(crate) fn append<'a>(&self, shared: &'a Shared, batch: &'a Batch, day: Day) -> Append<'a> {
+        let (first_day, latest_day) = batch.named.unwrap_or((day, day));
         Append {
             partition: self.partition,
             topic: &shared.topology.topic,
             generation: self.generation,
             day,
-            first_day: batch.first_day.unwrap_or(day),
+            first_day,
+            latest_day,
             producer: self.producer,
             sequence: batch.sequence.unwrap_or_default(),
             arrays: &batch.arrays,
@@ -247,18 +289,15 @@ impl Lane {
 fn arrive(shared: &Arc<Shared>, departures: Vec<Departure>, outcomes: Vec<Inserted>) {
     let mut appended = Vec::with_capacity(departures.len());
     for (departure, inserted) in departures.into_iter().zip(outcomes) {
-        let Departure { lane, batch, .. } = departure;
+        let Departure { lane, batch } = departure;
         match inserted {
             Inserted::At(id) => {
                 appended.push(lane.partition);
                 lane.set_day(id.day());
-                shared.answer(&batch, Ok(id));
+                shared.stored(&lane, &batch, id);
                 shared.finish(&lane);
             }
-            Inserted::NotHeld => {
-                lane.put_back(batch);
-                lane.writer.schedule_first(&lane);
-            }
+            Inserted::NotHeld => shared.put_back(&lane, batch),
             Inserted::No => begin_to_settle(shared, &lane, batch),
         }
     }
@@ -266,6 +305,6 @@ fn arrive(shared: &Arc<Shared>, departures: Vec<Departure>, outcomes: Vec<Insert
 }
 
 fn begin_to_settle(shared: &Arc<Shared>, lane: &Arc<Lane>, batch: Batch) {
-    let (shared, lane) = (Arc::clone(shared), Arc::clone(lane));
-    shared.cluster.inner.tasks.clone().spawn(async move { settle(&shared, &lane, batch).await });
+    let (ours, lane) = (Arc::clone(shared), Arc::clone(lane));
+    spawn(shared, async move { settle(&ours, &lane, batch).await });
 }

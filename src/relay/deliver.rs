@@ -235,7 +235,7 @@ impl Delivery<'_> {
         match append::append_again(connection, append, time_for(append.arrays.bytes)).await {
             Ok(answer) => Ok(Ok(answer)),
             Err(failure @ Failure::Data(_)) => Ok(Err(failure.into_error(&what))),
-            Err(failure @ Failure::Locked(_)) => {
+            Err(failure @ Failure::Locked(..)) => {
                 Err(End::Again(failure.into_error(&what), Pause::Short))
             }
             Err(failure) => Err(End::Again(failure.into_error(&what), Pause::Node)),

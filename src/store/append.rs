@@ -11,7 +11,7 @@
 //! Where no statement can be kept prepared, [`function`] takes the place of the pipeline. Messages with
 //! dedup keys go by [`once`].
 
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use futures_util::future::{join_all, join4};
 use tokio::time::timeout;
@@ -19,6 +19,7 @@ use tokio_postgres::error::SqlState;
 use tokio_postgres::{Row, Statement};
 use uuid::Uuid;
 
+use crate::deadline::with_bytes;
 use crate::error::{Error, ErrorKind};
 use crate::id::{Day, MessageId, NodeId, PartitionId};
 use crate::name::TopicName;
@@ -29,9 +30,11 @@ use crate::store::packed::Packed;
 use crate::store::param::Param;
 use crate::store::sql;
 
+mod days;
 mod function;
 mod once;
 
+pub(crate) use days::{Rolled, days, make_days_ahead, roll};
 pub(crate) use once::append_once;
 
 /// The most partitions that one commit carries.
@@ -39,6 +42,8 @@ pub(crate) const MAX_PARTITIONS: usize = 16;
 /// How long a first attempt waits for its first lock at most: the other batches of its transaction
 /// wait with it.
 const FIRST_WAIT: Duration = Duration::from_millis(500);
+/// The bytes from which on a batch takes its partition's lock when all of it has arrived.
+const LARGE: i32 = 2 << 20;
 /// How long other short transactions may take.
 const SHORT: Duration = Duration::from_secs(6);
 
@@ -62,8 +67,10 @@ pub(crate) struct Append<'a> {
     pub(crate) topic: &'a TopicName,
     pub(crate) generation: i32,
     pub(crate) day: Day,
-    /// The day of the first attempt: where a repeat looks from.
+    /// The earliest day that an attempt has named: where a repeat looks from.
     pub(crate) first_day: Day,
+    /// The latest day that an attempt has named: until when a fence is kept.
+    pub(crate) latest_day: Day,
     pub(crate) producer: Uuid,
     pub(crate) sequence: i64,
     pub(crate) arrays: &'a Arrays,
@@ -78,9 +85,9 @@ pub(crate) enum Failure {
     /// The server refused the data itself. Nothing was stored.
     #[error("the server refused the data")]
     Data(#[source] Failed),
-    /// The lock was not to be had in time. Nothing was stored.
-    #[error("the partition's lock was not to be had")]
-    Locked(#[source] Failed),
+    /// A lock was not to be had in time: a partition's, or that of its day table. Nothing was stored.
+    #[error("a lock of the partition was not to be had")]
+    Locked(#[source] Failed, Culprit),
     /// The server refused, for another reason. Nothing was stored.
     #[error("the server refused")]
     Refused(#[source] Failed),
@@ -99,9 +106,19 @@ impl Failure {
         }
         match error.code() {
             Some(&SqlState::UNDEFINED_TABLE) => Self::NoTable,
-            Some(&SqlState::LOCK_NOT_AVAILABLE | &SqlState::QUERY_CANCELED) => Self::Locked(error),
+            Some(&SqlState::LOCK_NOT_AVAILABLE | &SqlState::QUERY_CANCELED) => {
+                Self::Locked(error, Culprit::Batch(0))
+            }
             _ if is_data_error(&error) => Self::Data(error),
             _ => Self::Refused(error),
+        }
+    }
+
+    /// The same failure, of a statement for the batch in this place.
+    fn at(self, nth: usize) -> Self {
+        match self {
+            Self::Locked(error, _) => Self::Locked(error, Culprit::Batch(nth)),
+            failure => failure,
         }
     }
 
@@ -125,7 +142,9 @@ impl Failure {
     /// The public error, in the words of what was being done.
     pub(crate) fn into_error(self, what: &str) -> Error {
         match self {
-            Self::Data(error) | Self::Locked(error) | Self::Refused(error) => refused(error, what),
+            Self::Data(error) | Self::Locked(error, _) | Self::Refused(error) => {
+                refused(error, what)
+            }
             Self::Unknown(Some(error)) => Error::with_source(ErrorKind::Unknown, what, error),
             Self::Unknown(None) => {
                 Error::new(ErrorKind::Unknown, format!("{what}: no answer in time"))
@@ -136,6 +155,15 @@ impl Failure {
             Self::NoTable => Error::new(ErrorKind::Unavailable, format!("{what}: no day table")),
         }
     }
+}
+
+/// Which batch of a transaction waited in vain for a lock.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Culprit {
+    /// The one in this place.
+    Batch(usize),
+    /// Some batch: the server did not say which.
+    Unknown,
 }
 
 /// What became of one batch of a transaction that was committed.
@@ -150,7 +178,8 @@ pub(crate) enum Inserted {
 }
 
 /// Appends batches of different partitions of one node in one transaction, waiting for the lock of the
-/// first only. The outer result tells whether the transaction was committed.
+/// first only. The outer result tells whether the transaction was committed. The deadline is that of a
+/// transaction without bytes: it grows with what is sent.
 ///
 /// Dropping the future closes the connection: the batches' fate is unknown then.
 pub(crate) async fn append(
@@ -158,7 +187,7 @@ pub(crate) async fn append(
     batches: &[Append<'_>],
     deadline: Duration,
 ) -> Result<Vec<Inserted>, Failure> {
-    if !connection.keeps_statements() {
+    if !connection.keeps_statements() || is_large(batches) {
         return function::append(connection, batches, deadline).await;
     }
     let mut texts = vec![sql::APPEND_LOCK.to_owned()];
@@ -169,7 +198,7 @@ pub(crate) async fn append(
         return Err(Failure::NoTable);
     };
     let pipeline = pipeline(guard.connection(), lock, inserts, batches, deadline);
-    let Ok(answers) = timeout(deadline, pipeline).await else {
+    let Ok(answers) = timeout(with_bytes(deadline, bytes_of(batches)), pipeline).await else {
         return Err(Failure::Unknown(None));
     };
     guard.finished();
@@ -186,8 +215,11 @@ async fn prepared(
     let guard = Unfinished::new(connection);
     let prepare = async {
         let mut statements = Vec::with_capacity(texts.len());
-        for text in texts {
-            statements.push(guard.connection().prepare(text).await?);
+        for (nth, text) in texts.iter().enumerate() {
+            // The first is that of the locks. To prepare an insert waits for a lock of its day table.
+            let kept = guard.connection().prepare(text).await;
+            statements
+                .push(kept.map_err(|error| Failure::before(error).at(nth.saturating_sub(1)))?);
         }
         Ok(statements)
     };
@@ -196,7 +228,7 @@ async fn prepared(
         Ok(statements) => Ok((guard, statements)),
         Err(error) => {
             guard.finished();
-            Err(Failure::before(error))
+            Err(error)
         }
     }
 }
@@ -224,13 +256,18 @@ async fn pipeline(
     begun.map_err(Failure::of)?;
     let held: Option<String> = locked.map_err(Failure::of)?.first().and_then(|row| row.get(4));
     let rows: Vec<Vec<Row>> =
-        inserted.into_iter().collect::<Result<_, _>>().map_err(Failure::of)?;
+        inserted.into_iter().enumerate().map(of_nth).collect::<Result<_, _>>()?;
     committed.map_err(Failure::of_commit)?;
     Ok(rows
         .into_iter()
         .zip(batches)
         .map(|(rows, batch)| outcome(rows.first(), batch, held.as_deref()))
         .collect())
+}
+
+/// The rows of the insert in this place. The first that failed is the culprit: after it all do.
+fn of_nth((nth, rows): (usize, Result<Vec<Row>, Failed>)) -> Result<Vec<Row>, Failure> {
+    rows.map_err(|error| Failure::of(error).at(nth))
 }
 
 async fn insert(
@@ -268,7 +305,19 @@ fn outcome(row: Option<&Row>, batch: &Append<'_>, held: Option<&str>) -> Inserte
 
 /// Shorter than the deadline, so that a lock held by another is a definite answer.
 fn lock_timeout(deadline: Duration) -> String {
-    format!("{}ms", (deadline.as_millis() * 3 / 4).max(1))
+    let most = u128::from(i32::MAX.unsigned_abs());
+    format!("{}ms", (deadline.as_millis() * 3 / 4).clamp(1, most))
+}
+
+/// The bytes of some batches together.
+fn bytes_of(batches: &[Append<'_>]) -> i32 {
+    batches.iter().fold(0, |sum: i32, batch| sum.saturating_add(batch.arrays.bytes))
+}
+
+/// Whether a batch is so large that no lock may be held while it is on its way: a slow line takes longer
+/// for it than the server waits for the rest of a transaction.
+fn is_large(batches: &[Append<'_>]) -> bool {
+    batches.iter().any(|batch| batch.arrays.bytes > LARGE)
 }
 
 /// What became of a batch that was looked for and, where it was missing, inserted.
@@ -306,7 +355,7 @@ pub(crate) async fn append_again(
     batch: &Append<'_>,
     deadline: Duration,
 ) -> Result<Again, Failure> {
-    if !connection.keeps_statements() {
+    if !connection.keeps_statements() || is_large(std::slice::from_ref(batch)) {
         return function::append_again(connection, batch, deadline).await;
     }
     let texts = [sql::APPEND_LOCK, sql::APPEND_AGAIN].map(str::to_owned);
@@ -343,7 +392,8 @@ pub(crate) async fn append_again(
         )
         .await
     };
-    let Ok((begun, locked, rows, committed)) = timeout(deadline, pipeline).await else {
+    let limit = with_bytes(deadline, arrays.bytes);
+    let Ok((begun, locked, rows, committed)) = timeout(limit, pipeline).await else {
         return Err(Failure::Unknown(None));
     };
     guard.finished();
@@ -385,52 +435,15 @@ pub(crate) async fn fence(
     batch: &Append<'_>,
     deadline: Duration,
 ) -> Result<Option<MessageId>, Failure> {
-    let (partition, first_day) = (batch.partition.as_i32(), batch.first_day.as_i32());
-    let params: [&dyn Param; 4] = [&partition, &batch.producer, &batch.sequence, &first_day];
+    let partition = batch.partition.as_i32();
+    let (first_day, latest_day) = (batch.first_day.as_i32(), batch.latest_day.as_i32());
+    let params: [&dyn Param; 5] =
+        [&partition, &batch.producer, &batch.sequence, &first_day, &latest_day];
     let asked = write(connection, Durability::Durable, sql::FENCE, &params);
     let rows =
         timeout(deadline, asked).await.map_err(|_| Failure::Unknown(None))?.map_err(Failure::of)?;
     let found: Option<i64> = rows.first().and_then(|row| row.get(0));
     Ok(found.and_then(|id| MessageId::try_from(id).ok()))
-}
-
-/// What became of a partition that was to be moved to the server's date.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Rolled {
-    /// It stands on this day, and the day's table is there.
-    To(Day),
-    /// The server's clock is more than an hour ahead of this process's: one of them is wrong.
-    Clock,
-    /// There is no such partition.
-    Unknown,
-}
-
-/// Moves a partition to the server's date.
-pub(crate) async fn roll(
-    connection: Connection,
-    partition: PartitionId,
-    client_clock: SystemTime,
-) -> Result<Rolled, Error> {
-    let what = format!("roll partition {partition}");
-    let number = partition.as_i32();
-    let rows = short(connection, sql::ROLL, &[&number, &client_clock], &what).await?;
-    Ok(rows.first().map_or(Rolled::Unknown, |row| match row.get(0) {
-        "rolled" | "current" => Day::from_i32(row.get::<_, Option<i32>>(1).unwrap_or(0))
-            .map_or(Rolled::Unknown, Rolled::To),
-        "clock" => Rolled::Clock,
-        _ => Rolled::Unknown,
-    }))
-}
-
-/// Makes the tables of today and the days ahead.
-pub(crate) async fn make_days_ahead(
-    connection: Connection,
-    partition: PartitionId,
-    days: i32,
-) -> Result<(), Error> {
-    let what = format!("make day tables ahead for partition {partition}");
-    let params: [&dyn Param; 2] = [&partition.as_i32(), &days];
-    short(connection, sql::MAKE_DAYS_AHEAD, &params, &what).await.map(drop)
 }
 
 /// Whether a node can write: asks it to, durably, and stores nothing.

@@ -5,13 +5,13 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use deadpool::managed::PoolError;
+use deadpool::managed::{self, PoolError, TimeoutType, Timeouts};
 use futures_util::future::{join_all, join3};
 use tokio_postgres::types::{ToSql, Type};
 use tokio_postgres::{Client, Row, Statement};
 use uuid::Uuid;
 
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, ErrorKind, InUse, Result};
 use crate::id::NodeId;
 use crate::migrate::{self, Schema};
 use crate::store::connect::{self, refused};
@@ -81,7 +81,8 @@ impl Connection {
 /// what it should be.
 pub(crate) struct Node {
     what: String,
-    pool: Pool,
+    /// Why there is none, where the address can't be used.
+    pool: Result<Pool>,
     way: Arc<Way>,
     /// How long getting a connection may take.
     patience: Duration,
@@ -98,6 +99,14 @@ impl Node {
     pub(crate) fn candidate(url: &str, options: PoolOptions) -> Result<Self> {
         let check: Check = Arc::new(|client| Box::pin(migrate::check(client, Schema::Node)));
         Self::open(url, "a database that is to be a node", options, check)
+    }
+
+    /// A node whose address this build of the library can't use: whoever needs it gets the error.
+    pub(crate) fn unusable(id: NodeId, error: Error) -> Self {
+        let what = format!("use the address of node {id}");
+        let why = Error::with_source(ErrorKind::Incompatible, what.clone(), error);
+        let way = Arc::new(Way::new(PreparedStatements::default()));
+        Self { what, pool: Err(why), way, patience: ACQUIRE_TIMEOUT }
     }
 
     /// The control database's pool.
@@ -122,19 +131,38 @@ impl Node {
         let way = Arc::new(Way::new(options.prepared_statements));
         let manager = Manager { target, what: what.clone(), way: Arc::clone(&way), check };
         let pool = pool::build(manager, options.connections, ACQUIRE_TIMEOUT)?;
-        Ok(Self { what, pool, way, patience })
+        Ok(Self { what, pool: Ok(pool), way, patience })
     }
 
     /// A connection, opened where none is idle. Cancel safe.
     pub(crate) async fn get(&self) -> Result<Connection> {
         // The pool bounds the wait for a free connection, but not the making of one.
-        let got = tokio::time::timeout(self.patience, self.pool.get()).await;
-        let object = got
-            .map_err(|_| {
-                let why = format!("{}: the server is silent", self.what);
-                Error::new(ErrorKind::Unavailable, why)
-            })?
-            .map_err(|error| self.explain(error))?;
+        let got = tokio::time::timeout(self.patience, self.pool()?.get()).await;
+        self.opened(got.map_err(|_| self.silent())?)
+    }
+
+    /// The same, within a time for the wait and as much for the making.
+    pub(crate) async fn get_within(&self, limit: Duration) -> Result<Connection> {
+        let timeouts = Timeouts { wait: Some(limit), create: Some(limit), recycle: None };
+        self.opened(self.pool()?.timeout_get(&timeouts).await)
+    }
+
+    fn pool(&self) -> Result<&Pool> {
+        self.pool.as_ref().map_err(Clone::clone)
+    }
+
+    /// Whether all connections that there may be are in use. Another has to wait for one of them.
+    pub(crate) fn is_in_use(&self) -> bool {
+        let status = self.pool.as_ref().map(managed::Pool::status);
+        status.is_ok_and(|status| status.available == 0 && status.size >= status.max_size)
+    }
+
+    fn silent(&self) -> Error {
+        Error::new(ErrorKind::Unavailable, format!("{}: the server is silent", self.what))
+    }
+
+    fn opened(&self, got: Result<Object, PoolError<Error>>) -> Result<Connection> {
+        let object = got.map_err(|error| self.explain(error))?;
         if object.client.statement_cache.size() > MAX_STATEMENTS {
             object.client.statement_cache.clear();
         }
@@ -144,18 +172,27 @@ impl Node {
     fn explain(&self, error: PoolError<Error>) -> Error {
         match error {
             PoolError::Backend(error) => error,
+            PoolError::Timeout(TimeoutType::Wait) => {
+                let in_use = InUse(self.pool.as_ref().map_or(0, |pool| pool.status().max_size));
+                Error::with_source(ErrorKind::Unavailable, self.what.clone(), in_use)
+            }
+            PoolError::Timeout(_) => self.silent(),
             other => Error::with_source(ErrorKind::Unavailable, self.what.clone(), other),
         }
     }
 
     /// Closes the connections that nobody has used for so long.
     pub(crate) fn close_idle(&self, idle: Duration) {
-        drop(self.pool.retain(|_, metrics| metrics.last_used() < idle));
+        if let Ok(pool) = &self.pool {
+            drop(pool.retain(|_, metrics| metrics.last_used() < idle));
+        }
     }
 
     /// Closes the pool: later calls of `get` fail.
     pub(crate) fn close(&self) {
-        self.pool.close();
+        if let Ok(pool) = &self.pool {
+            pool.close();
+        }
     }
 }
 
@@ -348,6 +385,11 @@ impl Unfinished {
     pub(crate) fn connection(&self) -> &Connection {
         // Taken only by `finished` and `drop`, which end this value.
         self.0.as_ref().unwrap_or_else(|| unreachable!("the connection is there until the end"))
+    }
+
+    /// The pipeline is through: the connection is used on.
+    pub(crate) fn answered(mut self) -> Connection {
+        self.0.take().unwrap_or_else(|| unreachable!("the connection is there until the end"))
     }
 
     /// The pipeline is through: the connection goes back to its pool.

@@ -18,6 +18,7 @@ statements! {
     ACQUIRE = "acquire";
     APPEND_AGAIN = "append_again";
     APPEND_BEGIN = "append_begin";
+    APPEND_DAYS = "append_days";
     APPEND_FUNCTION = "append_function";
     APPEND_INSERT = "append_insert";
     APPEND_LOCK = "append_lock";

@@ -4,7 +4,7 @@ use std::cell::Cell;
 use std::collections::HashSet;
 use std::time::Duration;
 
-use shardmq::{Cluster, Message, PartitionId, SLOTS, key_slot};
+use shardmq::{Cluster, KeyFailover, Message, PartitionId, ProducerEvent, SLOTS, key_slot};
 use tokio::time::Instant;
 use tokio_postgres::Client;
 
@@ -14,13 +14,13 @@ use crate::support::{TestCluster, eventually, within};
 const SECOND: Duration = Duration::from_secs(1);
 
 /// A key for each of so many partitions of one node, in their order.
-fn keys(partitions: usize) -> Vec<String> {
+pub fn keys(partitions: usize) -> Vec<String> {
     let rest = usize::from(SLOTS) / partitions;
     let of = |p: usize| (0_u32..).find(|n| usize::from(key_slot(&n.to_string())) / rest == p);
     (0..partitions).map(|p| of(p).unwrap().to_string()).collect()
 }
 
-async fn lock(test: &TestCluster, partitions: &[PartitionId]) -> Client {
+pub async fn lock(test: &TestCluster, partitions: &[PartitionId]) -> Client {
     let holder = test.sql(0).await;
     holder.batch_execute("begin").await.unwrap();
     for partition in partitions {
@@ -195,4 +195,51 @@ async fn many_that_write_to_the_same_partitions_neither_deadlock_nor_starve() {
     assert_eq!(all.len(), 4 * 6 * 60);
     assert_acknowledged(&all, &acknowledged);
     assert_eq!(sql.query_one(before, &[]).await.unwrap().get::<_, i64>(0), 0);
+}
+
+/// Somebody has locked the day table of the second of three partitions that go in one transaction.
+#[tokio::test]
+async fn a_locked_day_table_holds_up_its_own_partition_only() {
+    let test = TestCluster::new(1).await;
+    let partitions = topic(&test, "orders", 3).await;
+    let (keys, sql, holder) = (keys(3), test.sql(0).await, test.sql(0).await);
+    // With one connection, so that its statements are prepared.
+    let builder = Cluster::builder(&test.control_url).connections_per_node(1);
+    let cluster = builder.upkeep(false).connect().await.unwrap();
+    let builder = cluster.producer("orders").key_failover(KeyFailover::Fail);
+    let producer = builder.build().await.unwrap();
+    for key in &keys {
+        producer.send(Message::new("warm").key(key)).await.unwrap();
+    }
+    let mut events = producer.events();
+    let day = "select shardmq.day_of(shardmq.clock())";
+    let table = table(partitions[1], sql.query_one(day, &[]).await.unwrap().get(0));
+    let lock = format!("begin; lock table {table} in access exclusive mode");
+    holder.batch_execute(&lock).await.unwrap();
+    let mut receipts = Vec::new();
+    for key in &keys {
+        receipts.push(producer.enqueue(Message::new("x").key(key)).await.unwrap());
+    }
+    let mut stuck = receipts.remove(1);
+    for receipt in receipts {
+        within(20 * SECOND, "another partition's", receipt).await.unwrap();
+    }
+    // It goes alone: nobody else waits for it, and at most one connection does.
+    let count = "select count(*) from pg_stat_activity
+                  where datname = current_database() and wait_event_type = 'Lock'
+                    and application_name like 'shardmq%'";
+    for n in 0..40 {
+        for key in [&keys[0], &keys[2]] {
+            let message = Message::new("y").key(key);
+            let message = if n % 4 == 0 { message.dedup_key(n.to_string()) } else { message };
+            within(20 * SECOND, "another partition's", producer.send(message)).await.unwrap();
+        }
+        assert!(sql.query_one(count, &[]).await.unwrap().get::<_, i64>(0) <= 1);
+    }
+    assert!(futures_util::poll!(&mut stuck).is_pending());
+    holder.batch_execute("rollback").await.unwrap();
+    within(20 * SECOND, "the one that was locked", stuck).await.unwrap();
+    while let Ok(Some(event)) = tokio::time::timeout(SECOND / 10, events.next()).await {
+        assert!(!matches!(event, ProducerEvent::NodeDown { .. }), "{event:?}");
+    }
 }

@@ -4,10 +4,14 @@
 use std::time::Duration;
 
 use shardmq::embedded::{Server, StopMode};
-use shardmq::{Cluster, Error, ErrorKind, Message, Messages, Producer, TopicOptions};
+use shardmq::{
+    Cluster, Error, ErrorKind, Message, Messages, Producer, ProducerEvent, TopicOptions,
+};
+use tracing::Level;
 
 use crate::support::put_back::{put_back, snapshot};
 use crate::support::reading::cursor;
+use crate::support::said::said;
 use crate::support::{TestCluster, own_server, within};
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -130,6 +134,36 @@ async fn a_flush_that_reaches_the_new_server_before_any_fetch_moves_no_cursor() 
 
 /// The same batch of the same producer comes to the same id again, before it another one: all but the
 /// time of appending is equal.
+/// A producer is told, once for each partition, when it sees that what it was acknowledged is gone.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_producer_that_gets_ids_again_is_told_once_for_each_partition() {
+    let server = own_server().await;
+    let (_test, producer) = start(&server).await;
+    let mut events = producer.events();
+    // Numbers that no other test has, since all share what is said.
+    send(&producer, "kept", 11).await;
+    let snapshot = snapshot(&server).await;
+    send(&producer, "lost", 5).await;
+    put_back(&server, &snapshot).await;
+    send(&producer, "new", 8).await;
+    let mut told = Vec::new();
+    producer.shutdown(20 * SECOND).await.unwrap();
+    drop(producer);
+    while let Some(event) = within(20 * SECOND, "the events' end", events.next()).await {
+        if let ProducerEvent::LostTail { partition, first, last } = event {
+            assert_eq!(first.partition(), partition);
+            told.push((first, last));
+        }
+    }
+    let [(first, last)] = told[..] else { panic!("{told:?}") };
+    assert_eq!((first.sequence(), last.sequence()), (12, 16));
+    let mut alerts = said(Level::ERROR, "alert", "lost_tail");
+    alerts.retain(|said| {
+        said.has("first", &first.to_string()) && said.has("last", &last.to_string())
+    });
+    assert_eq!(alerts.len(), 1);
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_producer_that_repeats_its_batch_onto_the_same_id_hides_nothing() {
     let server = own_server().await;

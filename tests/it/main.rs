@@ -6,6 +6,8 @@
 
 mod support;
 
+/// Every send has its answer in time, whatever ends or is in use around it.
+mod answers;
 /// Positions, last ids and lag are computed: compared with a count.
 mod arithmetic;
 /// One message that the server refuses, among many that it takes.

@@ -143,7 +143,7 @@ async fn nothing_on_the_way_of_a_message_scans_a_day() {
     let p = number(partition);
     for _ in 0..7 {
         other.query_one(append, &[&p]).await.unwrap();
-        let fence = "select shardmq.fence_batch($1, gen_random_uuid(), 1, 0)";
+        let fence = "select shardmq.fence_batch($1, gen_random_uuid(), 1, 0, 0)";
         other.query_one(fence, &[&p]).await.unwrap();
         let id = last.number();
         other.query_one("select count(*) from shardmq.message($1)", &[&id]).await.unwrap();

@@ -178,6 +178,63 @@ async fn a_batch_that_is_given_up_is_fenced_and_its_late_original_turned_away() 
     assert_eq!(way.refused().await, 0);
 }
 
+/// The client's clock is past midnight, the partition is not. When the original arrives at last, the partition
+/// has come to the day that the client's clock showed.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_original_of_a_client_whose_clock_is_ahead_is_turned_away_after_midnight_too() {
+    let settings =
+        |builder: ProducerBuilder| builder.send_timeout(5 * SECOND).append_timeout(4 * SECOND);
+    let mut way = Way::new(settings).await;
+    let ahead = format!("select shardmq.make_days_ahead({}, 3)", way.partition);
+    way.sql.batch_execute(&ahead).await.unwrap();
+    way.clocks.move_client(3600);
+    // It has not heard of the partition's day yet.
+    let builder = settings(way.test.cluster.producer("orders"));
+    way.producer = way.clocks.on(builder).build().await.unwrap();
+    let holder = way.test.sql(0).await;
+    let lock = format!("begin; select shardmq.lock_partition({})", way.partition);
+    holder.batch_execute(&lock).await.unwrap();
+    let (send, original) = way.send_held().await;
+    way.free_all_but(&original);
+    let asks = "select exists (select from pg_stat_activity where datname = current_database()
+                   and wait_event_type = 'Lock' and query like '%fence_batch%')";
+    let fences = || async { way.sql.query_one(asks, &[]).await.unwrap().get(0) };
+    eventually("the fence waits for the lock", 20 * SECOND, fences).await;
+    holder.batch_execute("commit").await.unwrap();
+    let outcome = within(20 * SECOND, "an answer", send).await.unwrap();
+    assert_eq!(outcome.unwrap_err().kind(), ErrorKind::Timeout);
+    way.clocks.set("1 day 00:10").await;
+    way.roll().await;
+    way.release(&original).await;
+    assert_eq!(way.stored().await.len(), 1, "what was said not to be sent is stored");
+}
+
+/// As where a standby is promoted that lacks a roll: an attempt named a day that the partition comes to again.
+#[tokio::test]
+async fn a_fence_is_kept_until_the_partition_has_left_every_day_that_was_named() {
+    let way = Way::new(|builder| builder).await;
+    let uuid = "00000000-0000-4000-8000-000000000001";
+    let (partition, today, tomorrow) =
+        (way.partition, way.clocks.day(0).await, way.clocks.day(1).await);
+    for latest in [tomorrow, today] {
+        let fence =
+            format!("select shardmq.fence_batch({partition}, '{uuid}', 1, {today}, {latest})");
+        let found: Option<i64> = way.sql.query_one(&fence, &[]).await.unwrap().get(0);
+        assert_eq!(found, None);
+    }
+    way.clocks.set("1 day 00:10").await;
+    way.roll().await;
+    let original = format!(
+        "select outcome from shardmq.append_batch({partition}, 'orders', 1, {tomorrow}, {tomorrow},
+                    '{uuid}', 1, 1, null, null, array['x'::bytea])"
+    );
+    let outcome: String = way.sql.query_one(&original, &[]).await.unwrap().get(0);
+    assert_eq!((outcome.as_str(), way.refused().await), ("refused", 1));
+    way.clocks.set("2 days 00:10").await;
+    way.roll().await;
+    assert_eq!(way.refused().await, 0);
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_batch_whose_node_can_not_be_asked_is_unknown_and_does_not_rise_after_its_successor() {
     let way = Way::new(|builder| builder.send_timeout(5 * SECOND)).await;

@@ -125,3 +125,43 @@ async fn only_a_node_without_partitions_is_removed_and_can_be_used_again() {
     let stranger = cluster.replace_node(node(3), &test.node_urls[0]).await.unwrap_err();
     assert_eq!(stranger.kind(), ErrorKind::Conflict);
 }
+
+/// As one that was written by a library with other features, or a newer one.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_whose_address_cannot_be_used_keeps_nobody_from_the_others() {
+    let (test, _proxy) = pair().await;
+    test.cluster.create_topic("orders", TopicOptions::partitions(2)).await.unwrap();
+    let connect = || {
+        let builder = Cluster::builder(&test.control_url).upkeep(false);
+        builder.look_interval(SECOND / 10).connect()
+    };
+    let running = connect().await.unwrap();
+    let sql = client(&test.control_url).await;
+    let change = "update shardmq_control.cluster set version = version + 1;
+                  update shardmq_control.node set dsn =";
+    let bad = format!("{change} dsn || '?unheard_of=1' where node = 2");
+    sql.batch_execute(&bad).await.unwrap();
+    let starting = connect().await.unwrap();
+    for cluster in [running, starting] {
+        let builder = cluster.producer("orders").probe_interval(SECOND / 20, SECOND / 5);
+        let producer = builder.build().await.unwrap();
+        let is = |state: NodeState| {
+            let producer = producer.clone();
+            move || {
+                let producer = producer.clone();
+                async move {
+                    let sent = producer.send(Message::new("x"));
+                    let sent = within(20 * SECOND, "a send", sent).await.unwrap();
+                    let nodes = producer.status().nodes;
+                    nodes[1].state == state
+                        && (state == NodeState::Up || sent.partition().node() == node(1))
+                }
+            }
+        };
+        eventually("the node is gone around", 20 * SECOND, is(NodeState::Down)).await;
+        let good = format!("{change} replace(dsn, '?unheard_of=1', '') where node = 2");
+        sql.batch_execute(&good).await.unwrap();
+        eventually("the node is used again", 20 * SECOND, is(NodeState::Up)).await;
+        sql.batch_execute(&bad).await.unwrap();
+    }
+}

@@ -1,4 +1,5 @@
-//! Appending where no statement is kept prepared: behind a pooler that shares its server connections.
+//! Appending where no statement is kept prepared: behind a pooler that shares its server connections. Large
+//! batches go this way too, wherever they go.
 //!
 //! ```text
 //! begin ─ one statement (lock, append, lock, append, ..) ─ commit
@@ -16,7 +17,11 @@ use tokio::time::timeout;
 use tokio_postgres::Row;
 use tokio_postgres::types::{ToSql, Type};
 
-use super::{Again, Append, FIRST_WAIT, Failure, Inserted, check_begun, lock_timeout, read_again};
+use super::{
+    Again, Append, Culprit, FIRST_WAIT, Failure, Inserted, bytes_of, check_begun, lock_timeout,
+    read_again,
+};
+use crate::deadline::with_bytes;
 use crate::id::MessageId;
 use crate::store::node::{Connection, Unfinished};
 use crate::store::sql;
@@ -28,12 +33,29 @@ pub(super) async fn append(
     deadline: Duration,
 ) -> Result<Vec<Inserted>, Failure> {
     let wait = lock_timeout(deadline.min(FIRST_WAIT));
-    let rows = call(connection, batches, &wait, deadline).await?;
+    let rows = call(connection, batches, &wait, deadline).await;
+    let rows = rows.map_err(|failure| blamed(failure, batches))?;
     let outcome = |batch: &Append<'_>| {
         let of = |row: &&Row| row.get::<_, i32>(4) == batch.partition.as_i32();
         rows.iter().find(of).map_or(Inserted::No, inserted)
     };
     Ok(batches.iter().map(outcome).collect())
+}
+
+/// The failure with its culprit: the server says in which statement it waited. The lock of the first
+/// partition is taken outside of any function.
+fn blamed(failure: Failure, batches: &[Append<'_>]) -> Failure {
+    let Failure::Locked(error, _) = failure else {
+        return failure;
+    };
+    let place = error.as_db_error().and_then(|answer| answer.where_()).unwrap_or_default();
+    let names = |batch: &Append<'_>| place.contains(&format!("batch_{}_", batch.partition));
+    let culprit = match batches.iter().position(names) {
+        Some(nth) => Culprit::Batch(nth),
+        None if place.is_empty() => Culprit::Batch(0),
+        None => Culprit::Unknown,
+    };
+    Failure::Locked(error, culprit)
 }
 
 fn inserted(row: &Row) -> Inserted {
@@ -77,7 +99,8 @@ async fn call(
         connection.query_typed(&text, &params),
         connection.batch_execute("commit"),
     );
-    let Ok((begun, rows, committed)) = timeout(deadline, pipeline).await else {
+    let limit = with_bytes(deadline, bytes_of(batches));
+    let Ok((begun, rows, committed)) = timeout(limit, pipeline).await else {
         return Err(Failure::Unknown(None));
     };
     guard.finished();

@@ -15,6 +15,7 @@ use tokio_postgres::Row;
 use tokio_postgres::types::{ToSql, Type};
 
 use super::{Again, Append, Failure, check_begun, lock_timeout, prepared, read_again};
+use crate::deadline::with_bytes;
 use crate::id::MessageId;
 use crate::store::node::{Connection, Unfinished};
 use crate::store::sql;
@@ -52,7 +53,8 @@ pub(crate) async fn append_once(
     // Each sends as it is polled for the first time, in this order.
     let pipeline =
         join3(connection.batch_execute(&opening), call, connection.batch_execute("commit"));
-    let Ok((begun, rows, committed)) = timeout(deadline, pipeline).await else {
+    let limit = with_bytes(deadline, batch.arrays.bytes);
+    let Ok((begun, rows, committed)) = timeout(limit, pipeline).await else {
         return Err(Failure::Unknown(None));
     };
     guard.finished();

@@ -110,6 +110,7 @@ impl Frozen {
             generation: self.generation,
             day: self.day,
             first_day: self.first_day,
+            latest_day: self.named,
             producer: self.producer,
             sequence: 1 + first * ROOM + (whole - i64::from(arrays.count)),
             arrays,

@@ -3,6 +3,8 @@
 -- convoy and no deadlock; leaves the list of what it got in a local setting, by which the inserts
 -- know. Only a warning tells that a wait for a standby was cancelled: it must come. The idle timeout ends
 -- a backend whose client fell silent in the middle of the pipeline.
+-- What is waited for later is a lock of a day table. That does not take long, so that a table which somebody
+-- has locked does not hold up the other partitions of the transaction.
 -- $1 int[]: partitions, at most 16    $2 text: lock_timeout
 select set_config('idle_in_transaction_session_timeout', '5s', true),
        set_config('lock_timeout', $2, true),
@@ -16,4 +18,5 @@ select set_config('idle_in_transaction_session_timeout', '5s', true),
                      where case when nth = 1
                                 then pg_advisory_xact_lock(1397247313, p.partition) is not null
                                 else pg_try_advisory_xact_lock(1397247313, p.partition) end) held),
-           true)
+           true),
+       set_config('lock_timeout', '100ms', true)

@@ -28,6 +28,8 @@ pub enum Rule {
     Pass,
     /// They pass so long after they came.
     Delay(Duration),
+    /// They pass as on a line of so many bytes a second.
+    Slow(u64),
     /// They wait here until there is another rule.
     Hold,
     /// They are thrown away.
@@ -92,6 +94,15 @@ impl Way {
                 Rule::Delay(delay) => {
                     // Another rule counts at once.
                     let _ = timeout_at(came + delay, rules.changed()).await;
+                    continue;
+                }
+                Rule::Slow(rate) => {
+                    let seconds = u64::try_from(wanted).unwrap();
+                    let time = Duration::from_secs(seconds) / u32::try_from(rate).unwrap();
+                    // Another rule counts at once.
+                    if timeout_at(Instant::now() + time, rules.changed()).await.is_err() {
+                        return Some(wanted);
+                    }
                     continue;
                 }
                 Rule::Swallow => return Some(0),
