@@ -16,16 +16,19 @@
 //! 6. closes the recorders and calls [`check`].
 //!
 //! What is looked for is said at the counters of [`Report`]; those that break a promise are added up in
-//! [`violations`](Report::violations). The check knows what a queue may do: repeat deliveries after a
-//! takeover, store a message whose send ended in doubt, store a marked message twice. It takes no side
-//! where the order of two calls can't be known because they overlap.
+//! [`violations`](Report::violations). What went with the end of a server's log, as after the promotion of an
+//! asynchronous standby, is [told apart](Report::lost_tails) where that was announced or noticed. The
+//! check knows what a queue may do: repeat deliveries after a takeover, store a message whose send ended in
+//! doubt, store a marked message twice. It takes no side where the order of two calls can't be known because
+//! they overlap.
 //!
 //! It is no check where messages were dropped by retention before the final read, or where the group
 //! began before the history did.
 //!
 //! Neither recording nor checking takes memory by the number of messages: histories are files, and what
 //! has to be brought together is sorted on disk. State is kept for each partition, group, holding and
-//! recorder, for gaps in what a group acknowledged, and for sends that are under way at a time.
+//! recorder, for gaps in what a group acknowledged, for holes beside what a server lost, and for sends that
+//! are under way at a time.
 //!
 //! ```
 //! use std::time::Duration;

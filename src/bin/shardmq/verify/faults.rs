@@ -275,3 +275,33 @@ async fn at_last(act: impl AsyncFn() -> shardmq::Result<()>) -> shardmq::Result<
 fn millis(time: Duration) -> u64 {
     u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn faults_are_counted_in_order_with_what_was_delivered_since_the_one_before() {
+        let done = |kind, at_ms, delivered| Done {
+            kind,
+            target: 0,
+            amount: 0,
+            at_ms,
+            lasted_ms: 5,
+            delivered,
+        };
+        let kinds = [FaultKind::KillNode, FaultKind::LockTable, FaultKind::RollDay];
+        let rows = vec![
+            done(FaultKind::KillNode, 900, 70),
+            done(FaultKind::LockTable, 100, 10),
+            done(FaultKind::KillNode, 500, 70),
+        ];
+        let report = FaultReport::new(7, &kinds, rows);
+        let delivered: Vec<_> = report.done.iter().map(|fault| fault.delivered).collect();
+        assert_eq!(delivered, [10, 60, 0]);
+        assert_eq!((report.least_delivered_between, report.nothing_delivered_between), (0, 1));
+        let counts: Vec<_> = report.faults.values().copied().collect();
+        assert_eq!(counts, [2, 1, 0]);
+        assert!(report.text().contains("2 kill_node, 1 lock_table, 0 roll_day"));
+    }
+}
