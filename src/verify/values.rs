@@ -97,8 +97,8 @@ struct Fate {
     stray_receipt: Option<i64>,
     /// Ids of deliveries that none of the copies has, the first few.
     stray_deliveries: Vec<i64>,
-    /// It was delivered under an id that a copy has.
-    delivered_in_place: bool,
+    /// How often it was delivered under an id that a copy has.
+    in_place: u64,
 }
 
 impl Fate {
@@ -143,7 +143,7 @@ impl Fate {
     fn learn_delivery(&mut self, id: i64) {
         let is_known = self.stray_deliveries.last() == Some(&id);
         if self.copies.contains(&id) {
-            self.delivered_in_place = true;
+            self.in_place += 1;
         } else if !is_known && self.stray_deliveries.len() < MOST_COPIES {
             self.stray_deliveries.push(id);
         }
@@ -153,7 +153,7 @@ impl Fate {
     fn has_moved(&self) -> bool {
         let few = self.stray_deliveries.len() < MOST_COPIES && self.copies.len() < MOST_COPIES;
         let promised = self.stray_receipt.is_some_and(|id| self.stray_deliveries.contains(&id));
-        few && self.delivered_in_place && !self.uid_changed && !promised
+        few && self.in_place > 0 && !self.uid_changed && !promised
     }
 
     fn is_stored(&self) -> bool {
