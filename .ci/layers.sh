@@ -35,6 +35,12 @@ forbid 'a crate of the command in the library' '\b(clap|comfy_table|indicatif|ji
     'src/bin/'
 forbid 'Redis outside of its notifier' '\bredis::' 'src/notifier/redis(\.rs|/)|src/notifier\.rs|src/embedded/|src/bin/'
 
+# What is stored may be odd: reading it is an error, and no panic.
+if found=$(grep -nE '\brow\.get(::<|\()' src/store/{fetch,unread,failures,dead}.rs src/admin/dead.rs); then
+    printf 'layers: a column of stored data that is read without try_get\n%s\n' "$found" >&2
+    failed=yes
+fi
+
 # Without features the library brings no command line, no web server, no Redis, no TLS.
 unwanted='clap|comfy-table|indicatif|jiff|tempfile|tracing-subscriber|axum|hyper|redis|rustls|openssl|native-tls'
 tree=$(cargo tree --locked -e normal --prefix none --no-default-features)

@@ -10,11 +10,13 @@ use tokio_postgres::Row;
 
 use crate::cluster::Cluster;
 use crate::error::{Error, ErrorKind, Result};
+use crate::headers;
 use crate::id::{MessageId, NodeId, PartitionId};
 use crate::message::{Headers, RESERVED_HEADER_PREFIX};
 use crate::name::TopicName;
 use crate::store::connect::refused;
 use crate::store::node::{Connection, Unfinished, query};
+use crate::store::packed::Json;
 use crate::store::{control, sql, upkeep};
 use crate::topology::{even_slots, interleave, spread};
 
@@ -444,21 +446,24 @@ fn read_lag(row: &Row) -> Result<PartitionLag> {
     })
 }
 
+/// A message of a statement that has its columns first. Without payload it is one that could not be read.
 fn read_message(row: &Row) -> Result<StoredMessage> {
-    let headers: Option<serde_json::Value> = row.get(5);
-    let text = |value: &serde_json::Value| match value {
-        serde_json::Value::String(text) => text.clone(),
-        other => other.to_string(),
-    };
-    let object = headers.as_ref().and_then(serde_json::Value::as_object);
-    let headers = object.into_iter().flatten().map(|(name, value)| (name.clone(), text(value)));
+    let what = "read a message";
+    let odd = |error| refused(error, what);
+    let id = MessageId::try_from(row.try_get::<_, i64>(0).map_err(odd)?)?;
+    let headers = row.try_get::<_, Option<Json<'_>>>(5).map_err(odd)?;
+    let headers = headers.map_or(Ok(Headers::new()), |Json(json)| headers::read(json));
+    let mut headers = headers.map_err(|error| {
+        Error::with_source(ErrorKind::Database, format!("read the headers of message {id}"), error)
+    })?;
+    headers.retain(|name, _| !name.starts_with(RESERVED_HEADER_PREFIX));
     Ok(StoredMessage {
-        id: MessageId::try_from(row.get::<_, i64>(0))?,
-        uid: row.get(1),
-        topic: TopicName::new(row.get(2))?,
-        key: row.get(4),
-        headers: headers.filter(|(name, _)| !name.starts_with(RESERVED_HEADER_PREFIX)).collect(),
-        payload: row.get(6),
-        appended_at: row.get(7),
+        id,
+        uid: row.try_get(1).map_err(odd)?,
+        topic: TopicName::new(row.try_get(2).map_err(odd)?)?,
+        key: row.try_get(4).map_err(odd)?,
+        headers,
+        payload: row.try_get::<_, Option<_>>(6).map_err(odd)?.unwrap_or_default(),
+        appended_at: row.try_get(7).map_err(odd)?,
     })
 }

@@ -22,6 +22,8 @@ use crate::relay;
 use crate::store::connect;
 use crate::store::node::{Node, PoolOptions};
 use crate::store::pooler::PreparedStatements;
+use crate::store::target::Target;
+use crate::supervise::supervised;
 use crate::topology::Topology;
 use crate::upkeep;
 
@@ -220,10 +222,10 @@ impl ClusterBuilder {
         let topology = Arc::new(Cache::new(start, known, there, file, tasks.clone()));
         topology.keep();
         let listen_at = follow::listen_at(&self.url, &presence)?;
-        let follow = follow::run(Arc::clone(&topology), listen_at, presence, self.look_interval);
+        let follow = follower(&topology, listen_at, presence, self.look_interval, &shutdown);
         tasks.spawn(shutdown.child_token().run_until_cancelled_owned(follow));
-        let close_idle = nodes::close_idle(Arc::clone(&nodes), self.idle_timeout);
-        tasks.spawn(shutdown.child_token().run_until_cancelled_owned(close_idle));
+        let closer = idle_closer(&nodes, self.idle_timeout, &shutdown);
+        tasks.spawn(shutdown.child_token().run_until_cancelled_owned(closer));
         let (known, stop) = (Arc::clone(&nodes), shutdown.child_token());
         let (tasks_too, hint_interval) = (tasks.clone(), self.hint_interval);
         let means =
@@ -253,6 +255,33 @@ impl ClusterBuilder {
         begun.disarm();
         Ok(Cluster { inner: Arc::new(inner) })
     }
+}
+
+/// Keeps up with the topology.
+fn follower(
+    topology: &Arc<Cache>,
+    listen_at: Target,
+    presence: Arc<Presence>,
+    look_interval: Duration,
+    shutdown: &CancellationToken,
+) -> impl Future<Output = Option<()>> + use<> {
+    let (topology, listen_at) = (Arc::clone(topology), Arc::new(listen_at));
+    let follow = move || {
+        let (cache, there) = (Arc::clone(&topology), Arc::clone(&presence));
+        follow::run(cache, Arc::clone(&listen_at), there, look_interval)
+    };
+    supervised("topology's follower", shutdown.child_token(), follow, |_| {})
+}
+
+/// Closes connections that nobody uses.
+fn idle_closer(
+    nodes: &Arc<Nodes>,
+    timeout: Duration,
+    shutdown: &CancellationToken,
+) -> impl Future<Output = Option<()>> + use<> {
+    let nodes = Arc::clone(nodes);
+    let close = move || nodes::close_idle(Arc::clone(&nodes), timeout);
+    supervised("idle connections' closer", shutdown.child_token(), close, |_| {})
 }
 
 impl fmt::Debug for ClusterBuilder {
@@ -322,10 +351,14 @@ impl Cluster {
     /// Takes a turn in looking after the nodes, from now on: whoever uses a cluster does.
     pub(crate) fn keep_up(&self) {
         if !self.inner.keeping_up.swap(true, Ordering::AcqRel) {
-            let nodes = Arc::clone(&self.inner.nodes);
-            self.inner.tasks.spawn(upkeep::run(nodes, self.inner.shutdown.child_token()));
-            let relay = Arc::clone(&self.inner.relay);
-            self.inner.tasks.spawn(relay::run(relay, self.inner.shutdown.child_token()));
+            let (nodes, stop) = (Arc::clone(&self.inner.nodes), self.inner.shutdown.child_token());
+            let run = move || upkeep::run(Arc::clone(&nodes), stop.child_token());
+            let upkeep = supervised("upkeep", self.inner.shutdown.child_token(), run, |_| {});
+            self.inner.tasks.spawn(upkeep);
+            let (relay, stop) = (Arc::clone(&self.inner.relay), self.inner.shutdown.child_token());
+            let run = move || relay::run(Arc::clone(&relay), stop.child_token());
+            let relay = supervised("relay", self.inner.shutdown.child_token(), run, |_| {});
+            self.inner.tasks.spawn(relay);
         }
     }
 

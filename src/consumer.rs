@@ -93,6 +93,23 @@ pub enum Order {
     Unordered,
 }
 
+/// What becomes of messages that are stored and can't be read, since their row is damaged on the disk or was
+/// written past the checks of its table. None is passed over silently: each is told as an error in the stream
+/// or to [`run`](Messages::run)'s log, with an alert `unreadable`, and counted in
+/// [`metrics::UNREADABLE`](crate::metrics::UNREADABLE).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub enum Unreadable {
+    /// They become dead letters of the group, with their ids and the reason, and without key, headers and
+    /// payload, in the transaction that moves the cursor over them. To
+    /// [retry](crate::Cluster::retry_dead_letters) one reads its row again.
+    #[default]
+    DeadLetter,
+    /// Their partition stops before them, until their row can be read or the group is moved by a
+    /// [seek](crate::Cluster::seek). This is told again each minute.
+    Stop,
+}
+
 fn check_known(topology: &Topology, partitions: &[PartitionId]) -> Result<()> {
     let known = |partition| topology.partitions.binary_search(partition).is_ok();
     let stranger = partitions.iter().find(|partition| !known(partition));

@@ -13,6 +13,7 @@ pub mod embedded;
 mod error;
 mod events;
 mod failure;
+mod headers;
 mod id;
 mod message;
 pub mod metrics;
@@ -22,6 +23,7 @@ pub mod notifier;
 mod producer;
 mod relay;
 mod store;
+mod supervise;
 #[cfg(feature = "testing")]
 pub mod testing;
 mod topology;
@@ -41,7 +43,7 @@ pub use codec::{Codec, Json};
 pub use consumer::{
     Acknowledged, ConsumerBuilder, ConsumerEvent, ConsumerEvents, ConsumerHandle,
     ConsumerPartition, ConsumerStatus, Delivery, Filter, Messages, NodeHints, Order, RetryPolicy,
-    Start,
+    Start, Unreadable,
 };
 pub use error::{Error, ErrorKind, Result};
 pub use events::Events;

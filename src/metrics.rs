@@ -20,6 +20,12 @@ pub const UNANSWERED: &str = "shardmq_unanswered_deliveries_total";
 pub const PARKED: &str = "shardmq_parked_messages_total";
 /// Messages given up: dead letters.
 pub const DEAD_LETTERS: &str = "shardmq_dead_letters_total";
+/// Messages that are stored and can't be read.
+pub const UNREADABLE: &str = "shardmq_unreadable_messages_total";
+/// How often it was told that a partition stands still: when it has begun, and each minute while it lasts.
+pub const STALLED: &str = "shardmq_stalled_partitions_total";
+/// Tasks of the library that panicked or ended unexpectedly, and were started again, by `task`.
+pub const TASK_FAILED: &str = "shardmq_failed_tasks_total";
 /// Dead letters whose time was over.
 pub const DEAD_EXPIRED: &str = "shardmq_expired_dead_letters_total";
 /// Cursors moved.
@@ -67,6 +73,9 @@ pub fn describe() {
         (UNANSWERED, "deliveries dropped without an answer"),
         (PARKED, "messages parked, to be tried again later"),
         (DEAD_LETTERS, "messages given up"),
+        (UNREADABLE, "messages that are stored and can't be read"),
+        (STALLED, "tellings that a partition stands still"),
+        (TASK_FAILED, "tasks of the library that failed and were started again"),
         (DEAD_EXPIRED, "dead letters whose time was over"),
         (FLUSHED, "cursors moved"),
         (ASSIGNED, "assignments of a group taken over"),

@@ -33,6 +33,7 @@ use crate::store::connect::refused;
 use crate::store::node::{Connection, Node, PoolOptions};
 use crate::store::outbox::{self, Keep, Standing};
 use crate::store::{connect, control};
+use crate::supervise::supervised;
 use crate::trouble::Trouble;
 
 mod deliver;
@@ -122,7 +123,9 @@ pub(crate) async fn run(context: Arc<Context>, shutdown: CancellationToken) {
         for place in places {
             kept.entry(place.clone()).or_insert_with(|| {
                 let token = shutdown.child_token();
-                let keeper = keep(Arc::clone(&context), place, token.clone());
+                let (of, ends) = (Arc::clone(&context), token.clone());
+                let keeper = move || keep(Arc::clone(&of), place.clone(), ends.clone());
+                let keeper = supervised("relay of a database", token.clone(), keeper, |_| {});
                 (token, keepers.spawn(keeper))
             });
         }

@@ -27,4 +27,5 @@ pub(crate) mod pooler;
 pub(crate) mod sql;
 pub(crate) mod target;
 mod tls;
+pub(crate) mod unread;
 pub(crate) mod upkeep;

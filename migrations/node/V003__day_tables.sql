@@ -20,6 +20,69 @@ create function shardmq.payloads_fit(payloads bytea[]) returns boolean
     language sql immutable
     return (select coalesce(bool_and(octet_length(m) <= 67108864), true) from unnest(payloads) m);
 
+-- Why the arrays of a row are not those of as many messages as it says; null where they are.
+create function shardmq.misfit(p_count int, p_payloads bytea[], p_keys text[], p_headers jsonb[]) returns text
+    language sql immutable
+    set search_path = pg_catalog, pg_temp
+    as $$
+        select case
+            when p_count is null or p_count < 1 or cardinality(p_payloads) is distinct from p_count
+                then format('it says that it has %s messages, and has %s payloads', p_count, cardinality(p_payloads))
+            when p_keys is not null and cardinality(p_keys) <> p_count
+                then format('it says that it has %s messages, and has %s keys', p_count, cardinality(p_keys))
+            when p_headers is not null and cardinality(p_headers) <> p_count
+                then format('it says that it has %s messages, and has %s headers', p_count, cardinality(p_headers))
+            when exists (select from unnest(p_payloads) m where m is null) then 'a payload is null'
+            when exists (select from unnest(p_headers) h where jsonb_typeof(h) <> 'object')
+                then 'the headers of a message are no JSON object'
+            end
+    $$;
+
+-- Refuses what no batch can have, and names the limit.
+create function shardmq.check_batch(p_payloads bytea[], p_keys text[], p_headers jsonb[]) returns void
+    language plpgsql immutable
+    set search_path = pg_catalog, pg_temp
+    as $$
+declare
+    messages int := coalesce(cardinality(p_payloads), 0);
+    a record;
+begin
+    if messages not between 1 and 100000 then
+        raise exception 'shardmq: a batch has 1 to 100000 messages, not %', messages
+            using errcode = 'invalid_parameter_value';
+    end if;
+    for a in
+        select * from (values
+            ('payloads', cardinality(p_payloads), array_ndims(p_payloads), array_lower(p_payloads, 1)),
+            ('keys', cardinality(p_keys), array_ndims(p_keys), array_lower(p_keys, 1)),
+            ('headers', cardinality(p_headers), array_ndims(p_headers), array_lower(p_headers, 1)))
+            v (name, length, dimensions, first)
+         where v.length is not null
+    loop
+        if a.length <> messages then
+            raise exception 'shardmq: % % for % messages: there must be one for each, or null in place of the array',
+                a.length, a.name, messages using errcode = 'check_violation';
+        elsif a.dimensions <> 1 or a.first <> 1 then
+            raise exception 'shardmq: the array of % has % dimensions and begins at %: it must have one, and begin at 1',
+                a.name, a.dimensions, a.first using errcode = 'check_violation';
+        end if;
+    end loop;
+    if array_position(p_payloads, null) is not null then
+        raise exception 'shardmq: payload % is null', array_position(p_payloads, null)
+            using errcode = 'check_violation', hint = 'A message without content has an empty payload.';
+    elsif not shardmq.payloads_fit(p_payloads) then
+        raise exception 'shardmq: a payload is longer than 64 MiB' using errcode = 'program_limit_exceeded';
+    elsif not shardmq.keys_fit(p_keys) then
+        raise exception 'shardmq: a key is longer than 1024 bytes' using errcode = 'check_violation';
+    elsif exists (select from unnest(p_headers) h where jsonb_typeof(h) <> 'object') then
+        raise exception 'shardmq: the headers of a message are a JSON object, and nothing else'
+            using errcode = 'check_violation';
+    elsif p_headers is not null and not shardmq.headers_fit(p_headers) then
+        raise exception 'shardmq: the headers of a message have more than 65536 bytes, names and values together'
+            using errcode = 'check_violation';
+    end if;
+end $$;
+
 -- Makes the table of a partition and day if it is missing. lz4 where the server has it: two to four
 -- times as quick as pglz.
 create function shardmq.make_day(p_partition int, p_day int) returns void
@@ -51,15 +114,24 @@ begin
             headers jsonb[] %2$s,
             payloads bytea[] %2$s not null,
             unique (producer, sequence),
-            check (base_id >= %3$s and base_id + count - 1 <= %4$s),
-            check (count > 0 and count = cardinality(payloads) and array_ndims(payloads) = 1),
-            check (array_position(payloads, null) is null),
-            check (bytes between 0 and 134217728),
-            check (keys is null or cardinality(keys) = count),
-            check (headers is null or cardinality(headers) = count),
-            check (keys is null or pg_column_size(keys || '{}'::text[]) <= 1024 or shardmq.keys_fit(keys)),
-            check (pg_column_size(payloads || '{}'::bytea[]) <= 67108864 or shardmq.payloads_fit(payloads)),
-            check (headers is null or shardmq.headers_fit(headers))
+            constraint ids_of_the_day check (base_id >= %3$s and base_id + count - 1 <= %4$s),
+            constraint a_payload_for_each_message
+                check (count > 0 and count = cardinality(payloads) and array_ndims(payloads) = 1
+                       and array_lower(payloads, 1) = 1),
+            constraint no_payload_is_null check (array_position(payloads, null) is null),
+            constraint bytes_up_to_134217728 check (bytes between 0 and 134217728),
+            constraint time_is_finite check (isfinite(appended_at)),
+            constraint a_key_or_null_for_each_message
+                check (keys is null or cardinality(keys) = count and array_ndims(keys) = 1
+                       and array_lower(keys, 1) = 1),
+            constraint headers_or_null_for_each_message
+                check (headers is null or cardinality(headers) = count and array_ndims(headers) = 1
+                       and array_lower(headers, 1) = 1),
+            constraint keys_of_1024_bytes
+                check (keys is null or pg_column_size(keys || '{}'::text[]) <= 1024 or shardmq.keys_fit(keys)),
+            constraint payloads_of_67108864_bytes
+                check (pg_column_size(payloads || '{}'::bytea[]) <= 67108864 or shardmq.payloads_fit(payloads)),
+            constraint headers_are_objects_of_65536_bytes check (headers is null or shardmq.headers_fit(headers))
         ) with (autovacuum_vacuum_insert_scale_factor = 1, toast.autovacuum_vacuum_insert_scale_factor = 1)
         $sql$, shardmq.table_name(p_partition, p_day), compression, first_id, first_id + 99999998);
 end $$;

@@ -151,13 +151,7 @@ begin
     if (producer is null) <> (sequence is null) then
         raise exception 'shardmq: producer and sequence go together' using errcode = 'invalid_parameter_value';
     end if;
-    if coalesce(cardinality(payloads), 0) not between 1 and 100000 then
-        raise exception 'shardmq: a batch has 1 to 100000 messages, not %', coalesce(cardinality(payloads), 0)
-            using errcode = 'invalid_parameter_value';
-    end if;
-    if exists (select from unnest(payloads) m where octet_length(m) > 67108864) then
-        raise exception 'shardmq: a payload is longer than 64 MiB' using errcode = 'program_limit_exceeded';
-    end if;
+    perform shardmq.check_batch(payloads, keys, headers);
     bytes := (select coalesce(sum(octet_length(m)), 0) from unnest(payloads) m)
            + (select coalesce(sum(octet_length(k)), 0) from unnest(keys) k)
            + (select coalesce(sum(octet_length(h::text)), 0) from unnest(headers) h);

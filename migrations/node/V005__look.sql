@@ -18,14 +18,14 @@ begin
         return query execute format($sql$
             select m.* from (
                 select b.base_id + u.n - 1,
-                       coalesce(b.headers[u.n] ->> 'shardmq.uid', b.producer || ':' || b.sequence || ':' || u.n - 1),
+                       coalesce(u.headers ->> 'shardmq.uid', b.producer || ':' || b.sequence || ':' || u.n - 1),
                        (select p.topic from shardmq.partition p where p.partition = $1), $1,
-                       b.keys[u.n], b.headers[u.n], u.payload, b.appended_at
+                       u.key, u.headers, u.payload, b.appended_at
                   from (select * from shardmq.%1$I t
                          where t.base_id >= coalesce((select max(base_id) from shardmq.%1$I where base_id <= $2), $2)
                          order by t.base_id limit $3 + 1) b,
-                       unnest(b.payloads) with ordinality u (payload, n)
-                 where b.base_id + u.n - 1 > $2
+                       unnest(b.payloads, b.keys, b.headers) with ordinality u (payload, key, headers, n)
+                 where b.base_id + u.n - 1 > $2 and u.n <= b.count
                  order by 1 limit $3) m
             $sql$, shardmq.table_name(messages.partition, d)) using messages.partition, after_id, rest;
         get diagnostics got = row_count;

@@ -9,17 +9,17 @@ create table shardmq.retry (
     group_name text not null,
     topic text not null,
     partition int not null,
-    message_id bigint not null,
+    message_id bigint not null check (message_id / 100000000000000 = partition),
     producer uuid not null,
     sequence bigint not null,
-    message_index int not null,
+    message_index int not null check (message_index >= 0),
     key text check (octet_length(key) <= 1024),
-    headers jsonb,
+    headers jsonb check (jsonb_typeof(headers) = 'object'),
     payload bytea not null,
-    appended_at timestamptz not null,
-    first_seen timestamptz not null,
-    attempts int not null,
-    failures jsonb not null default '[]',
+    appended_at timestamptz not null check (isfinite(appended_at)),
+    first_seen timestamptz not null check (isfinite(first_seen)),
+    attempts int not null check (attempts >= 0),
+    failures jsonb not null default '[]' check (jsonb_typeof(failures) = 'array'),
     due_at timestamptz not null
 ) with (autovacuum_vacuum_threshold = 1000, autovacuum_vacuum_scale_factor = 0.02, vacuum_truncate = off);
 comment on table shardmq.retry is
@@ -32,20 +32,22 @@ create table shardmq.dead_letter (
     group_name text not null,
     topic text not null,
     partition int not null,
-    message_id bigint not null,
+    message_id bigint not null check (message_id / 100000000000000 = partition),
     producer uuid not null,
     sequence bigint not null,
-    message_index int not null,
+    message_index int not null check (message_index >= 0),
     key text check (octet_length(key) <= 1024),
-    headers jsonb,
-    payload bytea not null,
-    appended_at timestamptz not null,
-    first_seen timestamptz not null,
-    attempts int not null,
-    failures jsonb not null default '[]',
+    headers jsonb check (jsonb_typeof(headers) = 'object'),
+    payload bytea,
+    appended_at timestamptz not null check (isfinite(appended_at)),
+    first_seen timestamptz not null check (isfinite(first_seen)),
+    attempts int not null check (attempts >= 0),
+    failures jsonb not null default '[]' check (jsonb_typeof(failures) = 'array'),
     died_at timestamptz not null
 );
-comment on table shardmq.dead_letter is 'Messages that a group has given up, until somebody decides';
+comment on table shardmq.dead_letter is
+    'Messages that a group has given up, until somebody decides. Without payload: the message could not be read';
+create index dead_letter_unread on shardmq.dead_letter (id) where payload is null;
 create index dead_letter_group on shardmq.dead_letter (topic, group_name, id);
 create index dead_letter_died on shardmq.dead_letter (partition, died_at);
 
@@ -56,16 +58,46 @@ do $$ begin
     end if;
 end $$;
 
+-- The messages of a row that could not be read, read again: none where it still can't be read.
+create function shardmq.read_again(p_partition int, p_base_id bigint, p_producer uuid, p_sequence bigint)
+    returns table (message_id bigint, key text, headers jsonb, payload bytea)
+    language plpgsql stable security definer
+    set search_path = pg_catalog, pg_temp
+    as $$
+begin
+    return query execute format($sql$
+        select b.base_id + u.n - 1, u.key, u.headers, u.payload
+          from shardmq.%I b, unnest(b.payloads, b.keys, b.headers) with ordinality u (payload, key, headers, n)
+         where (b.base_id, b.producer, b.sequence) = ($1, $2, $3)
+           and shardmq.misfit(b.count, b.payloads, b.keys, b.headers) is null
+        $sql$, shardmq.table_name(p_partition, (p_base_id / 100000000 % 1000000)::int))
+      using p_base_id, p_producer, p_sequence;
+exception
+    when others then
+        return;
+end $$;
+
 -- Gives dead letters to their group again, and to no other: up to so many of these ids, or of those that
 -- the filter leaves (null: all), oldest first, with their history, and their attempts counted anew. Those
--- whose group is not known in their partition any more stay. Returns how many of which groups.
+-- whose group is not known in their partition any more stay, and those whose message still can't be read.
+-- Returns how many of which groups.
 create function shardmq.dead_letter_retry(p_ids bigint[], p_topic text, p_group text, p_partition int,
                                           p_error text, p_before timestamptz, p_most int)
     returns table (topic text, group_name text, moved bigint)
     language sql volatile security definer
     set search_path = pg_catalog, pg_temp
     as $$
-        with chosen as (
+        with found as materialized (
+            select r.partition, m.message_id, m.key, m.headers, m.payload
+              from (select distinct d.partition, d.message_id - d.message_index as base_id, d.producer, d.sequence
+                      from shardmq.dead_letter d
+                     where d.payload is null
+                       and (p_ids is null or d.id = any (p_ids))
+                       and (p_topic is null or d.topic = p_topic)
+                       and (p_group is null or d.group_name = p_group)
+                       and (p_partition is null or d.partition = p_partition)) r,
+                   lateral shardmq.read_again(r.partition, r.base_id, r.producer, r.sequence) m),
+        chosen as (
             select d.id
               from shardmq.dead_letter d
               join shardmq.cursor c on (c.group_name, c.partition) = (d.group_name, d.partition)
@@ -75,6 +107,9 @@ create function shardmq.dead_letter_retry(p_ids bigint[], p_topic text, p_group 
                and (p_partition is null or d.partition = p_partition)
                and (p_error is null or strpos(d.failures -> -1 ->> 'error', p_error) > 0)
                and (p_before is null or d.died_at <= p_before)
+               and (d.payload is not null
+                    or exists (select from found f
+                                where (f.partition, f.message_id) = (d.partition, d.message_id)))
              order by d.id limit p_most
                for update of d skip locked
                for key share of c),
@@ -85,9 +120,11 @@ create function shardmq.dead_letter_retry(p_ids bigint[], p_topic text, p_group 
                                        message_index, key, headers, payload, appended_at, first_seen,
                                        attempts, failures, due_at)
             select g.group_name, g.topic, g.partition, g.message_id, g.producer, g.sequence,
-                   g.message_index, g.key, g.headers, g.payload, g.appended_at, g.first_seen,
+                   g.message_index, coalesce(g.key, f.key), coalesce(g.headers, f.headers),
+                   coalesce(g.payload, f.payload), g.appended_at, g.first_seen,
                    0, g.failures, shardmq.clock() + row_number() over (order by g.id) * interval '1 us'
-              from gone g)
+              from gone g
+              left join found f on g.payload is null and (f.partition, f.message_id) = (g.partition, g.message_id))
         select g.topic, g.group_name, count(*) from gone g group by g.topic, g.group_name
     $$;
 

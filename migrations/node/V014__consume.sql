@@ -10,6 +10,8 @@
 --   SMQ01  the partition is another's, or the lease is over
 --   SMQ02  the group was moved by a seek
 --   SMQ03  the server was started anew, or is another: messages that were pulled may not be there any more
+-- And one that comes again until the messages that it names can be read, or are acknowledged unread:
+--   SMQ04  the next messages are stored and can't be read
 
 -- Which server this is, as a number.
 create function shardmq.incarnation() returns bigint
@@ -221,6 +223,7 @@ declare
     got int;
     rest int := most;
     bytes bigint := 0;
+    why text;
 begin
     if coalesce(most, 0) not between 1 and 100000 then
         raise exception 'shardmq: 1 to 100000 messages are pulled at a time, not %', coalesce(most::text, 'null')
@@ -260,6 +263,16 @@ begin
                         if rest < most and bytes + b.bytes > most_bytes then
                             return;
                         end if;
+                        why := shardmq.misfit(b.count, b.payloads, b.keys, b.headers);
+                        if why is not null then
+                            -- What is before it comes first.
+                            if rest < most then
+                                return;
+                            end if;
+                            raise exception 'shardmq: messages % to % can''t be read: %',
+                                greatest(b.base_id, last + 1), b.base_id + greatest(b.count, 1) - 1, why
+                                using errcode = 'SMQ04', hint = 'To go on without them, acknowledge the last one.';
+                        end if;
                         return query
                             select v.id, v.uid, v.key, v.headers, v.payload, b.appended_at
                               from shardmq.unpacked(b.base_id, b.producer, b.sequence, b.payloads, b.keys, b.headers,
@@ -278,6 +291,13 @@ begin
                 exit when scanned < stretch;
             end loop;
         exception
+            when data_corrupted or internal_error or data_exception then
+                if rest < most then
+                    return;
+                end if;
+                raise exception 'shardmq: the next message of partition % behind % can''t be read: %',
+                    c.partition, last, sqlerrm
+                    using errcode = 'SMQ04', hint = 'To go on without it, acknowledge it.';
             when undefined_table then
                 -- Retention has dropped it since, or the open day has none yet.
                 select p.low_watermark, p.day into low, at_day from shardmq.partition p where p.partition = c.partition;

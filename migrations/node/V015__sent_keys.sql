@@ -105,6 +105,9 @@ declare
     rolled record;
     appended record;
 begin
+    if payload is not null then
+        perform shardmq.check_batch(array[payload], array[key], array[headers]);
+    end if;
     perform set_config('lock_timeout', '30s', true),
             set_config('idle_in_transaction_session_timeout', '5s', true);
     if current_setting('synchronous_commit') in ('off', 'local', 'remote_write') then

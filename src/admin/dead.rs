@@ -67,6 +67,9 @@ pub struct DeadLetter {
     pub group: GroupName,
     /// A copy of the message; the original may be dropped by now.
     pub message: StoredMessage,
+    /// The message could not be read where it is stored: this has no key, headers and payload of it. The
+    /// last failure says why.
+    pub unread: bool,
     /// When the group got it for the first time.
     pub first_seen: SystemTime,
     /// When it was given up.
@@ -109,6 +112,9 @@ pub struct DeadLetters {
 pub struct DeadLettersMoved {
     /// How many were given to their group again, or dropped.
     pub moved: u64,
+    /// How many were not given to their group again, since their message still can't be read. They stay
+    /// until it can, or until they are dropped.
+    pub unread: u64,
     /// Nodes that did not answer, or not to the end: call it again.
     pub unreachable: Vec<NodeId>,
 }
@@ -157,7 +163,8 @@ impl Cluster {
     /// Gives dead letters to their groups again, and to no other: each is delivered by the library's
     /// consumer that has its partition (not by one that uses SQL), in no order with others, its attempts
     /// counted anew; if it fails to the end it is a dead letter again. Those that die after this was called
-    /// are not taken up again. Letters of groups that are gone stay.
+    /// are not taken up again. Letters of groups that are gone stay. Of a letter without payload the message is
+    /// read again; where that fails the letter stays, which [`DeadLettersMoved::unread`] tells.
     ///
     /// In portions of a transaction each; told is how many it is by now. Where this is cut off, or its future
     /// dropped, what was done stays done: call it again for the rest.
@@ -190,9 +197,9 @@ impl Cluster {
                 all.moved += count;
                 progress(all.moved);
             };
-            let done = self.move_on(node, what, filter, &mut count).await;
-            if let Err(error) = done {
-                self.note_unreachable(node, error, &mut all.unreachable)?;
+            match self.move_on(node, what, filter, &mut count).await {
+                Ok(unread) => all.unread += unread,
+                Err(error) => self.note_unreachable(node, error, &mut all.unreachable)?,
             }
         }
         Ok(all)
@@ -204,7 +211,7 @@ impl Cluster {
         what: What,
         filter: &DeadLetterFilter,
         progress: &mut (impl FnMut(u64) + Send),
-    ) -> Result<()> {
+    ) -> Result<u64> {
         let text = format!("move dead letters of node {node}");
         let chosen = chosen(filter, node);
         let until = in_time(ANSWER, &text, async {
@@ -221,8 +228,10 @@ impl Cluster {
                 moved.map_err(|error| refused(error, &text))
             });
             let groups = portion.await?;
-            if groups.is_empty() {
-                return Ok(());
+            if groups.is_empty() && what == What::Drop {
+                return Ok(0);
+            } else if groups.is_empty() {
+                return self.count_unread(node, &chosen, until).await;
             }
             most = if begun.elapsed() > PORTION_TIME { most / 4 } else { most * 2 };
             most = most.clamp(1, PORTION.1);
@@ -231,6 +240,16 @@ impl Cluster {
                 self.tell_of_retries(&groups).await;
             }
         }
+    }
+
+    async fn count_unread(&self, node: NodeId, chosen: &Chosen, until: SystemTime) -> Result<u64> {
+        let what = format!("count dead letters without payload of node {node}");
+        in_time(ANSWER, &what, async {
+            let connection = self.inner.nodes.node(node).await?.get().await?;
+            let count = dead::count_unread(&connection, chosen, until).await;
+            count.map(i64::unsigned_abs).map_err(|error| refused(error, &what))
+        })
+        .await
     }
 
     /// Consumers that hear of it fetch at once, the others when they next renew their leases.
@@ -267,7 +286,7 @@ impl Cluster {
         });
         let rows = rows.await?;
         let counted = usize::try_from(most).unwrap_or(usize::MAX);
-        let bytes: usize = rows.iter().map(|row| row.get::<_, &[u8]>(6).len()).sum();
+        let bytes: usize = rows.iter().map(payload_len).sum();
         let more = rows.len() > counted || i64::try_from(bytes).unwrap_or(i64::MAX) >= LIST_BYTES;
         let letters = rows.iter().take(counted).map(|row| read(node, row));
         Ok((letters.collect::<Result<_>>()?, more))
@@ -311,14 +330,27 @@ fn chosen(filter: &DeadLetterFilter, node: NodeId) -> Chosen {
     }
 }
 
+/// The bytes of a payload that counts for a list.
+fn payload_len(row: &Row) -> usize {
+    row.try_get::<_, Option<&[u8]>>(6).ok().flatten().map_or(0, <[u8]>::len)
+}
+
 fn read(node: NodeId, row: &Row) -> Result<DeadLetter> {
+    let odd = |error| refused(error, &format!("read a dead letter of node {node}"));
+    let number = row.try_get(8).map_err(odd)?;
+    let failures: &str = row.try_get(13).map_err(odd)?;
+    // A letter whose history is odd is listed all the same.
+    let failures = serde_json::from_str(failures).unwrap_or_else(|error| {
+        vec![FailedAttempt::new(0, &format!("what was tried can't be read: {error}"))]
+    });
     Ok(DeadLetter {
-        id: DeadLetterId { node, number: row.get(8) },
-        group: GroupName::new(row.get(9))?,
+        id: DeadLetterId { node, number },
+        group: GroupName::new(row.try_get(9).map_err(odd)?)?,
         message: read_message(row)?,
-        first_seen: row.get(10),
-        died_at: row.get(11),
-        attempts: u32::try_from(row.get::<_, i32>(12)).unwrap_or(0),
-        failures: serde_json::from_str(row.get(13)).unwrap_or_default(),
+        unread: row.try_get::<_, Option<&[u8]>>(6).map_err(odd)?.is_none(),
+        first_seen: row.try_get(10).map_err(odd)?,
+        died_at: row.try_get(11).map_err(odd)?,
+        attempts: u32::try_from(row.try_get::<_, i32>(12).map_err(odd)?).unwrap_or(0),
+        failures,
     })
 }

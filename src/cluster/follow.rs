@@ -39,7 +39,7 @@ pub(super) fn listen_at(control: &str, presence: &Presence) -> Result<Target> {
 /// Keeps up until it is dropped.
 pub(super) async fn run(
     cache: Arc<Cache>,
-    control: Target,
+    control: Arc<Target>,
     presence: Arc<Presence>,
     look_every: Duration,
 ) {

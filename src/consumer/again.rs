@@ -22,7 +22,9 @@ use crate::consumer::keys::{Freed, Keys};
 use crate::consumer::lanes::Unread;
 use crate::consumer::pinned::Pinned;
 use crate::consumer::{Event, Order, Shared, Verdict};
+use crate::error::Error;
 use crate::id::{NodeId, PartitionId};
+use crate::supervise::supervised;
 
 /// What waits for a message that failed.
 #[derive(Debug, Clone)]
@@ -270,9 +272,23 @@ impl Holding {
 
 impl Shared {
     /// Sees to what the stream's deliveries were not handled, whether anybody reads the stream or not.
-    pub(super) async fn watch_failures(
+    pub(super) async fn keep_watching_failures(
         self: Arc<Self>,
-        mut failures: mpsc::UnboundedReceiver<(Delivery, Verdict)>,
+        failures: mpsc::UnboundedReceiver<(Delivery, Verdict)>,
+    ) {
+        let failures = tokio::sync::Mutex::new(failures);
+        let watch = || async {
+            let mut failures = failures.lock().await;
+            self.watch_failures(&mut failures).await;
+        };
+        // The message that it had in hand is nobody's.
+        let failed = |_: &Error| self.read_anew(None);
+        supervised("watch over failures", self.stopping.clone(), watch, failed).await;
+    }
+
+    async fn watch_failures(
+        self: &Arc<Self>,
+        failures: &mut mpsc::UnboundedReceiver<(Delivery, Verdict)>,
     ) {
         while let Some((mut delivery, verdict)) = failures.recv().await {
             let origin = Arc::clone(delivery.origin());

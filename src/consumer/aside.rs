@@ -28,6 +28,7 @@ use crate::metrics as names;
 use crate::store::connect::refused;
 use crate::store::failures::{self, Ending, Settle, Tried};
 use crate::store::group::Moved;
+use crate::supervise::supervised;
 use crate::trouble::Trouble;
 
 /// The most of one statement: messages, and bytes over the first.
@@ -127,7 +128,12 @@ impl Shared {
         queue.more.notify_one();
         if !std::mem::replace(&mut queue.working, true) {
             let shared = Arc::clone(self);
-            self.cluster.inner.tasks.spawn(async move { shared.work_off(node).await });
+            self.cluster.inner.tasks.spawn(async move {
+                // What it had in hand is nobody's; what waits since is worked off.
+                let failed = |_: &Error| shared.read_anew(Some(node));
+                let work = || Arc::clone(&shared).work_off(node);
+                supervised("keeper of failed messages", shared.left.clone(), work, failed).await;
+            });
         }
         receiver
     }

@@ -21,7 +21,7 @@ use crate::consumer::holding::Bounds;
 use crate::consumer::journal::Journal;
 use crate::consumer::wanted::{Reach, Wanted};
 use crate::consumer::{
-    ConsumerHandle, Messages, Order, RetryPolicy, Shared, Start, check_known, start,
+    ConsumerHandle, Messages, Order, RetryPolicy, Shared, Start, Unreadable, check_known, start,
 };
 #[cfg(doc)]
 use crate::error::ErrorKind;
@@ -47,6 +47,7 @@ pub(crate) struct Options {
     pub(super) journal: Option<PathBuf>,
     pub(super) only: Option<Vec<PartitionId>>,
     pub(super) filter: Option<Arc<Filter>>,
+    pub(super) unreadable: Unreadable,
     pub(super) failpoint: Option<Failpoint>,
 }
 
@@ -78,6 +79,7 @@ impl ConsumerBuilder {
             journal: None,
             only: None,
             filter: None,
+            unreadable: Unreadable::default(),
             failpoint: None,
         };
         Self { cluster, topic: topic.to_owned(), group: group.to_owned(), options }
@@ -198,6 +200,13 @@ impl ConsumerBuilder {
         self
     }
 
+    /// What becomes of messages that are stored and can't be read: by default they become dead letters
+    /// without key, headers and payload, and the partition goes on.
+    pub fn unreadable(mut self, unreadable: Unreadable) -> Self {
+        self.options.unreadable = unreadable;
+        self
+    }
+
     /// Called at named places of the library, for tests that stop it there.
     #[doc(hidden)]
     pub fn failpoint(
@@ -246,6 +255,7 @@ impl ConsumerBuilder {
             reach: Reach::default(),
             holdings: Mutex::default(),
             paused: Mutex::default(),
+            failed_readers: Mutex::default(),
             flushes: Arc::default(),
             uncommitted: Mutex::default(),
             pressed: AtomicBool::new(false),
@@ -268,7 +278,7 @@ impl ConsumerBuilder {
         // In a task: to drop this ends the consumer, in the middle of it too.
         let (launched, life) = (Arc::clone(&shared), Life::new(&shared));
         let tasks = &shared.cluster.inner.tasks;
-        tasks.spawn(Arc::clone(&shared).watch_failures(failed));
+        tasks.spawn(Arc::clone(&shared).keep_watching_failures(failed));
         let _ = tasks.spawn(async move { launched.launch(life).await }).await;
         Ok(messages)
     }

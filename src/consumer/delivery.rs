@@ -235,7 +235,8 @@ impl Delivery {
         std::str::from_utf8(key).ok()
     }
 
-    /// The headers it was sent with; a value that is not a string as its JSON text.
+    /// The headers it was sent with. A value that is not a string, which only SQL can send, is its JSON
+    /// text in the server's own form, such as `1.10` or `[1, 2]`.
     pub fn headers(&self) -> Headers {
         let all = self.all_headers();
         all.into_iter().filter(|(name, _)| !name.starts_with(RESERVED_HEADER_PREFIX)).collect()
@@ -414,7 +415,8 @@ impl Delivery {
     }
 
     fn all_headers(&self) -> Headers {
-        self.origin.row.headers_of(self.place())
+        // The reader has made sure that they are an object, and the server that it is JSON.
+        self.origin.row.headers_of(self.place()).unwrap_or_default()
     }
 
     fn reserved_header(&self, name: &str) -> Option<String> {

@@ -27,7 +27,7 @@ enum Rule {
 
 impl Filter {
     /// Messages that have this header with exactly this value. A value that is no string, which only SQL
-    /// can send, counts as its JSON text.
+    /// can send, counts as its JSON text in the server's own form, such as `[1, 2]`.
     pub fn header(name: impl Into<String>, value: impl Into<String>) -> Self {
         Self(Rule::Header { name: name.into(), value: value.into() })
     }
@@ -71,10 +71,13 @@ impl Filter {
         let key = || row.keys.as_ref().and_then(|keys| keys.element(index));
         // Read once at most, and only if a rule asks.
         let mut headers = None;
-        self.0.takes(&key, &mut |name, value| {
-            let headers = headers.get_or_insert_with(|| row.headers_of(index));
-            headers.get(name).is_some_and(|found| found == value)
-        })
+        let taken = self.0.takes(&key, &mut |name, value| {
+            let headers = headers.get_or_insert_with(|| row.headers_of(index).ok());
+            headers.iter().any(|headers| headers.get(name).is_some_and(|found| found == value))
+        });
+        // Nobody knows whether it is wanted: it must not be passed over unseen.
+        let unknown = matches!(headers, Some(None));
+        taken || unknown
     }
 }
 

@@ -11,7 +11,7 @@ use crate::cluster::Place;
 use crate::consumer::Event;
 use crate::consumer::holding::Holding;
 use crate::consumer::member::{Member, STATEMENT};
-use crate::consumer::reader::read;
+use crate::consumer::reader::keep_reading;
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::PartitionId;
 use crate::metrics as names;
@@ -168,7 +168,8 @@ impl Member {
             holding.lapse();
         }
         self.shared.hold(&holding);
-        self.shared.cluster.inner.tasks.spawn(read(Arc::clone(&self.shared), Arc::clone(&holding)));
+        let reader = keep_reading(Arc::clone(&self.shared), Arc::clone(&holding));
+        self.shared.cluster.inner.tasks.spawn(reader);
         ::metrics::counter!(names::ACQUIRED).increment(1);
         tracing::info!(%partition, group = %self.shared.group, "partition taken");
         self.holdings.insert(partition, holding);

@@ -34,6 +34,7 @@ use crate::id::{NodeId, PartitionId};
 use crate::notifier::Hints;
 use crate::store::connect::refused;
 use crate::store::group;
+use crate::supervise::supervised;
 use crate::trouble::Trouble;
 
 /// What a member is told.
@@ -104,12 +105,28 @@ pub(super) struct Member {
     stop: Option<(Instant, oneshot::Sender<Result<()>>)>,
 }
 
-/// Works until it is told to stop.
-pub(crate) async fn run(
+/// Works until it is told to stop. A member that panics is told, and a new one takes its place: what it held
+/// is given up, and taken anew from the committed cursors.
+pub(crate) async fn keep(
     shared: Arc<Shared>,
     node: NodeId,
     partitions: Vec<PartitionId>,
-    mut commands: mpsc::UnboundedReceiver<Command>,
+    commands: mpsc::UnboundedReceiver<Command>,
+) {
+    let commands = tokio::sync::Mutex::new(commands);
+    let work = || async {
+        let mut commands = commands.lock().await;
+        run(Arc::clone(&shared), node, partitions.clone(), &mut commands).await;
+    };
+    let failed = |error: &Error| shared.give_up_all(node, error);
+    supervised("member", shared.stopping.clone(), work, failed).await;
+}
+
+async fn run(
+    shared: Arc<Shared>,
+    node: NodeId,
+    partitions: Vec<PartitionId>,
+    commands: &mut mpsc::UnboundedReceiver<Command>,
 ) {
     let pace = Pace::new(shared.options.flush_interval);
     let looks = Looks::new(shared.options.poll_interval, Instant::now());
@@ -137,14 +154,14 @@ pub(crate) async fn run(
     };
     let cluster_ends = member.shared.cluster.inner.shutdown.clone();
     loop {
-        member.sleep(&mut commands).await;
+        member.sleep(commands).await;
         let mut outcome = Ok(());
         if member.stop.is_none() && !cluster_ends.is_cancelled() {
             let shared = Arc::clone(&member.shared);
             let hints = shared.cluster.inner.notifier.subscribe(&member.partitions);
             let expiry = Arc::clone(&member.expiry);
             tokio::select! {
-                () = member.work(&mut commands, hints) => {}
+                () = member.work(commands, hints) => {}
                 never = expiry.watch(&shared, node) => match never {},
             }
             outcome = member.leave().await;

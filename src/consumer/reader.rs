@@ -21,6 +21,10 @@ use std::time::{Duration, SystemTime};
 
 use tokio::time::timeout;
 
+mod days;
+mod trouble;
+mod unread;
+
 use crate::consumer::budget::Room;
 use crate::consumer::holding::{Holding, Place};
 use crate::consumer::member::Command;
@@ -32,7 +36,10 @@ use crate::store::connect::refused;
 use crate::store::fetch::{self, Batch, Identity, Overlap, PartitionState};
 use crate::store::group;
 use crate::store::node::{Connection, Unfinished};
+use crate::store::unread::is_damage;
 use crate::store::upkeep;
+use crate::supervise::caught;
+use trouble::Lasting;
 
 /// The most rows of one fetch.
 const MAX_ROWS: i32 = 512;
@@ -42,8 +49,6 @@ const PRESSURE: Duration = Duration::from_millis(500);
 const BUSY: Duration = Duration::from_millis(50);
 /// How long one fetch may take: the largest message over a slow line.
 const FETCH: Duration = Duration::from_mins(1);
-/// Between attempts after an error.
-const BACKOFF: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
 
 /// Where a reader is.
 struct Reader {
@@ -57,6 +62,8 @@ struct Reader {
     open: Option<Day>,
     /// The row read last, and the day that it is of.
     last: Option<(Day, Identity)>,
+    /// A row that the server could not read, and how often.
+    damaged: (i64, u32),
 }
 
 /// What a fetch brought.
@@ -71,12 +78,29 @@ enum Fetched {
     Moved,
 }
 
+/// Reads until the holding has ended. A reader that panics is told, and its partition is taken anew from the
+/// committed cursor after a pause: by this member, or by whichever should have it then.
+pub(crate) async fn keep_reading(shared: Arc<Shared>, holding: Arc<Holding>) {
+    let reading = read(Arc::clone(&shared), Arc::clone(&holding));
+    let Err(error) = caught("reader", reading).await else { return };
+    let (partition, owner) = (holding.partition, holding.owner());
+    let what = format!("read partition {partition}: {error}; it is read anew");
+    shared.send(Event::Error(Error::new(ErrorKind::Unavailable, what)));
+    tokio::select! {
+        () = tokio::time::sleep(shared.reader_failed(partition)) => {}
+        () = holding.ended.cancelled() => {}
+    }
+    shared.tell(partition.node(), Command::Anew { partition, owner });
+}
+
 /// Reads until the holding has ended, through every passing fault.
-pub(crate) async fn read(shared: Arc<Shared>, holding: Arc<Holding>) {
+async fn read(shared: Arc<Shared>, holding: Arc<Holding>) {
     let ended = holding.ended.clone();
     let (_, position) = holding.position();
     let day = fetch::day_of(position);
-    let reader = Reader { shared, holding, position, day, next: None, open: None, last: None };
+    let damaged = (0, 0);
+    let reader =
+        Reader { shared, holding, position, day, next: None, open: None, last: None, damaged };
     tokio::select! {
         () = ended.cancelled() => {}
         () = reader.run() => {}
@@ -85,11 +109,11 @@ pub(crate) async fn read(shared: Arc<Shared>, holding: Arc<Holding>) {
 
 impl Reader {
     async fn run(mut self) {
-        let mut backoff = BACKOFF.0;
+        let mut lasting = Lasting::new();
         loop {
             match self.drain().await {
                 Ok(()) => {
-                    backoff = BACKOFF.0;
+                    lasting.end();
                     self.holding.wake.notified().await;
                 }
                 Err(Stop::Lost) => {
@@ -100,12 +124,8 @@ impl Reader {
                     std::future::pending::<()>().await;
                 }
                 Err(Stop::Error(error)) => {
-                    let partition = self.holding.partition;
-                    if backoff == BACKOFF.0 {
-                        tracing::warn!(%partition, error = %error.chain(), "reading failed, going on");
-                    }
-                    tokio::time::sleep(backoff).await;
-                    backoff = (backoff * 2).min(BACKOFF.1);
+                    self.tell_of(&mut lasting, &error);
+                    tokio::time::sleep(lasting.pause()).await;
                 }
             }
         }
@@ -224,13 +244,6 @@ impl Reader {
         Ok(state.day_after(self.day))
     }
 
-    /// Whether this reader went on to a later day than the partition stands on. A day is entered only
-    /// after it was seen, or since the position is in it, so this server lacks the roll to that day.
-    fn has_left(&self, current: Day) -> bool {
-        let entered = self.last.is_some() || fetch::day_of(self.position) != self.day;
-        entered && self.day.is_some_and(|day| current < day)
-    }
-
     /// Goes on behind the days that retention has dropped, and says what was missed.
     fn pass(&mut self, low_watermark: i64, missed: u64) {
         self.position = low_watermark - 1;
@@ -264,11 +277,16 @@ impl Reader {
             self.last = Some((day, row.identity()));
         }
         let full = rows.len() >= usize::try_from(MAX_ROWS).unwrap_or(usize::MAX);
-        let new: Vec<Batch> =
+        let mut new: Vec<Batch> =
             rows.into_iter().filter(|row| row.last_id() > self.position).collect();
+        let unread = unread::split_off(&mut new);
         let bytes: usize = new.iter().map(|row| row.bytes).sum();
         let (any, full) = (!new.is_empty(), full || bytes >= bound);
         if !self.deliver(new, day, reserved) {
+            return Ok(Fetched::Full);
+        }
+        if let Some(row) = unread {
+            self.pass_unread(row, day).await?;
             return Ok(Fetched::Full);
         }
         Ok(match (any, full) {
@@ -280,16 +298,17 @@ impl Reader {
 
     /// The rows from the last one on, which was compared; none where the table does not exist.
     async fn compared(
-        &self,
+        &mut self,
         connection: &Connection,
         day: Day,
         bound: usize,
     ) -> Result<Option<Vec<Batch>>, Stop> {
         let partition = self.holding.partition;
         let bounds = (i64::try_from(bound).unwrap_or(i64::MAX), MAX_ROWS);
-        let rows = fetch::fetch(connection, partition, day, self.position, bounds)
-            .await
-            .map_err(|error| refused(error, &format!("read partition {partition}")))?;
+        let rows = match fetch::fetch(connection, partition, day, self.position, bounds).await {
+            Err(error) if is_damage(&error) => self.around_damage(connection, day, bound).await?,
+            rows => rows.map_err(|error| refused(error, &format!("read partition {partition}")))?,
+        };
         if let Some(rows) = &rows {
             self.compare(connection, day, rows.first()).await?;
             if let Some(first) = rows.first() {
@@ -297,39 +316,6 @@ impl Reader {
             }
         }
         Ok(rows)
-    }
-
-    /// The first rows of a day were read. The log of the server that has them must end before that day
-    /// where this reader has left it: a server that lost the roll, and perhaps nothing else, takes
-    /// appends to the day before, and rolls again.
-    async fn expect_none_between(
-        &self,
-        connection: &Connection,
-        day: Day,
-        incarnation: SystemTime,
-    ) -> Result<(), Stop> {
-        let (partition, of) = (self.holding.partition, fetch::day_of(self.position));
-        if of == Some(day) {
-            return Ok(());
-        }
-        let what = || format!("look for messages before day {day} in partition {partition}");
-        let Some(state) = self.state(connection, of).await? else {
-            let why = format!("{}: the node does not know the partition", what());
-            return Err(Error::new(ErrorKind::NotFound, why).into());
-        };
-        if state.incarnation != incarnation {
-            let why = format!("{}: another server answered meanwhile", what());
-            return Err(Error::new(ErrorKind::Unavailable, why).into());
-        }
-        let behind = match of {
-            Some(of) => fetch::fetch(connection, partition, of, self.position, (1, 2))
-                .await
-                .map_err(|error| refused(error, &what()))?,
-            None => None,
-        };
-        let some_behind = behind.iter().flatten().any(|row| row.last_id() > self.position);
-        let next = state.day_after(of);
-        if some_behind || next.is_none_or(|next| next < day) { Err(Stop::Lost) } else { Ok(()) }
     }
 
     /// Compares the row that was read last with what is there now.

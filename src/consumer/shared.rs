@@ -3,6 +3,7 @@
 use std::collections::{BTreeSet, HashMap};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
+use std::time::Duration;
 
 use futures_util::future::join_all;
 use tokio::sync::{Notify, mpsc, oneshot};
@@ -24,13 +25,14 @@ use crate::consumer::start::GroupStart;
 use crate::consumer::status::ConsumerEvent;
 use crate::consumer::wanted::{Reach, Wanted};
 use crate::consumer::{Delivery, Event, Verdict, lock};
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::events::Teller;
 use crate::id::{NodeId, PartitionId};
 use crate::name::GroupName;
 use crate::store::fetch::Batch;
 use crate::store::group::Acquired;
 use crate::store::node::Connection;
+use crate::supervise::{Pauses, supervised};
 use crate::topology::Topology;
 
 /// What a consumer's tasks share.
@@ -61,6 +63,8 @@ pub(crate) struct Shared {
     /// What it owns, or gives up.
     pub(super) holdings: Mutex<HashMap<PartitionId, Arc<Holding>>>,
     pub(super) paused: Mutex<BTreeSet<PartitionId>>,
+    /// Partitions whose readers have failed.
+    pub(super) failed_readers: Mutex<HashMap<PartitionId, Pauses>>,
     /// How many flushes have begun.
     pub(super) flushes: Arc<AtomicU64>,
     /// Why acknowledgements were not committed, and how many flushes had begun at the last of them.
@@ -91,12 +95,14 @@ impl Shared {
             self.want(Wanted::Anything);
         }
         let tasks = &self.cluster.inner.tasks;
-        tasks.spawn(roster.run());
+        let (of, mut first) = (Arc::clone(self), Some(roster));
+        let run = move || first.take().unwrap_or_else(|| Roster::new(Arc::clone(&of))).run();
+        tasks.spawn(supervised("roster", self.stopping.clone(), run, |_| {}));
         let mut members = Vec::new();
         for (node, partitions) in self.topology.by_node() {
             let (sender, commands) = mpsc::unbounded_channel();
             lock(&self.commands).push((node, sender));
-            members.push(tasks.spawn(member::run(Arc::clone(self), node, partitions, commands)));
+            members.push(tasks.spawn(member::keep(Arc::clone(self), node, partitions, commands)));
         }
         // Stopped meanwhile: whoever did may have found nobody to tell.
         if self.stopped.load(Ordering::Acquire) {
@@ -221,6 +227,40 @@ impl Shared {
         let failures = lock(&self.failures).as_ref().map(mpsc::UnboundedSender::downgrade);
         let waker = self.parked_waker(holding.partition.node());
         holding.in_order(self.options.order, failures, waker)
+    }
+
+    /// What was in a task's hands that has failed is nobody's now: partitions of a node, or of all, are read
+    /// anew from their committed cursors.
+    pub(super) fn read_anew(&self, node: Option<NodeId>) {
+        let holdings: Vec<_> = self.holdings().values().cloned().collect();
+        for holding in holdings {
+            let (partition, owner) = (holding.partition, holding.owner());
+            if node.is_none_or(|node| partition.node() == node) {
+                self.tell(partition.node(), Command::Anew { partition, owner });
+            }
+        }
+    }
+
+    /// The member of a node has failed: nobody renews or commits what it held.
+    pub(super) fn give_up_all(&self, node: NodeId, why: &Error) {
+        let mut holdings = self.holdings();
+        let of_node = |partition: &PartitionId| partition.node() == node;
+        let held: Vec<_> = holdings.extract_if(|partition, _| of_node(partition)).collect();
+        drop(holdings);
+        for (partition, holding) in held {
+            holding.end(ErrorKind::LeaseLost);
+            if holding.is_pending() {
+                self.note_uncommitted(holding.refusal(ErrorKind::LeaseLost), &holding);
+            }
+            let what = format!("hold partition {partition}: {why}; it is read anew");
+            self.send(Event::Error(Error::new(ErrorKind::LeaseLost, what)));
+        }
+    }
+
+    /// How long to wait before a partition is read again whose reader has failed.
+    pub(super) fn reader_failed(&self, partition: PartitionId) -> Duration {
+        let mut failed = lock(&self.failed_readers);
+        failed.entry(partition).or_insert_with(Pauses::new).failed(Instant::now())
     }
 
     /// From now on it is among what this consumer owns, and paused with that.

@@ -1,5 +1,6 @@
 //! Batches that fill, and the receipts of their messages.
 
+use std::collections::BTreeMap;
 use std::future::Future;
 use std::ops::Range;
 use std::pin::Pin;
@@ -7,6 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
+use serde_json::value::RawValue;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 use uuid::Uuid;
@@ -245,10 +247,12 @@ impl Whole {
 /// The text of headers with the mark of a possible duplicate. Who was marked before keeps the identity
 /// that it has.
 fn mark(text: Option<&[u8]>, uid: Uid) -> Vec<u8> {
-    let mut headers: serde_json::Map<String, serde_json::Value> =
+    // Its own text for each value: that of a relayed message may be a number that no machine number holds.
+    let mut headers: BTreeMap<String, Box<RawValue>> =
         text.and_then(|text| serde_json::from_slice(text).ok()).unwrap_or_default();
-    headers.entry(UID_HEADER).or_insert_with(|| uid.to_string().into());
-    headers.insert(DUPLICATE_HEADER.to_owned(), "possible".into());
+    let text = |text: &str| serde_json::value::to_raw_value(text).unwrap_or_default();
+    headers.entry(UID_HEADER.to_owned()).or_insert_with(|| text(&uid.to_string()));
+    headers.insert(DUPLICATE_HEADER.to_owned(), text("possible"));
     serde_json::to_vec(&headers).unwrap_or_default()
 }
 

@@ -10,9 +10,11 @@
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use futures_util::FutureExt;
 use tokio::sync::Notify;
 use tokio::task::{JoinError, JoinSet};
 use tokio::time::{Instant, sleep_until};
+use tokio_util::sync::CancellationToken;
 
 use super::deliver::{End, Outcome, Pause, deliver};
 use super::due::Due;
@@ -27,6 +29,7 @@ use crate::name::TopicName;
 use crate::store::connect::refused;
 use crate::store::failed::Failed;
 use crate::store::outbox::{self, Asked, Looked, Standing, Stepped, Waiting};
+use crate::supervise::supervised;
 use crate::topology::Topology;
 
 /// Messages of a look.
@@ -73,8 +76,14 @@ struct Holder {
 pub(super) async fn hold(outlet: &Arc<Outlet>) -> Result<()> {
     let woken = Arc::new(Notify::new());
     let mut beside = JoinSet::new();
-    beside.spawn(listen::run(Arc::clone(outlet), Arc::clone(&woken)));
-    beside.spawn(prune::run(Arc::clone(outlet)));
+    // Until this is dropped.
+    let never = CancellationToken::new();
+    let (of, wakes) = (Arc::clone(outlet), Arc::clone(&woken));
+    let listen = move || listen::run(Arc::clone(&of), Arc::clone(&wakes));
+    beside.spawn(supervised("relay's listener", never.clone(), listen, |_| {}).map(drop));
+    let of = Arc::clone(outlet);
+    let prune = move || prune::run(Arc::clone(&of));
+    beside.spawn(supervised("relay's pruner", never, prune, |_| {}).map(drop));
     let now = Instant::now();
     let mut holder = Holder {
         woken,

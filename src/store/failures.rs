@@ -105,7 +105,7 @@ pub(crate) async fn put_aside(
     } else {
         write(connection, Durability::Durable, sql::PUT_ASIDE, &params).await?
     };
-    Ok(in_order(&rows, messages.len()))
+    in_order(&rows, messages.len())
 }
 
 /// How something parked ends.
@@ -161,7 +161,7 @@ pub(crate) async fn settle_parked(
         &due,
     ];
     let rows = write(connection, Durability::Durable, sql::SETTLE_PARKED, &params).await?;
-    Ok(in_order(&rows, parked.len()))
+    in_order(&rows, parked.len())
 }
 
 /// Ends something parked in a user's transaction.
@@ -220,36 +220,40 @@ pub(crate) async fn parked(
     let group = group.as_str();
     let params: [&dyn Param; 6] = [&group, &partitions, &in_hand, &rows, &bytes, &since];
     let rows = query(connection, sql::PARKED, &params).await?;
+    let first = rows.first();
+    let parked = rows.iter().map(read_parked).collect::<Result<Vec<_>, Failed>>()?;
     Ok(Due {
-        parked: rows.iter().filter_map(read_parked).collect(),
-        next_secs: rows.first().and_then(|row| row.get(0)),
-        complete_to: rows.first().map(|row| row.get(16)),
+        parked: parked.into_iter().flatten().collect(),
+        next_secs: first.map_or(Ok(None), |row| row.try_get(0))?,
+        complete_to: first.map(|row| row.try_get(16)).transpose()?,
     })
 }
 
-fn read_parked(row: &Row) -> Option<Parked> {
-    let id = row.get::<_, Option<Uuid>>(2)?;
+/// None where the row is of no message.
+fn read_parked(row: &Row) -> Result<Option<Parked>, Failed> {
+    let Some(id) = row.try_get::<_, Option<Uuid>>(2)? else { return Ok(None) };
     let message = Batch {
-        base_id: row.get(4),
+        base_id: row.try_get(4)?,
         count: 1,
-        first_index: u32::try_from(row.get::<_, i32>(7)).unwrap_or(0),
-        bytes: usize::try_from(row.get::<_, i32>(15)).unwrap_or(0),
-        producer: row.get(5),
-        sequence: row.get(6),
-        appended_at: row.get(8),
-        incarnation: row.get(1),
-        keys: row.get(12),
-        headers: row.get(13),
-        payloads: row.get::<_, Option<Unpacked>>(14).unwrap_or_default(),
+        first_index: u32::try_from(row.try_get::<_, i32>(7)?).unwrap_or(0),
+        bytes: usize::try_from(row.try_get::<_, i32>(15)?).unwrap_or(0),
+        producer: row.try_get(5)?,
+        sequence: row.try_get(6)?,
+        appended_at: row.try_get(8)?,
+        incarnation: row.try_get(1)?,
+        keys: row.try_get(12)?,
+        headers: row.try_get(13)?,
+        payloads: row.try_get::<_, Option<Unpacked>>(14)?.unwrap_or_default(),
+        unreadable: None,
     };
-    Some(Parked {
-        id,
-        partition: PartitionId::from_i32(row.get(3)).ok()?,
-        row: message,
-        attempts: u32::try_from(row.get::<_, i32>(10)).unwrap_or(0),
-        first_seen: row.get(9),
-        failures: serde_json::from_str(row.get(11)).unwrap_or_default(),
-    })
+    let Ok(partition) = PartitionId::from_i32(row.try_get(3)?) else { return Ok(None) };
+    let attempts = u32::try_from(row.try_get::<_, i32>(10)?).unwrap_or(0);
+    // What was tried before is for people: the message comes without it too.
+    let failures = serde_json::from_str(row.try_get(11)?).unwrap_or_else(|error| {
+        vec![FailedAttempt::new(attempts, &format!("what was tried before can't be read: {error}"))]
+    });
+    let first_seen = row.try_get(9)?;
+    Ok(Some(Parked { id, partition, row: message, attempts, first_seen, failures }))
 }
 
 /// The fences of many, as arrays.
@@ -274,21 +278,21 @@ impl Fences {
 }
 
 /// What became of each place, counted from 1.
-fn in_order(rows: &[Row], count: usize) -> Vec<Moved> {
+fn in_order(rows: &[Row], count: usize) -> Result<Vec<Moved>, Failed> {
     let mut outcomes = vec![Moved::LeaseLost; count];
     for row in rows {
-        let place = usize::try_from(row.get::<_, i32>(0)).unwrap_or(0);
+        let place = usize::try_from(row.try_get::<_, i32>(0)?).unwrap_or(0);
         if let Some(outcome) = place.checked_sub(1).and_then(|place| outcomes.get_mut(place)) {
-            *outcome = Moved::named(row.get(1));
+            *outcome = Moved::named(row.try_get(1)?);
         }
     }
-    outcomes
+    Ok(outcomes)
 }
 
 fn number(count: u32) -> i32 {
     i32::try_from(count).unwrap_or(i32::MAX)
 }
 
-fn json(failures: &[FailedAttempt]) -> String {
+pub(super) fn json(failures: &[FailedAttempt]) -> String {
     serde_json::to_string(failures).unwrap_or_else(|_| "[]".to_owned())
 }

@@ -7,12 +7,14 @@ use tokio_postgres::error::SqlState;
 use tokio_postgres::types::{FromSql, Type};
 use uuid::Uuid;
 
+use crate::headers;
 use crate::id::{Day, PartitionId, Uid, last_of};
 use crate::message::Headers;
 use crate::store::failed::Failed;
 use crate::store::node::{Connection, query};
 use crate::store::packed::Unpacked;
 use crate::store::sql;
+use crate::store::unread::{self, Unreadable};
 
 /// The most tables that one look covers: all of a node.
 pub(crate) const MAX_LOOK: usize = 99;
@@ -34,6 +36,8 @@ pub(crate) struct Batch {
     pub(crate) keys: Option<Unpacked>,
     pub(crate) headers: Option<Unpacked>,
     pub(crate) payloads: Unpacked,
+    /// Why it can't be read: then it has no arrays.
+    pub(crate) unreadable: Option<Unreadable>,
 }
 
 /// What tells a row from another that took its place after a failover that lost the end of the log: all
@@ -49,18 +53,11 @@ pub(crate) struct Identity {
 
 impl Batch {
     /// The headers of a message of it, those that the library sets too; a value that is not a string as
-    /// its JSON text.
-    pub(crate) fn headers_of(&self, index: usize) -> Headers {
+    /// its JSON text. An error where they are no JSON object that can be read.
+    pub(crate) fn headers_of(&self, index: usize) -> serde_json::Result<Headers> {
         let json = self.headers.as_ref().and_then(|all| all.element(index));
         // Behind the format's version.
-        let text = json.and_then(|json| json.get(1..)).unwrap_or(b"{}");
-        let values: serde_json::Map<String, serde_json::Value> =
-            serde_json::from_slice(text).unwrap_or_default();
-        let text = |value| match value {
-            serde_json::Value::String(text) => text,
-            other => other.to_string(),
-        };
-        values.into_iter().map(|(name, value)| (name, text(value))).collect()
+        json.map_or(Ok(Headers::new()), |json| headers::read(json.get(1..).unwrap_or_default()))
     }
 
     pub(crate) fn identity(&self) -> Identity {
@@ -89,21 +86,37 @@ impl Batch {
         self.base_id + i64::from(self.count) - 1
     }
 
-    fn read(row: &Row) -> Self {
-        Self {
-            base_id: row.get(0),
-            count: u32::try_from(row.get::<_, i32>(1)).unwrap_or(0),
+    /// A row of a day table. Only what comes behind the position has its arrays.
+    pub(super) fn read(row: &Row, position: i64) -> Result<Self, tokio_postgres::Error> {
+        let stated: i32 = row.try_get(1)?;
+        let mut batch = Self {
+            base_id: row.try_get(0)?,
+            // A row without messages has an id of its own all the same.
+            count: count_of(stated),
             first_index: 0,
-            bytes: usize::try_from(row.get::<_, i32>(2)).unwrap_or(0),
-            producer: row.get(3),
-            sequence: row.get(4),
-            appended_at: row.get::<_, Micros>(5).time(),
-            keys: row.get(6),
-            headers: row.get(7),
-            payloads: row.get::<_, Option<Unpacked>>(8).unwrap_or_default(),
-            incarnation: row.get(9),
+            bytes: usize::try_from(row.try_get::<_, i32>(2)?).unwrap_or(0),
+            producer: row.try_get(3)?,
+            sequence: row.try_get(4)?,
+            appended_at: row.try_get::<_, Micros>(5)?.time(),
+            incarnation: row.try_get(9)?,
+            keys: None,
+            headers: None,
+            payloads: Unpacked::default(),
+            unreadable: None,
+        };
+        if batch.last_id() > position {
+            match unread::arrays(row, stated) {
+                Ok(arrays) => (batch.keys, batch.headers, batch.payloads) = arrays,
+                Err(why) => batch.unreadable = Some(why),
+            }
         }
+        Ok(batch)
     }
+}
+
+/// How many ids a row takes that says so.
+fn count_of(stated: i32) -> u32 {
+    u32::try_from(stated).unwrap_or(0).max(1)
 }
 
 /// A `timestamptz` to the microsecond, before 2000 too.
@@ -114,7 +127,9 @@ impl Micros {
         const TO_2000: Duration = Duration::from_hours(262_968);
         let distance = Duration::from_micros(self.0.unsigned_abs());
         let base = UNIX_EPOCH + TO_2000;
-        if self.0 < 0 { base - distance } else { base + distance }
+        let time = if self.0 < 0 { base.checked_sub(distance) } else { base.checked_add(distance) };
+        // Infinity, where the platform's times do not reach so far.
+        time.unwrap_or(base)
     }
 }
 
@@ -139,7 +154,7 @@ pub(crate) async fn fetch(
 ) -> Result<Option<Vec<Batch>>, Failed> {
     let text = sql::for_day(sql::FETCH, partition, day);
     match query(connection, &text, &[&position, &bytes, &rows]).await {
-        Ok(rows) => Ok(Some(rows.iter().map(Batch::read).collect())),
+        Ok(rows) => unread::batches(&rows, (partition, day), position).map(Some),
         Err(error) if error.code() == Some(&SqlState::UNDEFINED_TABLE) => Ok(None),
         Err(error) => Err(error),
     }
@@ -173,12 +188,12 @@ pub(crate) async fn overlap(
     let Some(row) = rows.first() else { return Ok(Overlap::Changed) };
     let found = Identity {
         base_id: last.base_id,
-        count: u32::try_from(row.get::<_, i32>(0)).unwrap_or(0),
-        producer: row.get(1),
-        sequence: row.get(2),
-        appended_at: row.get::<_, Micros>(3).time(),
+        count: count_of(row.try_get(0)?),
+        producer: row.try_get(1)?,
+        sequence: row.try_get(2)?,
+        appended_at: row.try_get::<_, Micros>(3)?.time(),
     };
-    Ok(if found == *last { Overlap::Same(row.get(4)) } else { Overlap::Changed })
+    Ok(if found == *last { Overlap::Same(row.try_get(4)?) } else { Overlap::Changed })
 }
 
 /// Where a partition stands.
@@ -207,14 +222,14 @@ pub(crate) async fn partition_state(
 ) -> Result<Option<PartitionState>, Failed> {
     let after = after.map_or(0, Day::as_i32);
     let rows = query(connection, sql::PARTITION_STATE, &[&partition.as_i32(), &after]).await?;
-    Ok(rows.first().and_then(|row| {
-        Some(PartitionState {
-            day: Day::from_i32(row.get(0)).ok()?,
-            low_watermark: row.get(1),
-            incarnation: row.get(3),
-            next_day: row.get::<_, Option<i32>>(2).and_then(|day| Day::from_i32(day).ok()),
-        })
-    }))
+    Ok(rows.first().map_or(Ok(None), read_state)?)
+}
+
+fn read_state(row: &Row) -> Result<Option<PartitionState>, tokio_postgres::Error> {
+    let (low_watermark, incarnation) = (row.try_get(1)?, row.try_get(3)?);
+    let next_day = row.try_get::<_, Option<i32>>(2)?.and_then(|day| Day::from_i32(day).ok());
+    let day = Day::from_i32(row.try_get(0)?).ok();
+    Ok(day.map(|day| PartitionState { day, low_watermark, incarnation, next_day }))
 }
 
 /// Which of these partitions have something beyond the positions, or stand on another day than the one
@@ -235,10 +250,13 @@ pub(crate) async fn look(
         rows => rows?,
     };
     let changed = |row: &Row| {
-        let partition = PartitionId::from_i32(row.get(0)).ok()?;
+        let partition = PartitionId::from_i32(row.try_get(0).ok()?).ok()?;
         let (_, day, position) = partitions.iter().find(|(id, ..)| *id == partition)?;
-        let moved = row.get::<_, Option<i32>>(1) != Some(day.as_i32());
-        let more = row.get::<_, Option<i64>>(2).is_some_and(|last| last > *position);
+        let moved =
+            !matches!(row.try_get::<_, Option<i32>>(1), Ok(now) if now == Some(day.as_i32()));
+        let last = row.try_get::<_, Option<i64>>(2);
+        // One that can't be told is its reader's to find out.
+        let more = !matches!(last, Ok(last) if last.is_none_or(|last| last <= *position));
         (moved || more).then_some(partition)
     };
     Ok(rows.iter().filter_map(changed).collect())

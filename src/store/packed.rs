@@ -64,6 +64,13 @@ impl Packed {
     }
 }
 
+/// The most dimensions of an array in Postgres.
+const MAX_DIMENSIONS: usize = 6;
+
+fn product(count: usize, length: Option<usize>) -> Option<usize> {
+    count.checked_mul(length?)
+}
+
 fn element_type(array: &Type) -> Option<Type> {
     match *array {
         Type::BYTEA_ARRAY => Some(Type::BYTEA),
@@ -111,7 +118,7 @@ impl<'a> FromSql<'a> for Packed {
     }
 }
 
-/// A one-dimensional array as received: one buffer, and where its elements are.
+/// An array as received: one buffer, and where its elements are.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Unpacked {
     body: Bytes,
@@ -122,14 +129,14 @@ pub(crate) struct Unpacked {
 impl Unpacked {
     fn from_body(count: usize, body: Bytes) -> Self {
         let mut elements = Vec::with_capacity(count.min(body.len() / 4));
-        let mut at = 0;
-        while let Some(length) = body.get(at..at + 4) {
+        let mut at = 0_usize;
+        while let Some(length) = at.checked_add(4).and_then(|end| body.get(at..end)) {
             let length = i32::from_be_bytes([length[0], length[1], length[2], length[3]]);
             at += 4;
             let start = u32::try_from(at).unwrap_or(u32::MAX);
             let length = u32::try_from(length).unwrap_or(u32::MAX);
             elements.push((start, length));
-            at += if length == u32::MAX { 0 } else { length as usize };
+            at = at.saturating_add(if length == u32::MAX { 0 } else { length as usize });
         }
         Self { body, elements: elements.into() }
     }
@@ -138,10 +145,20 @@ impl Unpacked {
         self.elements.len()
     }
 
+    /// Whether all elements end within the buffer.
+    fn is_whole(&self) -> bool {
+        let end = |(start, length): &(u32, u32)| {
+            let length = if *length == u32::MAX { 0 } else { *length };
+            start.checked_add(length).is_some_and(|end| end as usize <= self.body.len())
+        };
+        self.elements.iter().all(end)
+    }
+
     /// The element at an index; none for a null or beyond the end.
     pub(crate) fn element(&self, index: usize) -> Option<&[u8]> {
         let (start, length) = *self.elements.get(index)?;
-        self.body.get(start as usize..start as usize + length as usize)
+        let end = (start as usize).checked_add(length as usize)?;
+        self.body.get(start as usize..end)
     }
 
     /// The same, sharing the buffer.
@@ -159,19 +176,40 @@ impl<'a> FromSql<'a> for Unpacked {
         let word = |at: usize| -> Option<i32> {
             raw.get(at..at + 4).map(|b| i32::from_be_bytes([b[0], b[1], b[2], b[3]]))
         };
-        match word(0).ok_or("array too short")? {
-            0 => Ok(Self::default()),
-            1 => {
-                let count = usize::try_from(word(12).ok_or("array too short")?)?;
-                let unpacked = Self::from_body(count, Bytes::copy_from_slice(&raw[20..]));
-                if unpacked.len() == count { Ok(unpacked) } else { Err("array cut short".into()) }
-            }
-            dimensions => Err(format!("array of {dimensions} dimensions").into()),
+        let dimensions = usize::try_from(word(0).ok_or("array too short")?)?;
+        if dimensions == 0 {
+            return Ok(Self::default());
+        }
+        // Elements lie one after the other, however many dimensions there are and wherever they begin.
+        let lengths = (0..dimensions.min(MAX_DIMENSIONS)).map(|n| word(12 + 8 * n));
+        let count = lengths.map(|length| usize::try_from(length?).ok()).try_fold(1, product);
+        let count = count.ok_or("array too short")?;
+        let body = raw.get(12 + 8 * dimensions..).ok_or("array too short")?;
+        let unpacked = Self::from_body(count, Bytes::copy_from_slice(body));
+        if unpacked.len() == count && unpacked.is_whole() {
+            Ok(unpacked)
+        } else {
+            Err("array cut short".into())
         }
     }
 
     fn accepts(ty: &Type) -> bool {
         element_type(ty).is_some()
+    }
+}
+
+/// A `jsonb` value as the server writes it.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Json<'a>(pub(crate) &'a [u8]);
+
+impl<'a> FromSql<'a> for Json<'a> {
+    fn from_sql(_: &Type, raw: &'a [u8]) -> Result<Self, Box<dyn StdError + Sync + Send>> {
+        // Behind the format's version.
+        raw.strip_prefix(&[1]).map(Self).ok_or_else(|| "a format of jsonb that is not known".into())
+    }
+
+    fn accepts(ty: &Type) -> bool {
+        *ty == Type::JSONB
     }
 }
 
@@ -208,8 +246,46 @@ mod tests {
         }
 
         #[test]
-        fn any_bytes_are_read_or_refused_without_a_panic(wire: Vec<u8>) {
-            let _ = Unpacked::from_sql(&Type::BYTEA_ARRAY, &wire);
+        fn any_bytes_are_read_or_refused_without_a_panic(
+            dimensions in 0_i32..9,
+            lengths: [u8; 3],
+            wire: Vec<u8>,
+        ) {
+            let mut framed = BytesMut::new();
+            framed.put_i32(dimensions);
+            framed.put_i64(0);
+            for length in lengths {
+                framed.put_i32(i32::from(length % 4));
+                framed.put_i32(1);
+            }
+            framed.put_slice(&wire);
+            for wire in [&wire[..], &framed[..]] {
+                let Ok(read) = Unpacked::from_sql(&Type::BYTEA_ARRAY, wire) else { continue };
+                for index in 0..=read.len() {
+                    let bytes = read.bytes(index);
+                    prop_assert_eq!(bytes.as_deref(), read.element(index));
+                }
+            }
+        }
+
+        #[test]
+        fn arrays_of_more_dimensions_read_as_one(rows in 1_usize..4, elements in 1_i32..4) {
+            let mut packed = Packed::default();
+            let count = rows * usize::try_from(elements).unwrap();
+            (0..count).for_each(|n| packed.push(n.to_string().as_bytes()));
+            let mut wire = BytesMut::new();
+            wire.put_i32(2);
+            wire.put_i32(0);
+            wire.put_u32(Type::TEXT.oid());
+            for (length, first) in [(i32::try_from(rows).unwrap(), 0), (elements, -7)] {
+                wire.put_i32(length);
+                wire.put_i32(first);
+            }
+            wire.put_slice(&packed.body);
+            let read = Unpacked::from_sql(&Type::TEXT_ARRAY, &wire).unwrap();
+            let texts: Vec<_> = (0..read.len()).filter_map(|n| read.element(n)).collect();
+            let expected: Vec<String> = (0..count).map(|n| n.to_string()).collect();
+            prop_assert_eq!(texts, expected.iter().map(String::as_bytes).collect::<Vec<_>>());
         }
     }
 }

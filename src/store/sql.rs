@@ -64,6 +64,7 @@ statements! {
     CONTROL_TOPICS_ON = "control_topics_on";
     DAY_FROZEN = "day_frozen";
     DEAD_LETTERS = "dead_letters";
+    DEAD_LETTERS_UNREAD = "dead_letters_unread";
     DEAD_LETTER_DROP = "dead_letter_drop";
     DEAD_LETTER_RETRY = "dead_letter_retry";
     DEDUP_PRUNE = "dedup_prune";
@@ -86,6 +87,7 @@ statements! {
     GROUPS_ON = "groups_on";
     GROUP_START_READ = "group_start_read";
     GROUP_START_WRITE = "group_start_write";
+    HEADS = "heads";
     IDENTITY = "identity";
     IS_DIRECT = "is_direct";
     KEEP_UP = "keep_up";
@@ -130,6 +132,7 @@ statements! {
     PROBE = "probe";
     PRUNE_SENT_KEYS = "prune_sent_keys";
     PUT_ASIDE = "put_aside";
+    PUT_UNREAD = "put_unread";
     REGISTER_NODE = "register_node";
     RELEASE = "release";
     RENEW = "renew";

@@ -74,8 +74,9 @@ mod journal;
 mod late_commit;
 /// Who owns a partition, through joins, crashes, pauses and restarts.
 mod leases;
-/// A server that comes back without the end of its log.
+/// A promoted standby that lacks only the roll to the next day.
 mod lost_roll;
+/// A server that comes back without the end of its log.
 mod lost_tail;
 /// Ninety-nine nodes: the most that there can be.
 mod many_nodes;
@@ -91,6 +92,8 @@ mod model;
 mod notifications;
 /// Notifiers in trouble, whichever it is.
 mod notifiers;
+/// Headers that only SQL can send come out as the server has them.
+mod odd_headers;
 /// Nodes that some members reach, or nobody.
 mod out_of_reach;
 /// Messages that are published in a transaction.
@@ -125,12 +128,16 @@ mod sql_functions;
 mod standby_waits;
 /// Where a group starts: earliest, latest, a time, an id.
 mod starts;
+/// Tasks of the library that panic.
+mod supervision;
 /// Encrypted connections: who is talked to is who it should be, or nobody.
 mod tls;
 /// Topics and nodes come and go.
 mod topics;
 /// Nodes that move, go, or are another's, under running clients.
 mod topology;
+/// Rows that can't be read.
+mod unreadable;
 
 /// The benches run, and say what they found.
 mod bench;

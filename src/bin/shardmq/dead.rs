@@ -122,6 +122,8 @@ struct Line<'a> {
     first_seen: String,
     attempts: u32,
     error: &'a str,
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    unread: bool,
     message: MessageLine<'a>,
     #[serde(skip_serializing_if = "Option::is_none")]
     failures: Option<Vec<FailureLine<'a>>>,
@@ -143,6 +145,7 @@ impl<'a> From<&'a DeadLetter> for Line<'a> {
             first_seen: time(letter.first_seen),
             attempts: letter.attempts,
             error: last_error(letter),
+            unread: letter.unread,
             message: MessageLine::from(&letter.message),
             failures: None,
         }
@@ -218,6 +221,9 @@ async fn show(
     for FailedAttempt { attempt, at, error } in &letter.failures {
         out.line(&format!("  {attempt:>3}  {}  {}", time(*at), printable(error)));
     }
+    if letter.unread {
+        out.line("could not be read: without key, headers and payload");
+    }
     crate::look::print_readable(out, &letter.message);
     Ok(())
 }
@@ -237,6 +243,12 @@ fn report(
         out.json(moved)?;
     } else {
         out.line(&format!("{} {done}", counted(moved.moved, "dead letter")));
+    }
+    if moved.unread > 0 {
+        let stay = counted(moved.unread, "dead letter");
+        note(&format!(
+            "{stay} without payload: the message still can't be read; they can be dropped"
+        ));
     }
     unreachable(&moved.unreachable)
 }

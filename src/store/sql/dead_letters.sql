@@ -6,7 +6,7 @@ select d.message_id,
        coalesce(d.headers ->> 'shardmq.uid', format('%s:%s:%s', d.producer, d.sequence, d.message_index)),
        d.topic, d.partition, d.key, d.headers, d.payload, d.appended_at,
        d.id, d.group_name, d.first_seen, d.died_at, d.attempts, d.failures::text
-  from (select d.*, sum(octet_length(d.payload)) over (order by d.id) as sum_bytes
+  from (select d.*, sum(coalesce(octet_length(d.payload), 0)) over (order by d.id) as sum_bytes
           from (select * from shardmq.dead_letter d
                  where ($1::bigint[] is null or d.id = any ($1))
                    and ($2::text is null or d.topic = $2)
@@ -15,5 +15,5 @@ select d.message_id,
                    and ($5::text is null or strpos(d.failures -> -1 ->> 'error', $5) > 0)
                    and d.id > $6::bigint
                  order by d.id limit $7::int) d) d
- where d.sum_bytes - octet_length(d.payload) < $8::bigint
+ where d.sum_bytes - coalesce(octet_length(d.payload), 0) < $8::bigint
  order by d.id

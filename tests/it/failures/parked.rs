@@ -398,7 +398,7 @@ async fn what_is_not_due_is_not_looked_at() {
     sql.execute(
         "insert into shardmq.retry (group_name, topic, partition, message_id, producer, sequence,
                 message_index, payload, appended_at, first_seen, attempts, due_at)
-         select 'g', 'orders', $1, n, gen_random_uuid(), 1, 0, 'x', now(), now(), 1, now() + interval '1 day'
+         select 'g', 'orders', $1::int, $1::int * 100000000000000 + n, gen_random_uuid(), 1, 0, 'x', now(), now(), 1, now() + interval '1 day'
            from generate_series(1, 50000) n",
         &[&number(partition)],
     )
