@@ -132,9 +132,18 @@ begin
     return found_id;
 end $$;
 
+-- The producer under which a session's batches are stored that name one: made of the role that has logged in and
+-- the uuid it names. So a role can only repeat, and only overtake, what it has appended itself: not the batches of
+-- another role, and none of the library's.
+create function shardmq.producer_of_session(p_producer uuid) returns uuid
+    language sql stable
+    return encode(substr(sha256(convert_to(session_user::text || ' ' || p_producer::text, 'UTF8')), 1, 16),
+                  'hex')::uuid;
+
 -- For every other language: appends a batch to a partition and returns its first id. It holds the
 -- partition's lock to the end of its transaction, so call it alone. With a producer and a sequence of
--- your own (rising by batch), a repeat returns the first id again.
+-- your own (rising by batch), a repeat by the same role returns the first id again; the uid of its messages has a
+-- producer that is made of your role and yours.
 create function shardmq.append(
     partition int, payloads bytea[], keys text[] default null, headers jsonb[] default null,
     producer uuid default null, sequence bigint default null)
@@ -174,7 +183,8 @@ begin
                   hint = 'if that is right: select shardmq.roll(partition, your own clock)';
     end if;
     select * into appended from shardmq.append_batch(append.partition, p.topic, p.generation, rolled.day, 0,
-        coalesce(append.producer, gen_random_uuid()), coalesce(append.sequence, 1), bytes::int,
+        coalesce(shardmq.producer_of_session(append.producer), gen_random_uuid()),
+        coalesce(append.sequence, 1), bytes::int,
         append.keys, append.headers, append.payloads);
     if appended.outcome not in ('appended', 'duplicate') then
         raise exception 'shardmq: append to partition %: %', append.partition, replace(appended.outcome, '_', ' ')

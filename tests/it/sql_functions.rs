@@ -4,9 +4,9 @@ use shardmq::{Message, PartitionId};
 use tokio_postgres::types::ToSql;
 use tokio_postgres::{Client, Error, Row};
 
-use crate::support::TestCluster;
 use crate::support::clocks::Clocks;
 use crate::support::stored::{assert_dense, number, stored, topic};
+use crate::support::{TestCluster, own_server};
 
 async fn one(sql: &Client, text: &str, params: &[&(dyn ToSql + Sync)]) -> Result<Row, Error> {
     sql.query_one(text, params).await
@@ -264,4 +264,40 @@ async fn appends_are_durable_and_bounded_in_time_whatever_the_session_says() {
         assert_eq!(settings, ["on", "5s", "30s"]);
         sql.batch_execute("commit").await.unwrap();
     }
+}
+
+/// A role that may append can't store under the identity of another's producer, nor overtake it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_role_that_appends_takes_no_place_of_another_producer() {
+    // Roles are the server's.
+    let server = own_server().await;
+    let test = TestCluster::on(&server, 1).await;
+    let partition = topic(&test, "orders", 1).await[0];
+    let producer = test.cluster.producer("orders").build().await.unwrap();
+    producer.send(Message::new("first")).await.unwrap();
+    let sql = test.sql(0).await;
+    sql.batch_execute(
+        "create role appender login password 'secret'; grant usage on schema shardmq to appender;
+         grant execute on function shardmq.append to appender",
+    )
+    .await
+    .unwrap();
+    let theirs: uuid::Uuid = stored_producer(&sql, partition).await;
+    let mut config: tokio_postgres::Config = test.node_urls[0].parse().unwrap();
+    config.user("appender").password("secret");
+    let (appender, connection) = config.connect(tokio_postgres::NoTls).await.unwrap();
+    tokio::spawn(connection);
+    let append = "select shardmq.append($1, array['x'::bytea], producer => $2, sequence => $3)";
+    let params: [&(dyn ToSql + Sync); 3] = [&number(partition), &theirs, &i64::MAX];
+    let id: i64 = appender.query_one(append, &params).await.unwrap().get(0);
+    producer.send(Message::new("second")).await.unwrap();
+    // Its own repeats are known as ever.
+    assert_eq!(appender.query_one(append, &params).await.unwrap().get::<_, i64>(0), id);
+    let params: [&(dyn ToSql + Sync); 3] = [&number(partition), &theirs, &i64::MAX];
+    assert_ne!(sql.query_one(append, &params).await.unwrap().get::<_, i64>(0), id);
+}
+
+async fn stored_producer(sql: &Client, partition: PartitionId) -> uuid::Uuid {
+    let uid = "select split_part(uid, ':', 1)::uuid from shardmq.messages($1) limit 1";
+    sql.query_one(uid, &[&number(partition)]).await.unwrap().get(0)
 }
