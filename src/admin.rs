@@ -251,9 +251,16 @@ impl Cluster {
     /// Looks after the nodes at once, rather than when it is due: makes day tables ahead, drops days
     /// whose time is over. Any client does so in the background; see [`Retention`].
     pub async fn look_after_nodes(&self) -> Result<()> {
+        self.look_after_nodes_at(SystemTime::now).await
+    }
+
+    /// The same, by another clock than this machine's: for tests.
+    #[doc(hidden)]
+    pub async fn look_after_nodes_at(&self, clock: impl Fn() -> SystemTime) -> Result<()> {
         self.inner.nodes.refresh().await?;
+        let clock = &clock;
         let rounds = self.inner.nodes.known().into_iter().map(|node| async move {
-            crate::upkeep::round(&self.inner.nodes, node).await.map(drop)
+            crate::upkeep::round(&self.inner.nodes, node, clock).await.map(drop)
         });
         join_all(rounds).await.into_iter().collect()
     }

@@ -20,6 +20,7 @@ pub mod metrics;
 pub mod migrate;
 mod name;
 pub mod notifier;
+mod pace;
 mod producer;
 mod relay;
 mod store;

@@ -29,6 +29,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::id::NodeId;
 use crate::metrics as names;
 use crate::notifier::Notifier;
+use crate::pace::{Beat, Pace};
 use crate::store::connect::refused;
 use crate::store::node::{Connection, Node, PoolOptions};
 use crate::store::outbox::{self, Keep, Standing};
@@ -49,6 +50,8 @@ mod seen;
 const LEASE: Duration = Duration::from_secs(6);
 /// Between attempts to take it.
 const TRY: Duration = Duration::from_secs(5);
+/// The same, where this process has no use for the node.
+const TRY_SELDOM: Duration = Duration::from_mins(1);
 /// Before it is tried again after a failure.
 const AGAIN: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
 /// The same, where there is no outbox, or only another cluster's.
@@ -100,6 +103,8 @@ struct Outlet {
     until: Mutex<Instant>,
     /// Held by whoever takes the relay's lock: who has the lease does not find it taken by itself.
     working: tokio::sync::Mutex<()>,
+    /// When to ask for the lease again, and how often the database had been used when it was asked for last.
+    pace: Mutex<(Pace, u64)>,
 }
 
 /// Relays until the cluster is shut down.
@@ -209,7 +214,8 @@ impl Outlet {
         };
         let until = Mutex::new(Instant::now());
         let (holder, working) = (Mutex::default(), tokio::sync::Mutex::default());
-        Ok(Self { context, place, name, pool, holder, until, working })
+        let pace = Mutex::new((Pace::new(TRY, TRY_SELDOM), 0));
+        Ok(Self { context, place, name, pool, holder, until, working, pace })
     }
 
     /// Asks for the lease, and relays while it has it. Returns how long to wait before the next time.
@@ -219,9 +225,13 @@ impl Outlet {
             let mut holder = self.holder.lock().unwrap_or_else(PoisonError::into_inner);
             *holder = (Uuid::new_v4(), holder.0);
         }
-        let standing = outbox::keep(self.get().await?, &self.keep()).await;
+        let connection = match self.node().await? {
+            Some(node) => node.get_for_a_lease().await?,
+            None => self.get().await?,
+        };
+        let standing = outbox::keep(connection, &self.keep()).await;
         match standing.map_err(|error| refused(error, &format!("relay from {}", self.name)))? {
-            Standing::Anothers => Ok(TRY),
+            Standing::Anothers => Ok(self.again(self.node().await?.as_deref())),
             Standing::OtherCluster => {
                 tracing::error!(outbox = self.name, "the outbox is another cluster's");
                 Ok(NOT_HERE)
@@ -245,6 +255,24 @@ impl Outlet {
             }
         };
         let _ = timeout(END, ending).await;
+    }
+
+    /// When to ask again for a lease that another process holds.
+    fn again(&self, node: Option<&Node>) -> Duration {
+        let uses = node.map_or(0, Node::uses);
+        let (pace, before) = &mut *self.pace.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_used = std::mem::replace(before, uses) != uses;
+        if let Some(node) = node.filter(|_| !is_used) {
+            node.close_idle(Duration::ZERO);
+        }
+        pace.after(Beat::Anothers { is_used, sessions: 0 })
+    }
+
+    async fn node(&self) -> Result<Option<Arc<Node>>> {
+        match &self.place {
+            Place::Node(node) => self.context.nodes.node(*node).await.map(Some),
+            Place::Database(_) => Ok(None),
+        }
     }
 
     async fn get(&self) -> Result<Connection> {

@@ -2,11 +2,13 @@
 //! days whose time is over are dropped, finished ones frozen, old dedup keys forgotten.
 //!
 //! One process at a time for each node, by a lease in a row of that node: it is renewed every 8 s and
-//! over after 20 s, so that another takes over within 30 s. Every step may be done twice.
+//! over after 20 s, so that another takes over within 30 s. Every step may be done twice. A process that
+//! finds the lease taken asks again the later, the more ask ([`Pace`]). What can't be undone is done only
+//! where the node's clock and this machine's agree that its time is over.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use tokio::time::{Instant, sleep};
@@ -18,16 +20,21 @@ use crate::deadline::jitter;
 use crate::error::Result;
 use crate::id::{NodeId, PartitionId};
 use crate::metrics as names;
+use crate::pace::{Beat, Pace};
 use crate::store::append::make_days_ahead;
 use crate::store::connect::refused;
-use crate::store::group;
 use crate::store::node::Node;
-use crate::store::upkeep::{self, Dropped, Expired};
+use crate::store::upkeep::{self, Dropped, Expired, Upkeep};
+use crate::store::{control, group};
 
 /// How many days ahead tables are made.
 const DAYS_AHEAD: i32 = 3;
-/// Between attempts to take or keep the lease, and to drop what was contended.
+/// Between two renewals of the lease, and between two attempts to take it.
 const BEAT: Duration = Duration::from_secs(8);
+/// Between two attempts of a process that has no use for the node.
+const LONGEST: Duration = Duration::from_mins(10);
+/// Between attempts to drop what was contended.
+const CONTENDED: Duration = Duration::from_secs(8);
 const LEASE_SECS: f64 = 20.0;
 /// How many old dead letters one statement drops.
 const DEAD_AT_ONCE: i32 = 1_000;
@@ -46,7 +53,7 @@ pub(crate) async fn run(nodes: Arc<Nodes>, shutdown: CancellationToken) {
     loop {
         for node in nodes.known() {
             if kept.insert(node) {
-                keepers.push(Keeper { nodes: Arc::clone(&nodes), node, holder, due: None }.run());
+                keepers.push(Keeper::new(Arc::clone(&nodes), node, holder).run());
             }
         }
         tokio::select! {
@@ -64,61 +71,81 @@ struct Keeper {
     holder: Uuid,
     /// When the next round is due; none while the lease is another's.
     due: Option<Instant>,
+    pace: Pace,
+    /// How often the node's pool had been used when the last beat was over.
+    uses: u64,
 }
 
 impl Keeper {
+    fn new(nodes: Arc<Nodes>, node: NodeId, holder: Uuid) -> Self {
+        Self { nodes, node, holder, due: None, pace: Pace::new(BEAT, LONGEST), uses: 0 }
+    }
+
     /// Until the node is not known any more; returns its number.
     async fn run(mut self) -> NodeId {
         while self.nodes.known().contains(&self.node) {
-            self.beat().await;
-            sleep(jitter(BEAT)).await;
+            let next = self.beat().await;
+            sleep(jitter(next)).await;
         }
         self.node
     }
 
-    async fn beat(&mut self) {
-        if let Err(error) = self.try_beat().await {
+    /// Returns when the next beat is due.
+    async fn beat(&mut self) -> Duration {
+        let beat = self.try_beat().await.unwrap_or_else(|error| {
             self.due = None;
             tracing::debug!(node = %self.node, error = %error.chain(), "upkeep failed");
-        }
+            Beat::Failed
+        });
+        self.pace.after(beat)
     }
 
-    async fn try_beat(&mut self) -> Result<()> {
+    async fn try_beat(&mut self) -> Result<Beat> {
         let what = format!("look after node {}", self.node);
-        let connection = self.nodes.node(self.node).await?.get().await?;
-        let ours = upkeep::keep_up(connection, self.holder, LEASE_SECS)
-            .await
-            .map_err(|error| refused(error, &what))?;
-        if !ours {
+        let pool = self.nodes.node(self.node).await?;
+        let is_used = pool.uses() != self.uses;
+        let connection = pool.get_for_a_lease().await?;
+        let kept = upkeep::keep_up(connection, self.holder, LEASE_SECS).await;
+        let kept = kept.map_err(|error| refused(error, &what))?;
+        if let Upkeep::Anothers { sessions } = kept {
             self.due = None;
-            return Ok(());
+            if !is_used {
+                // Nobody else of this process has a use for it.
+                pool.close_idle(Duration::ZERO);
+            }
+            self.uses = pool.uses();
+            return Ok(Beat::Anothers { is_used, sessions });
         }
         let now = Instant::now();
         if self.due.is_none_or(|due| now >= due) {
-            let contended = round(&self.nodes, self.node).await?;
-            self.due = Some(now + if contended { BEAT } else { ROUND });
+            let contended = round(&self.nodes, self.node, SystemTime::now).await?;
+            self.due = Some(now + if contended { CONTENDED } else { ROUND });
         }
-        Ok(())
+        self.uses = pool.uses();
+        Ok(Beat::Ours)
     }
 }
 
-/// One round over all partitions of a node. True: a table could not be dropped yet.
-pub(crate) async fn round(nodes: &Nodes, node: NodeId) -> Result<bool> {
+/// One round over all partitions of a node, by its clock and this one. True: a table could not be dropped yet.
+pub(crate) async fn round(
+    nodes: &Nodes,
+    node: NodeId,
+    clock: impl Fn() -> SystemTime,
+) -> Result<bool> {
     let what = format!("look after node {node}");
     let pool = nodes.node(node).await?;
     let partitions =
         upkeep::partitions(&pool.get().await?).await.map_err(|error| refused(error, &what))?;
     let mut contended = false;
     for (partition, in_use) in partitions {
-        match keep(nodes, partition, in_use).await {
+        match keep(nodes, partition, in_use, &clock).await {
             Ok(later) => contended |= later,
             // The others go on.
             Err(error) => tracing::warn!(%partition, error = %error.chain(), "upkeep failed"),
         }
     }
-    let swept = group::sweep_broadcasts(pool.get().await?).await;
-    swept.map_err(|error| refused(error, &what))?;
-    forget_keys(&pool, &what).await?;
+    sweep_broadcasts(nodes, &pool, clock()).await;
+    forget_keys(&pool, &what, &clock).await?;
     let days = upkeep::unfrozen_days(&pool.get().await?).await;
     for (partition, day) in days.map_err(|error| refused(error, &what))? {
         let frozen = upkeep::freeze_day(pool.get().await?, partition, day).await;
@@ -129,31 +156,56 @@ pub(crate) async fn round(nodes: &Nodes, node: NodeId) -> Result<bool> {
     Ok(contended)
 }
 
+/// Removes the groups of broadcast consumers that have died. One that lives and can't reach this node is known
+/// to the control database; where that does not answer, none is removed.
+async fn sweep_broadcasts(nodes: &Nodes, pool: &Node, clock: SystemTime) {
+    let swept = async {
+        let what = "remove the groups of broadcast consumers that are gone";
+        let live = control::live_broadcasts(&nodes.control().get().await?).await;
+        let live = live.map_err(|error| refused(error, what))?;
+        let swept = group::sweep_broadcasts(pool.get().await?, clock, &live).await;
+        swept.map_err(|error| refused(error, what))
+    };
+    if let Err(error) = swept.await {
+        tracing::warn!(error = %error.chain(), "upkeep failed");
+    }
+}
+
 /// Forgets dedup keys that are older than their window, a part at a time: appends need the connection.
-async fn forget_keys(pool: &Node, what: &str) -> Result<()> {
+async fn forget_keys(pool: &Node, what: &str, clock: impl Fn() -> SystemTime) -> Result<()> {
     loop {
-        let pruned = upkeep::prune_sent_keys(pool.get().await?, KEYS_AT_ONCE).await;
+        let pruned = upkeep::prune_sent_keys(pool.get().await?, KEYS_AT_ONCE, clock()).await;
         if pruned.map_err(|error| refused(error, what))? < i64::from(KEYS_AT_ONCE) {
             return Ok(());
         }
     }
 }
 
-async fn keep(nodes: &Nodes, partition: PartitionId, in_use: bool) -> Result<bool> {
+async fn keep(
+    nodes: &Nodes,
+    partition: PartitionId,
+    in_use: bool,
+    clock: impl Fn() -> SystemTime,
+) -> Result<bool> {
     if in_use {
         let connection = nodes.node(partition.node()).await?.get().await?;
         make_days_ahead(connection, partition, DAYS_AHEAD).await?;
     }
-    expire_dead_letters(nodes, partition).await?;
-    expire(nodes, partition).await
+    expire_dead_letters(nodes, partition, clock()).await?;
+    expire(nodes, partition, clock()).await
 }
 
 /// Drops the dead letters of a partition whose time is over.
-async fn expire_dead_letters(nodes: &Nodes, partition: PartitionId) -> Result<()> {
+async fn expire_dead_letters(
+    nodes: &Nodes,
+    partition: PartitionId,
+    clock: SystemTime,
+) -> Result<()> {
     let pool = nodes.node(partition.node()).await?;
     let mut all = 0;
     loop {
-        let expired = upkeep::expire_dead_letters(pool.get().await?, partition, DEAD_AT_ONCE).await;
+        let connection = pool.get().await?;
+        let expired = upkeep::expire_dead_letters(connection, partition, DEAD_AT_ONCE, clock).await;
         let what = || format!("drop old dead letters of partition {partition}");
         let count = expired.map_err(|error| refused(error, &what()))?;
         all += count;
@@ -169,11 +221,11 @@ async fn expire_dead_letters(nodes: &Nodes, partition: PartitionId) -> Result<()
 }
 
 /// Drops the days of a partition whose time is over, oldest first.
-async fn expire(nodes: &Nodes, partition: PartitionId) -> Result<bool> {
+async fn expire(nodes: &Nodes, partition: PartitionId, clock: SystemTime) -> Result<bool> {
     let what = format!("drop old days of partition {partition}");
     let pool = nodes.node(partition.node()).await?;
     loop {
-        let expired = upkeep::expire_day(pool.get().await?, partition)
+        let expired = upkeep::expire_day(pool.get().await?, partition, clock)
             .await
             .map_err(|error| refused(error, &what))?;
         let day = match expired {
@@ -183,6 +235,14 @@ async fn expire(nodes: &Nodes, partition: PartitionId) -> Result<bool> {
                 tracing::warn!(
                     %partition, %day, %group, alert = "retention",
                     "a day is kept beyond its time: a group has not finished it"
+                );
+                return Ok(false);
+            }
+            Expired::Clock(day) => {
+                tracing::error!(
+                    %partition, %day, alert = "clock",
+                    "a day's time is over by the server's clock, which is more than an hour ahead of this \
+                     machine's: it is kept until both agree. Set the clocks right"
                 );
                 return Ok(false);
             }

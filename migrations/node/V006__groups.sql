@@ -13,7 +13,8 @@ comment on table shardmq.group_start is
 create table shardmq.member (
     member uuid primary key,
     group_name text not null,
-    leased_until timestamptz not null
+    leased_until timestamptz not null,
+    lease_secs float8 not null default 10
 ) with (fillfactor = 50, autovacuum_vacuum_threshold = 200, autovacuum_vacuum_scale_factor = 0,
         vacuum_truncate = off);
 comment on table shardmq.member is
@@ -37,6 +38,13 @@ comment on column shardmq.cursor.epoch is
     'Raised by each acquisition. It begins at a random number, so that no fence of a group that was deleted fits one of the same name';
 comment on column shardmq.cursor.owner is
     'Drawn anew at each acquisition; with epoch and reset_epoch the fence that every commit names';
+
+-- Whether a member's lease is under way. One that ends later than any lease of that length could was written
+-- while this server's clock was ahead: a live member writes it anew within a third of it.
+create function shardmq.is_live(m shardmq.member) returns boolean
+    language sql volatile
+    return m.leased_until > shardmq.clock()
+           and m.leased_until <= shardmq.clock() + make_interval(secs => 2 * m.lease_secs);
 
 -- Where a group starts in a partition that it has no cursor in: a partition made after the group at
 -- its first message, an older one at the first message from start_at on.

@@ -36,7 +36,8 @@ create or replace function shardmq.days(p_partition int, p_from int) returns set
         order by 1
     $$;
 
--- Takes or keeps the upkeep of this node, for so many seconds. False: it is another's.
+-- Takes or keeps the upkeep of this node, for so many seconds. False: it is another's. A lease that ends later
+-- than any could is of a time when this server's clock was ahead: it counts as over.
 create function shardmq.keep_up(p_holder uuid, p_secs float8) returns boolean
     language sql volatile
     set search_path = pg_catalog, pg_temp
@@ -46,6 +47,7 @@ create function shardmq.keep_up(p_holder uuid, p_secs float8) returns boolean
             values (p_holder, shardmq.clock() + make_interval(secs => p_secs))
             on conflict (one_row) do update set holder = excluded.holder, until = excluded.until
              where u.holder = p_holder or u.until < shardmq.clock()
+                or u.until > shardmq.clock() + make_interval(secs => 2 * p_secs)
             returning true)
         select exists (select from taken)
     $$;
@@ -66,9 +68,12 @@ create function shardmq.oldest_table(p_partition int) returns int
 
 -- Moves the low watermark over the oldest day of a partition if its time is over. The caller commits,
 -- and drops the table in a transaction of its own: a reader that finds the table gone then also finds
--- the watermark moved. Answers nothing, kept (a group has not finished it: which) or expired.
+-- the watermark moved. Answers nothing, kept (a group has not finished it: which), expired, or clock: the
+-- day's time is over by this server's clock and not by the caller's, which is more than an hour behind. What
+-- can't be undone asks two clocks, since one may have leapt.
 -- Waits for the lock for a moment only: it is asked with a connection that appends need.
-create function shardmq.expire_day(p_partition int, out outcome text, out day int, out group_name text)
+create function shardmq.expire_day(p_partition int, p_client_clock timestamptz,
+                                   out outcome text, out day int, out group_name text)
     language plpgsql volatile security definer
     set search_path = pg_catalog, pg_temp
     set lock_timeout = '300ms'
@@ -76,12 +81,20 @@ create function shardmq.expire_day(p_partition int, out outcome text, out day in
 declare
     p shardmq.partition;
     d shardmq.day;
+    server_clock timestamptz := shardmq.clock();
+    ends timestamptz;
 begin
+    if p_client_clock is null then
+        raise exception 'shardmq: expire_day() needs the caller''s own clock beside the server''s'
+            using errcode = 'null_value_not_allowed';
+    end if;
     perform shardmq.lock_partition(p_partition);
     select * into p from shardmq.partition x where x.partition = p_partition;
     day := shardmq.oldest_table(p_partition);
-    if day is null or shardmq.day_start(day) + (p.retention_days + 1) * interval '1 day' > shardmq.clock() then
-        outcome := 'nothing';
+    ends := shardmq.day_start(day) + (p.retention_days + 1) * interval '1 day';
+    if coalesce(ends > least(server_clock, p_client_clock), true) then
+        outcome := case when ends <= server_clock and p_client_clock < server_clock - interval '1 hour'
+                        then 'clock' else 'nothing' end;
         return;
     end if;
     select * into d from shardmq.day x where (x.partition, x.day) = (p_partition, expire_day.day);

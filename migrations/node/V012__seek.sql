@@ -86,7 +86,7 @@ begin
         select from shardmq.member m
           left join shardmq.cursor c on c.member = m.member
           left join shardmq.partition p on p.partition = c.partition
-         where m.group_name = p_group and m.leased_until > shardmq.clock()
+         where m.group_name = p_group and shardmq.is_live(m)
            and (p.partition is null or p.topic = p_topic)) then
         return 'live';
     end if;

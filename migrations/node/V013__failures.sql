@@ -156,8 +156,10 @@ alter table shardmq.partition
     add column dead_letter_days int not null default 30 check (dead_letter_days between 1 and 3650);
 comment on column shardmq.partition.dead_letter_days is 'How many days a dead letter is kept';
 
--- Drops dead letters of a partition whose time is over, up to so many. Returns how many.
-create function shardmq.expire_dead_letters(p_partition int, p_most int) returns bigint
+-- Drops dead letters of a partition whose time is over by this server's clock and the caller's, up to so many.
+-- Returns how many.
+create function shardmq.expire_dead_letters(p_partition int, p_most int, p_client_clock timestamptz)
+    returns bigint
     language sql volatile security definer
     set search_path = pg_catalog, pg_temp
     as $$
@@ -165,7 +167,7 @@ create function shardmq.expire_dead_letters(p_partition int, p_most int) returns
             select d.id
               from shardmq.dead_letter d join shardmq.partition p using (partition)
              where d.partition = p_partition
-               and d.died_at < (select shardmq.clock()) - p.dead_letter_days * interval '1 day'
+               and d.died_at < (select least(shardmq.clock(), p_client_clock)) - p.dead_letter_days * interval '1 day'
              order by d.died_at limit p_most
                for update of d skip locked),
         gone as (delete from shardmq.dead_letter d using chosen where d.id = chosen.id returning 1)
@@ -192,7 +194,7 @@ begin
         select from shardmq.member m
           left join shardmq.cursor c on c.member = m.member
           left join shardmq.partition p on p.partition = c.partition
-         where m.group_name = p_group and m.leased_until > shardmq.clock()
+         where m.group_name = p_group and shardmq.is_live(m)
            and (p.partition is null or p.topic = p_topic)) then
         return 'live';
     end if;
@@ -205,18 +207,21 @@ begin
 end $$;
 
 -- As before; what is parked goes too.
--- Removes broadcast groups whose consumer has not renewed its lease here for so long: it has died, or
--- it is away for good. Returns how many.
-create or replace function shardmq.sweep_broadcasts(p_idle interval) returns bigint
+-- Removes broadcast groups whose consumer has not renewed its lease here for so long, by this server's clock
+-- and the caller's, and which is not among those that the caller knows to live: it has died, or it is away for
+-- good. A live one that can't reach this node would else begin anew here. Returns how many.
+drop function shardmq.sweep_broadcasts(interval);
+create function shardmq.sweep_broadcasts(p_idle interval, p_client_clock timestamptz, p_live text[])
+    returns bigint
     language sql volatile security definer
     set search_path = pg_catalog, pg_temp
     as $$
         with idle as (
             delete from shardmq.group_start g
-             where g.broadcast and g.seen_at < shardmq.clock() - p_idle
+             where g.broadcast and g.group_name <> all (p_live) and g.seen_at < least(shardmq.clock(), p_client_clock) - p_idle
                and not exists (select from shardmq.member m
                                 where m.group_name = g.group_name
-                                  and m.leased_until > shardmq.clock() - p_idle)
+                                  and m.leased_until > least(shardmq.clock(), p_client_clock) - p_idle)
             returning g.group_name),
         cursors as (
             delete from shardmq.cursor c using idle where c.group_name = idle.group_name),

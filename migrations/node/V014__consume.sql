@@ -107,9 +107,10 @@ begin
      where not exists (select from shardmq.group_start g
                         where (g.topic, g.group_name) = (take.topic, take.group_name))
     on conflict do nothing;
-    insert into shardmq.member as m (member, group_name, leased_until)
-    values (take.member, take.group_name, shardmq.clock() + take.lease)
-    on conflict (member) do update set leased_until = excluded.leased_until
+    insert into shardmq.member as m (member, group_name, leased_until, lease_secs)
+    values (take.member, take.group_name, shardmq.clock() + take.lease, extract(epoch from take.lease))
+    on conflict (member) do update
+        set leased_until = excluded.leased_until, lease_secs = excluded.lease_secs
      where m.group_name = excluded.group_name;
     if not found then
         raise exception 'shardmq: consumer % is one of another group than %', take.member, take.group_name
@@ -175,7 +176,7 @@ create function shardmq.take_free(p_topic text, p_group text, p_member uuid, p_m
     set search_path = pg_catalog, pg_temp
     as $$
         with live as (
-            select m.member from shardmq.member m where m.leased_until > shardmq.clock()),
+            select m.member from shardmq.member m where shardmq.is_live(m)),
         seen as materialized (
             select c.partition, c.epoch
               from shardmq.cursor c join shardmq.partition p using (partition)
@@ -234,7 +235,7 @@ begin
     end if;
     c := shardmq.held(token, coalesce(hold, false));
     last := c.acked_id;
-    if not exists (select from shardmq.member m where m.member = c.member and m.leased_until > shardmq.clock()) then
+    if not exists (select from shardmq.member m where m.member = c.member and shardmq.is_live(m)) then
         raise exception 'shardmq: the lease of partition % of group % is over', c.partition, c.group_name
             using errcode = 'SMQ01', hint = 'Take again.';
     end if;

@@ -136,9 +136,10 @@ begin
 end $$;
 
 -- Forgets dedup keys that are older than the window, and those of deleted partitions, where there may be too
--- many for the transaction that deletes: at most so many of each. Returns how many. Passes over those that
+-- many for the transaction that deletes: at most so many of each. Old is what both this server's clock and the
+-- caller's say. Returns how many. Passes over those that
 -- are being replaced. By indexes, also where nearly all keys are of one partition that is not deleted.
-create function shardmq.prune_sent_keys(p_most int) returns bigint
+create function shardmq.prune_sent_keys(p_most int, p_client_clock timestamptz) returns bigint
     language sql volatile security definer
     set search_path = pg_catalog, pg_temp
     set enable_seqscan = off
@@ -147,7 +148,7 @@ create function shardmq.prune_sent_keys(p_most int) returns bigint
             delete from shardmq.sent_key s
              where s.ctid = any (array(
                        select o.ctid from shardmq.sent_key o
-                        where o.sent_at < (select shardmq.clock() - shardmq.dedup_window())
+                        where o.sent_at < (select least(shardmq.clock(), p_client_clock) - shardmq.dedup_window())
                         order by o.sent_at limit p_most
                           for update skip locked))
             returning true),

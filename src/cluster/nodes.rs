@@ -88,6 +88,11 @@ impl Nodes {
         PoolOptions { connections, ..self.pools }
     }
 
+    /// The control database's pool.
+    pub(crate) fn control(&self) -> &Node {
+        &self.control
+    }
+
     /// A node's pool. Asks the control database where the node is not known yet.
     pub(crate) async fn node(&self, id: NodeId) -> Result<Arc<Node>> {
         self.find(id).await.map(|(_, node)| node)

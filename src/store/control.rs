@@ -235,3 +235,9 @@ pub(crate) async fn make_group(
     let params: [&dyn Param; 5] = [&topic, &group, &start.at, &start.id, &start.broadcast];
     write(connection, Durability::Durable, sql::CONTROL_MAKE_GROUP, &params).await.map(drop)
 }
+
+/// The groups of broadcast consumers that control has heard of lately.
+pub(crate) async fn live_broadcasts(connection: &Connection) -> Result<Vec<String>, Failed> {
+    let rows = query(connection, sql::CONTROL_LIVE_BROADCASTS, &[]).await?;
+    Ok(rows.iter().map(|row| row.get(0)).collect())
+}

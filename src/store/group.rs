@@ -335,9 +335,14 @@ pub(crate) async fn leave(connection: Connection, member: Uuid) -> Result<(), Fa
     write(connection, Durability::Relaxed, sql::LEAVE, &[&member]).await.map(drop)
 }
 
-/// Removes the groups of broadcast consumers that are gone.
-pub(crate) async fn sweep_broadcasts(connection: Connection) -> Result<(), Failed> {
-    write(connection, Durability::Relaxed, sql::SWEEP_BROADCASTS, &[]).await.map(drop)
+/// Removes the groups of broadcast consumers that are gone: by two clocks, and not those that are known to live.
+pub(crate) async fn sweep_broadcasts(
+    connection: Connection,
+    clock: SystemTime,
+    live: &[String],
+) -> Result<(), Failed> {
+    let params: [&dyn Param; 2] = [&clock, &live];
+    write(connection, Durability::Relaxed, sql::SWEEP_BROADCASTS, &params).await.map(drop)
 }
 
 /// Removes members whose lease ended long ago.

@@ -3,6 +3,7 @@
 use std::borrow::Cow;
 use std::fmt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use deadpool::managed::{self, PoolError, TimeoutType, Timeouts};
@@ -86,6 +87,8 @@ pub(crate) struct Node {
     way: Arc<Way>,
     /// How long getting a connection may take.
     patience: Duration,
+    /// How often a connection was asked for, but for those of [`Self::get_for_a_lease`].
+    uses: AtomicU64,
 }
 
 impl Node {
@@ -106,7 +109,7 @@ impl Node {
         let what = format!("use the address of node {id}");
         let why = Error::with_source(ErrorKind::Incompatible, what.clone(), error);
         let way = Arc::new(Way::new(PreparedStatements::default()));
-        Self { what, pool: Err(why), way, patience: ACQUIRE_TIMEOUT }
+        Self { what, pool: Err(why), way, patience: ACQUIRE_TIMEOUT, uses: AtomicU64::new(0) }
     }
 
     /// The control database's pool.
@@ -131,11 +134,17 @@ impl Node {
         let way = Arc::new(Way::new(options.prepared_statements));
         let manager = Manager { target, what: what.clone(), way: Arc::clone(&way), check };
         let pool = pool::build(manager, options.connections, ACQUIRE_TIMEOUT)?;
-        Ok(Self { what, pool: Ok(pool), way, patience })
+        Ok(Self { what, pool: Ok(pool), way, patience, uses: AtomicU64::new(0) })
     }
 
     /// A connection, opened where none is idle. Cancel safe.
     pub(crate) async fn get(&self) -> Result<Connection> {
+        self.uses.fetch_add(1, Ordering::Relaxed);
+        self.get_for_a_lease().await
+    }
+
+    /// The same, to ask for a lease that every process asks for: that is no use of the node.
+    pub(crate) async fn get_for_a_lease(&self) -> Result<Connection> {
         // The pool bounds the wait for a free connection, but not the making of one.
         let got = tokio::time::timeout(self.patience, self.pool()?.get()).await;
         self.opened(got.map_err(|_| self.silent())?)
@@ -143,6 +152,7 @@ impl Node {
 
     /// The same, within a time for the wait and as much for the making.
     pub(crate) async fn get_within(&self, limit: Duration) -> Result<Connection> {
+        self.uses.fetch_add(1, Ordering::Relaxed);
         let timeouts = Timeouts { wait: Some(limit), create: Some(limit), recycle: None };
         self.opened(self.pool()?.timeout_get(&timeouts).await)
     }
@@ -167,6 +177,11 @@ impl Node {
             object.client.statement_cache.clear();
         }
         Ok(Connection { object, keeps_statements: self.way.keeps_statements() })
+    }
+
+    /// How often it was used: another number than before says that it is in use.
+    pub(crate) fn uses(&self) -> u64 {
+        self.uses.load(Ordering::Relaxed)
     }
 
     fn explain(&self, error: PoolError<Error>) -> Error {

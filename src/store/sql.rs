@@ -46,6 +46,7 @@ statements! {
     CONTROL_GROUPS = "control_groups";
     CONTROL_HEARTBEAT = "control_heartbeat";
     CONTROL_LEAVE = "control_leave";
+    CONTROL_LIVE_BROADCASTS = "control_live_broadcasts";
     CONTROL_LOCK = "control_lock";
     CONTROL_MAKE_GROUP = "control_make_group";
     CONTROL_MEMBERS = "control_members";

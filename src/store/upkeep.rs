@@ -1,5 +1,7 @@
 //! What keeps a node in order: day tables ahead, old days gone.
 
+use std::time::SystemTime;
+
 use uuid::Uuid;
 
 use crate::id::{Day, PartitionId};
@@ -9,15 +11,31 @@ use crate::store::node::{Connection, Durability, Unfinished, query, write};
 use crate::store::param::Param;
 use crate::store::sql;
 
-/// Takes or keeps the upkeep of a node; false where it is another's.
+/// Whose the upkeep of a node is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Upkeep {
+    Ours,
+    /// Another process'; so many sessions does this role have in the node's database.
+    Anothers {
+        sessions: u32,
+    },
+}
+
+/// Takes or keeps the upkeep of a node.
 pub(crate) async fn keep_up(
     connection: Connection,
     holder: Uuid,
     lease_secs: f64,
-) -> Result<bool, Failed> {
+) -> Result<Upkeep, Failed> {
     let rows =
         write(connection, Durability::Relaxed, sql::KEEP_UP, &[&holder, &lease_secs]).await?;
-    Ok(rows.first().is_some_and(|row| row.get(0)))
+    let sessions = rows.first().and_then(|row| row.get::<_, Option<i64>>(1));
+    Ok(match sessions {
+        None => Upkeep::Ours,
+        Some(sessions) => {
+            Upkeep::Anothers { sessions: u32::try_from(sessions).unwrap_or(u32::MAX) }
+        }
+    })
 }
 
 /// The node's partitions, and whether each is in use.
@@ -39,19 +57,23 @@ pub(crate) enum Expired {
     Kept { day: Day, group: String },
     /// The low watermark is beyond it: the table may be dropped.
     Yes(Day),
+    /// Its time is over by the server's clock, which is more than an hour ahead of this machine's.
+    Clock(Day),
 }
 
 /// Moves the low watermark over the oldest day of a partition if its time is over.
 pub(crate) async fn expire_day(
     connection: Connection,
     partition: PartitionId,
+    clock: SystemTime,
 ) -> Result<Expired, Failed> {
-    let number = partition.as_i32();
-    let rows = write(connection, Durability::Durable, sql::EXPIRE_DAY, &[&number]).await?;
+    let params: [&dyn Param; 2] = [&partition.as_i32(), &clock];
+    let rows = write(connection, Durability::Durable, sql::EXPIRE_DAY, &params).await?;
     Ok(rows.first().map_or(Expired::Nothing, |row| {
         let day = row.get::<_, Option<i32>>(1).and_then(|day| Day::from_i32(day).ok());
         match (row.get(0), day) {
             ("expired", Some(day)) => Expired::Yes(day),
+            ("clock", Some(day)) => Expired::Clock(day),
             ("kept", Some(day)) => Expired::Kept { day, group: row.get(2) },
             _ => Expired::Nothing,
         }
@@ -118,8 +140,13 @@ pub(crate) async fn day_frozen(
 }
 
 /// Forgets dedup keys that are older than their window: at most so many. Returns how many.
-pub(crate) async fn prune_sent_keys(connection: Connection, most: i32) -> Result<i64, Failed> {
-    let rows = write(connection, Durability::Relaxed, sql::PRUNE_SENT_KEYS, &[&most]).await?;
+pub(crate) async fn prune_sent_keys(
+    connection: Connection,
+    most: i32,
+    clock: SystemTime,
+) -> Result<i64, Failed> {
+    let params: [&dyn Param; 2] = [&most, &clock];
+    let rows = write(connection, Durability::Relaxed, sql::PRUNE_SENT_KEYS, &params).await?;
     Ok(rows.first().map_or(0, |row| row.get(0)))
 }
 
@@ -138,8 +165,9 @@ pub(crate) async fn expire_dead_letters(
     connection: Connection,
     partition: PartitionId,
     most: i32,
+    clock: SystemTime,
 ) -> Result<i64, Failed> {
-    let params: [&dyn Param; 2] = [&partition.as_i32(), &most];
+    let params: [&dyn Param; 3] = [&partition.as_i32(), &most, &clock];
     let rows = write(connection, Durability::Durable, sql::EXPIRE_DEAD_LETTERS, &params).await?;
     Ok(rows.first().map_or(0, |row| row.get(0)))
 }

@@ -31,6 +31,12 @@ async fn connections(url: &str) -> i64 {
     sql.query_one(count, &[&name]).await.unwrap().get(0)
 }
 
+/// How many sessions a database has had so far.
+async fn sessions(sql: &tokio_postgres::Client) -> i64 {
+    let count = "select sessions from pg_stat_database where datname = current_database()";
+    sql.query_one(count, &[]).await.unwrap().get(0)
+}
+
 async fn none_is_left(url: &str) {
     let none = || async { connections(url).await == 0 };
     eventually("idle connections are closed", 10 * SECOND, none).await;
@@ -50,6 +56,34 @@ async fn data_connections_are_opened_when_needed_and_closed_when_idle() {
         assert_eq!(connections(&test.node_urls[0]).await, 0);
         none_is_left(&test.node_urls[1]).await;
     }
+}
+
+/// Of the processes of a cluster one looks after a node; the others keep no connection to a node that they have
+/// no use for.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_that_another_process_looks_after_has_no_connection_of_those_that_do_not_use_it() {
+    let test = pair().await;
+    let options = TopicOptions::partitions(1).nodes([NodeId::new(2).unwrap()]);
+    test.cluster.create_topic("orders", options).await.unwrap();
+    let unused = client(&test.node_urls[0]).await;
+    let one = Cluster::connect(&test.control_url).await.unwrap();
+    let _holder = one.producer("orders").build().await.unwrap();
+    let held = "select exists (select from shardmq.upkeep) and holder is not null
+                  from shardmq.outbox_relay";
+    eventually("one process has both leases", 20 * SECOND, async || {
+        unused.query_one(held, &[]).await.unwrap().get(0)
+    })
+    .await;
+    let (before, sessions) = (connections(&test.node_urls[0]).await, sessions(&unused).await);
+    let other = Cluster::connect(&test.control_url).await.unwrap();
+    let producer = other.producer("orders").build().await.unwrap();
+    producer.send(Message::new("x")).await.unwrap();
+    let asked = async || self::sessions(&unused).await > sessions;
+    eventually("the other process has asked", 20 * SECOND, asked).await;
+    let gone = async || connections(&test.node_urls[0]).await <= before;
+    eventually("its connections are closed", 20 * SECOND, gone).await;
+    other.shutdown().await;
+    one.shutdown().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

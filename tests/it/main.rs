@@ -72,6 +72,8 @@ mod idle;
 mod journal;
 /// A transaction that appends and commits late: no gap, nothing skipped.
 mod late_commit;
+/// Clocks of servers that leap ahead and come back.
+mod leaps;
 /// Who owns a partition, through joins, crashes, pauses and restarts.
 mod leases;
 /// A promoted standby that lacks only the roll to the next day.

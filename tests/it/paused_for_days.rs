@@ -8,7 +8,7 @@ use shardmq::{Messages, PartitionId, Retention, TopicOptions};
 use tokio_postgres::Client;
 use tracing::Level;
 
-use crate::support::clocks::Clocks;
+use crate::support::clocks::{Clocks, look_after};
 use crate::support::reading::{append_texts, next, text};
 use crate::support::said::said;
 use crate::support::stored::table;
@@ -49,7 +49,7 @@ impl Paused {
         paused.append(1, "late").await;
         assert_eq!(paused.next().await, (1, "late".to_owned()));
         paused.messages.flush().await.unwrap();
-        paused.test.cluster.look_after_nodes().await.unwrap();
+        look_after(&paused.test).await;
         let gone = "select to_regclass($1) is null";
         assert!(paused.sql.query_one(gone, &[&dropped]).await.unwrap().get::<_, bool>(0));
         paused

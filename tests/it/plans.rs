@@ -187,7 +187,7 @@ async fn dedup_keys_are_found_by_index_where_there_are_many_more_than_before() {
     }
     sql.batch_execute("analyze shardmq.sent_key").await.unwrap();
     for _ in 0..5 {
-        sql.batch_execute("select shardmq.prune_sent_keys(10)").await.unwrap();
+        sql.batch_execute("select shardmq.prune_sent_keys(10, shardmq.clock())").await.unwrap();
     }
     sql.batch_execute(TELL).await.unwrap();
     let keys = "shardmq.sent_key";

@@ -5,6 +5,7 @@ use std::time::Duration;
 use shardmq::{Cluster, ErrorKind, Message, NodeId, Retention, TopicOptions};
 use tokio_postgres::Client;
 
+use crate::support::clocks::look_after;
 use crate::support::proxy::{Proxy, Rule};
 use crate::support::{TestCluster, database, eventually, shared_server, within};
 
@@ -76,8 +77,13 @@ async fn days_go_when_their_time_is_over_and_every_group_has_finished_them() {
     days_on(&sql, 4).await;
     append(&sql, "c", 3).await;
     let before = tables(&sql).await;
-    test.cluster.look_after_nodes().await.unwrap();
-    let row = sql.query_one("select outcome, group_name from shardmq.expire_day(10101)", &[]).await;
+    look_after(&test).await;
+    let row = sql
+        .query_one(
+            "select outcome, group_name from shardmq.expire_day(10101, shardmq.clock())",
+            &[],
+        )
+        .await;
     let row = row.unwrap();
     assert_eq!((row.get::<_, &str>(0), row.get::<_, &str>(1)), ("kept", "slow"));
     let kept = tables(&sql).await;
@@ -85,7 +91,7 @@ async fn days_go_when_their_time_is_over_and_every_group_has_finished_them() {
 
     assert!(consume(&test, "slow", 17).await.is_empty());
     assert!(consume(&test, "quick", 8).await.is_empty());
-    test.cluster.look_after_nodes().await.unwrap();
+    look_after(&test).await;
     let left = tables(&sql).await;
     assert!(!sql_has(&left, &before[0]) && !sql_has(&left, &before[1]), "{left:?}");
     assert!(sql_has(&left, before.last().unwrap()), "{left:?}");
@@ -110,7 +116,7 @@ async fn a_reader_behind_the_watermark_goes_on_from_it_and_says_how_many_it_miss
     append(&sql, "b", 7).await;
     days_on(&sql, 4).await;
     append(&sql, "c", 3).await;
-    test.cluster.look_after_nodes().await.unwrap();
+    look_after(&test).await;
 
     let mut messages = test.cluster.consumer("orders", "g").stream().await.unwrap();
     let news = within(20 * SECOND, "the news", messages.next()).await.unwrap().unwrap_err();
@@ -137,7 +143,7 @@ async fn a_table_that_is_held_is_dropped_later_and_told_apart_from_nothing_to_do
         .batch_execute(&format!("begin; lock table shardmq.{first} in access share mode"))
         .await
         .unwrap();
-    test.cluster.look_after_nodes().await.unwrap();
+    look_after(&test).await;
     let day: i32 = first[first.len() - 6..].parse().unwrap();
     let drop_day = async || -> String {
         let row = sql.query_one("select shardmq.drop_day(10101, $1)", &[&day]).await.unwrap();
@@ -161,7 +167,7 @@ async fn a_reader_on_the_very_table_and_a_writer_of_the_next_go_on() {
     within(20 * SECOND, "a", messages.next()).await.unwrap().unwrap().ack().unwrap();
     days_on(&sql, 3).await;
     append(&sql, "b", 1).await;
-    test.cluster.look_after_nodes().await.unwrap();
+    look_after(&test).await;
     // What was fetched is handed out; then the reader finds the next day.
     loop {
         match within(20 * SECOND, "the next day", messages.next()).await.unwrap() {

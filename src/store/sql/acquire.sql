@@ -5,7 +5,7 @@
 -- $1 topic  $2 group  $3 member  $4 partitions  $5 whether ended leases may be taken
 -- $6 members that have died  $7 lease in seconds  $8 members that are dead for certain
 with live as (
-    select m.member, m.session from shardmq.member m where m.leased_until > shardmq.clock()),
+    select m.member, m.session from shardmq.member m where shardmq.is_live(m)),
 dead as (
     select m.member from live m
      where m.member = any ($8::uuid[])

@@ -7,10 +7,11 @@ with server as (
     select pg_postmaster_start_time() as incarnation,
            coalesce($4::timestamptz = pg_postmaster_start_time(), true) as same),
 renewed as (
-    insert into shardmq.member as m (member, group_name, leased_until, session)
-    select $1, $2, shardmq.clock() + make_interval(secs => $3), $5::text from server where same
+    insert into shardmq.member as m (member, group_name, leased_until, lease_secs, session)
+    select $1, $2, shardmq.clock() + make_interval(secs => $3), $3, $5::text from server where same
     on conflict (member) do update
-        set leased_until = excluded.leased_until, session = excluded.session)
+        set leased_until = excluded.leased_until, lease_secs = excluded.lease_secs,
+            session = excluded.session)
 select server.incarnation, server.same, c.partition, c.owner, c.epoch, c.reset_epoch,
        (select extract(epoch from min(r.due_at) - shardmq.clock())::float8 from shardmq.retry r
          where r.group_name = $2 and r.partition = c.partition

@@ -5,7 +5,7 @@ use uuid::Uuid;
 
 use super::{Ready, SECOND, ack, drain, pull, take, texts, try_ack, try_pull};
 use crate::support::TestCluster;
-use crate::support::clocks::Clocks;
+use crate::support::clocks::{Clocks, look_after};
 use crate::support::reading::{append_texts, cursor, take as deliveries};
 use crate::support::stored::{number, table};
 
@@ -139,9 +139,9 @@ async fn a_consumer_behind_the_watermark_goes_on_from_it_and_is_told_what_it_mis
     ready.clocks.set_server("5 days 12 hours").await;
     append_texts(sql, partition, 17..20).await;
     // Between the two steps, and after both.
-    for step in ["select outcome from shardmq.expire_day(10101)", ""] {
+    for step in ["select outcome from shardmq.expire_day(10101, shardmq.clock())", ""] {
         if step.is_empty() {
-            ready.test.cluster.look_after_nodes().await.unwrap();
+            look_after(&ready.test).await;
         } else {
             sql.batch_execute(step).await.unwrap();
         }
@@ -196,7 +196,7 @@ async fn a_day_is_kept_until_a_group_of_sql_consumers_has_finished_it() {
     assert!(ack(sql, &token, first[1].0).await);
     let token = at(&ready, "10 days", me).await;
     append_texts(sql, partition, 3..4).await;
-    let expire = "select concat_ws(' ', outcome, group_name) from shardmq.expire_day(10101)";
+    let expire = "select concat_ws(' ', outcome, group_name) from shardmq.expire_day(10101, shardmq.clock())";
     let outcome: String = sql.query_one(expire, &[]).await.unwrap().get(0);
     assert_eq!(outcome, "kept g");
     assert_eq!(drain(sql, &token, 1).await, texts(2..4));

@@ -5,7 +5,7 @@ use tokio_postgres::Client;
 
 use super::{SECOND, good, once, send_together, texts};
 use crate::support::TestCluster;
-use crate::support::clocks::Clocks;
+use crate::support::clocks::{Clocks, look_after};
 use crate::support::stored::{assert_dense, stored, topic};
 
 /// The dedup keys that are kept, in order.
@@ -28,7 +28,7 @@ async fn a_key_is_known_for_two_days_and_then_forgotten() {
     clocks.set("1 day 12:00").await;
     let later = send("c").await;
     clocks.set("2 days 11:59").await;
-    test.cluster.look_after_nodes().await.unwrap();
+    look_after(&test).await;
     assert_eq!(
         (send("a").await, kept(&sql).await),
         (first, ["a", "b", "c"].map(Into::into).into())
@@ -38,7 +38,7 @@ async fn a_key_is_known_for_two_days_and_then_forgotten() {
     let anew = send("a").await;
     assert_eq!(anew.day().yymmdd(), clocks.day(2).await.unsigned_abs());
     assert_eq!((send("a").await, send("c").await), (anew, later));
-    test.cluster.look_after_nodes().await.unwrap();
+    look_after(&test).await;
     assert_eq!(kept(&sql).await, ["a", "c"]);
     assert_eq!((send("a").await, send("c").await), (anew, later));
     assert_eq!(texts(&stored(&sql, partition).await), ["a", "b", "c", "a"]);
@@ -54,7 +54,7 @@ async fn upkeep_forgets_as_many_as_there_are() {
         union all
         select 10101, 'young', 1010126112200000000, shardmq.clock() - interval '47 hours'";
     sql.batch_execute(fill).await.unwrap();
-    test.cluster.look_after_nodes().await.unwrap();
+    look_after(&test).await;
     assert_eq!(kept(&sql).await, ["young"]);
 }
 
@@ -70,7 +70,7 @@ async fn upkeep_does_not_take_a_key_that_is_being_stored_anew() {
     sql.batch_execute(&append).await.unwrap();
     clocks.set("3 days 12:00").await;
     sql.batch_execute(&format!("begin; {append}")).await.unwrap();
-    let prune = "set statement_timeout = '5s'; select shardmq.prune_sent_keys(10)";
+    let prune = "set statement_timeout = '5s'; select shardmq.prune_sent_keys(10, shardmq.clock())";
     other.batch_execute(prune).await.unwrap();
     sql.batch_execute("commit").await.unwrap();
     other.batch_execute(prune).await.unwrap();

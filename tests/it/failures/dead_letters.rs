@@ -5,7 +5,7 @@ use shardmq::{DeadLetterId, GroupName, Message, TopicName};
 use tokio::sync::Notify;
 
 use super::*;
-use crate::support::clocks::Clocks;
+use crate::support::clocks::{Clocks, look_after};
 
 fn of_group(group: &str) -> DeadLetterFilter {
     DeadLetterFilter { group: Some(GroupName::new(group).unwrap()), ..DeadLetterFilter::default() }
@@ -231,10 +231,10 @@ async fn letters_of_a_group_that_is_gone_stay_until_their_time_is_over() {
     let moved = test.cluster.retry_dead_letters(&of_group("g"), |_| {}).await.unwrap();
     assert_eq!((moved.moved, letters(&test).await.len()), (0, 1));
     clocks.move_server("29 days").await;
-    test.cluster.look_after_nodes().await.unwrap();
+    look_after(&test).await;
     assert_eq!(letters(&test).await.len(), 1);
     clocks.move_server("2 days").await;
-    test.cluster.look_after_nodes().await.unwrap();
+    look_after(&test).await;
     assert_eq!(letters(&test).await.len(), 0);
 }
 

@@ -4,7 +4,7 @@ use shardmq::Retention;
 use shardmq::TopicOptions;
 
 use super::*;
-use crate::support::clocks::Clocks;
+use crate::support::clocks::{Clocks, look_after};
 use crate::support::reading::{next_error, seek};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -112,7 +112,7 @@ async fn its_day_may_be_dropped_meanwhile() {
     append_texts(&sql, partition, 4..=4).await;
     assert_eq!(texts_until(&mut messages, "4").await, Vec::<String>::new());
     messages.flush().await.unwrap();
-    test.cluster.look_after_nodes().await.unwrap();
+    look_after(&test).await;
     assert_eq!(test.cluster.message(id).await.unwrap(), None, "its day is dropped");
     clocks.move_server("2 days").await;
     let again = next(&mut messages).await;

@@ -79,6 +79,13 @@ impl Clocks {
     }
 }
 
+/// Looks after a cluster's nodes by its first node's clock, as a machine does whose clock was moved alike.
+pub async fn look_after(test: &TestCluster) {
+    let now: SystemTime =
+        test.sql(0).await.query_one("select shardmq.clock()", &[]).await.unwrap().get(0);
+    test.cluster.look_after_nodes_at(|| now).await.unwrap();
+}
+
 fn moved(ahead_ms: &AtomicI64) -> SystemTime {
     let ms = ahead_ms.load(Ordering::SeqCst);
     let by = Duration::from_millis(ms.unsigned_abs());
