@@ -22,6 +22,7 @@ pub(crate) mod outbox;
 pub(crate) mod packed;
 pub(crate) mod param;
 mod passfile;
+mod places;
 mod pool;
 pub(crate) mod pooler;
 pub(crate) mod sql;

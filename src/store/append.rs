@@ -205,6 +205,11 @@ pub(crate) async fn append(
     answers
 }
 
+/// A connection on which batches may be committed.
+fn to_append(connection: Connection) -> Result<Unfinished, Failure> {
+    Unfinished::to_commit(connection, Durability::Durable).map_err(Failure::before)
+}
+
 /// Prepares statements before the transaction begins: a statement that is parsed inside of it would
 /// keep the idle timeout from ending it. A connection that does not answer is closed.
 async fn prepared(
@@ -212,7 +217,7 @@ async fn prepared(
     texts: &[String],
     deadline: Duration,
 ) -> Result<(Unfinished, Vec<Statement>), Failure> {
-    let guard = Unfinished::new(connection);
+    let guard = to_append(connection)?;
     let prepare = async {
         let mut statements = Vec::with_capacity(texts.len());
         for (nth, text) in texts.iter().enumerate() {
@@ -250,7 +255,7 @@ async fn pipeline(
         connection.batch_execute(sql::APPEND_BEGIN),
         connection.query_prepared(lock, &[&partitions, &wait]),
         join_all(inserts),
-        connection.batch_execute("commit"),
+        connection.commit(),
     )
     .await;
     begun.map_err(Failure::of)?;
@@ -388,7 +393,7 @@ pub(crate) async fn append_again(
                     &arrays.payloads,
                 ],
             ),
-            connection.batch_execute("commit"),
+            connection.commit(),
         )
         .await
     };

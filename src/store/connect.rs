@@ -144,7 +144,8 @@ pub(crate) async fn connect_directly(url: &str, application: &str) -> Result<Cli
 /// is certainly rolled back. An error that ends the connection does not count: a pooler can make one
 /// of its own, with more of the pipeline already on its way to the server.
 pub(crate) fn is_definite(error: &Failed) -> bool {
-    error.as_db_error().is_some_and(|db| db.parsed_severity() == Some(Severity::Error))
+    matches!(error, Failed::NoPlace)
+        || error.as_db_error().is_some_and(|db| db.parsed_severity() == Some(Severity::Error))
 }
 
 /// Whether the server refused the data itself: class 22, 23 or 54, but not a clash of ids.
@@ -180,7 +181,7 @@ pub(crate) fn refused(error: impl Into<Failed>, what: &str) -> Error {
     let kind = kind_of(&error);
     match error {
         Failed::Postgres(error) => Error::with_source(kind, what, error),
-        error @ Failed::Unconfirmed => Error::with_source(kind, what, error),
+        error => Error::with_source(kind, what, error),
     }
 }
 

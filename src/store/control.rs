@@ -168,6 +168,7 @@ pub(crate) async fn partition_counts(
 /// Begins a change of the topology: one at a time in the whole cluster, to the end of the transaction
 /// on this connection. Returns the cluster's id and the version that the change makes.
 pub(crate) async fn begin_change(connection: &Connection) -> Result<(Uuid, i64), Failed> {
+    connection.may_commit()?;
     connection.batch_execute(sql::BEGIN_DURABLE).await?;
     stay(connection).await?;
     let row = query_one(connection, sql::CONTROL_LOCK, &[]).await?;
@@ -183,13 +184,13 @@ pub(crate) async fn stay(connection: &Connection) -> Result<(), Failed> {
 /// has: this one waits.
 pub(crate) async fn confirm(connection: &Connection) -> Result<(), Failed> {
     connection.batch_execute(sql::PROBE).await?;
-    connection.batch_execute("commit").await
+    connection.commit().await
 }
 
 /// Commits a change under a new version.
 pub(crate) async fn commit_change(connection: &Connection) -> Result<(), Failed> {
     connection.batch_execute(sql::CONTROL_BUMP).await?;
-    connection.batch_execute("commit").await
+    connection.commit().await
 }
 
 /// Records a topic, inside a change.

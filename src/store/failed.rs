@@ -15,6 +15,12 @@ pub(crate) enum Failed {
     /// commit, so nobody may count on it.
     #[error("the commit's wait for a standby was cancelled, so a failover may still lose it")]
     Unconfirmed,
+    /// Nothing was sent: the commits of all of this pool's connections hang.
+    #[error(
+        "all connections of this process wait for their commits, as where a standby is away that Postgres \
+         waits for"
+    )]
+    NoPlace,
 }
 
 impl Failed {
@@ -22,7 +28,7 @@ impl Failed {
     pub(crate) fn code(&self) -> Option<&SqlState> {
         match self {
             Self::Postgres(error) => error.code(),
-            Self::Unconfirmed => None,
+            Self::Unconfirmed | Self::NoPlace => None,
         }
     }
 
@@ -30,7 +36,7 @@ impl Failed {
     pub(crate) fn as_db_error(&self) -> Option<&DbError> {
         match self {
             Self::Postgres(error) => error.as_db_error(),
-            Self::Unconfirmed => None,
+            Self::Unconfirmed | Self::NoPlace => None,
         }
     }
 }

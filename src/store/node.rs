@@ -3,11 +3,12 @@
 use std::borrow::Cow;
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
-use deadpool::managed::{self, PoolError, TimeoutType, Timeouts};
+use deadpool::managed::{PoolError, TimeoutType, Timeouts};
 use futures_util::future::{join_all, join3};
+use tokio::time::timeout;
 use tokio_postgres::types::{ToSql, Type};
 use tokio_postgres::{Client, Row, Statement};
 use uuid::Uuid;
@@ -18,6 +19,7 @@ use crate::migrate::{self, Schema};
 use crate::store::connect::{self, refused};
 use crate::store::failed::Failed;
 use crate::store::param::{Param, Unseen, typed, values};
+use crate::store::places::{Place, Places};
 use crate::store::pool::{self, Check, Manager, Object, Pool};
 use crate::store::pooler::{PreparedStatements, Way};
 use crate::store::sql;
@@ -32,6 +34,11 @@ const MAX_STATEMENTS: usize = 512;
 pub(crate) struct Connection {
     object: Object,
     keeps_statements: bool,
+    /// A commit was sent on it, and is not answered.
+    commits: AtomicBool,
+    // Behind the connection: its place is free once it is in the pool.
+    place: Place,
+    places: Arc<Places>,
 }
 
 impl Connection {
@@ -43,6 +50,40 @@ impl Connection {
     /// Runs statements without parameters and rows, sent as one message.
     pub(crate) async fn batch_execute(&self, statements: &str) -> Result<(), Failed> {
         self.counted(self.object.client.batch_execute(statements).await)
+    }
+
+    /// Commits. Dropped before the answer, the connection keeps its place until it is answered.
+    pub(crate) async fn commit(&self) -> Result<(), Failed> {
+        self.commits.store(true, Ordering::Relaxed);
+        let committed = self.batch_execute("commit").await;
+        self.commits.store(false, Ordering::Relaxed);
+        committed
+    }
+
+    /// Whether something may be committed durably here: not beside commits that hang, which would be one
+    /// more.
+    pub(crate) fn may_commit(&self) -> Result<(), Failed> {
+        if self.place.is_spare { Err(Failed::NoPlace) } else { Ok(()) }
+    }
+
+    /// Closes it, or where its commit is not answered yet, sees to it that it is closed then.
+    fn give_up(self) {
+        let Self { object, place, places, commits, .. } = self;
+        let runtime = tokio::runtime::Handle::try_current();
+        let (true, Ok(runtime)) = (commits.into_inner(), runtime) else {
+            drop(Object::take(object));
+            return;
+        };
+        let hangs = places.hang(object.backend);
+        runtime.spawn(async move {
+            tokio::select! {
+                // Queued behind the commit, this is answered when that is, or when the connection ends.
+                _ = object.client.batch_execute("") => {}
+                () = hangs.given_up.cancelled() => {}
+            }
+            drop(Object::take(object));
+            drop((hangs, place));
+        });
     }
 
     /// A statement that is kept: only where they are.
@@ -84,6 +125,7 @@ pub(crate) struct Node {
     what: String,
     /// Why there is none, where the address can't be used.
     pool: Result<Pool>,
+    places: Arc<Places>,
     way: Arc<Way>,
     /// How long getting a connection may take.
     patience: Duration,
@@ -109,7 +151,8 @@ impl Node {
         let what = format!("use the address of node {id}");
         let why = Error::with_source(ErrorKind::Incompatible, what.clone(), error);
         let way = Arc::new(Way::new(PreparedStatements::default()));
-        Self { what, pool: Err(why), way, patience: ACQUIRE_TIMEOUT, uses: AtomicU64::new(0) }
+        let (places, uses) = (Arc::new(Places::new(1)), AtomicU64::new(0));
+        Self { what, pool: Err(why), places, way, patience: ACQUIRE_TIMEOUT, uses }
     }
 
     /// The control database's pool.
@@ -132,9 +175,12 @@ impl Node {
         let what = format!("connect to {name} at {}", connect::describe(&target.config));
         let patience = ACQUIRE_TIMEOUT + target.patience();
         let way = Arc::new(Way::new(options.prepared_statements));
-        let manager = Manager { target, what: what.clone(), way: Arc::clone(&way), check };
-        let pool = pool::build(manager, options.connections, ACQUIRE_TIMEOUT)?;
-        Ok(Self { what, pool: Ok(pool), way, patience, uses: AtomicU64::new(0) })
+        let places = Arc::new(Places::new(options.connections));
+        let (of_pool, to_server) = (Arc::clone(&places), Arc::clone(&way));
+        let manager =
+            Manager { target, what: what.clone(), way: to_server, check, places: of_pool };
+        let pool = pool::build(manager, ACQUIRE_TIMEOUT)?;
+        Ok(Self { what, pool: Ok(pool), places, way, patience, uses: AtomicU64::new(0) })
     }
 
     /// A connection, opened where none is idle. Cancel safe.
@@ -145,16 +191,18 @@ impl Node {
 
     /// The same, to ask for a lease that every process asks for: that is no use of the node.
     pub(crate) async fn get_for_a_lease(&self) -> Result<Connection> {
-        // The pool bounds the wait for a free connection, but not the making of one.
-        let got = tokio::time::timeout(self.patience, self.pool()?.get()).await;
-        self.opened(got.map_err(|_| self.silent())?)
+        let place = self.place(ACQUIRE_TIMEOUT).await?;
+        // The pool does not bound the making of a connection.
+        let got = timeout(self.patience, self.pool()?.get()).await;
+        self.opened(place, got.map_err(|_| self.silent())?).await
     }
 
     /// The same, within a time for the wait and as much for the making.
     pub(crate) async fn get_within(&self, limit: Duration) -> Result<Connection> {
         self.uses.fetch_add(1, Ordering::Relaxed);
+        let place = self.place(limit).await?;
         let timeouts = Timeouts { wait: Some(limit), create: Some(limit), recycle: None };
-        self.opened(self.pool()?.timeout_get(&timeouts).await)
+        self.opened(place, self.pool()?.timeout_get(&timeouts).await).await
     }
 
     fn pool(&self) -> Result<&Pool> {
@@ -163,20 +211,62 @@ impl Node {
 
     /// Whether all connections that there may be are in use. Another has to wait for one of them.
     pub(crate) fn is_in_use(&self) -> bool {
-        let status = self.pool.as_ref().map(managed::Pool::status);
-        status.is_ok_and(|status| status.available == 0 && status.size >= status.max_size)
+        self.places.are_taken()
     }
 
     fn silent(&self) -> Error {
         Error::new(ErrorKind::Unavailable, format!("{}: the server is silent", self.what))
     }
 
-    fn opened(&self, got: Result<Object, PoolError<Error>>) -> Result<Connection> {
+    fn in_use(&self) -> Error {
+        let in_use = InUse(self.places.count());
+        Error::with_source(ErrorKind::Unavailable, self.what.clone(), in_use)
+    }
+
+    async fn opened(
+        &self,
+        place: Place,
+        got: Result<Object, PoolError<Error>>,
+    ) -> Result<Connection> {
         let object = got.map_err(|error| self.explain(error))?;
+        let object = if place.is_spare { self.find_over(object).await? } else { object };
         if object.client.statement_cache.size() > MAX_STATEMENTS {
             object.client.statement_cache.clear();
         }
-        Ok(Connection { object, keeps_statements: self.way.keeps_statements() })
+        Ok(Connection {
+            object,
+            keeps_statements: self.way.keeps_statements(),
+            commits: AtomicBool::new(false),
+            place,
+            places: Arc::clone(&self.places),
+        })
+    }
+
+    async fn place(&self, limit: Duration) -> Result<Place> {
+        let place = timeout(limit, self.places.take()).await.map_err(|_| self.in_use())?;
+        place.ok_or_else(|| {
+            Error::new(ErrorKind::Unavailable, format!("{}: the pool is closed", self.what))
+        })
+    }
+
+    /// Asks on a connection whether commits that hang are over: an answer may have been lost on its way. A
+    /// connection that does not answer is closed.
+    async fn find_over(&self, object: Object) -> Result<Object> {
+        let server = object.backend.server;
+        let asked = self.places.pids(server);
+        if asked.is_empty() {
+            return Ok(object);
+        }
+        let pids: [(&(dyn ToSql + Sync), Type); 1] = [(&asked, Type::INT4_ARRAY)];
+        let asking = object.client.query_typed(sql::AT_WORK, &pids);
+        let Ok(rows) = timeout(ACQUIRE_TIMEOUT, asking).await else {
+            drop(Object::take(object));
+            return Err(self.silent());
+        };
+        let rows = rows.map_err(|error| refused(error, &self.what))?;
+        let at_work: Vec<i32> = rows.iter().map(|row| row.get(0)).collect();
+        self.places.at_work(server, &asked, &at_work);
+        Ok(object)
     }
 
     /// How often it was used: another number than before says that it is in use.
@@ -187,10 +277,7 @@ impl Node {
     fn explain(&self, error: PoolError<Error>) -> Error {
         match error {
             PoolError::Backend(error) => error,
-            PoolError::Timeout(TimeoutType::Wait) => {
-                let in_use = InUse(self.pool.as_ref().map_or(0, |pool| pool.status().max_size));
-                Error::with_source(ErrorKind::Unavailable, self.what.clone(), in_use)
-            }
+            PoolError::Timeout(TimeoutType::Wait) => self.in_use(),
             PoolError::Timeout(_) => self.silent(),
             other => Error::with_source(ErrorKind::Unavailable, self.what.clone(), other),
         }
@@ -208,6 +295,13 @@ impl Node {
         if let Ok(pool) = &self.pool {
             pool.close();
         }
+        self.places.close();
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        self.places.close();
     }
 }
 
@@ -272,7 +366,7 @@ impl Durability {
 /// First statements after which the commit waits for disk and standby also where the transaction finds
 /// everything done: an earlier transaction may have done it without a standby. Only a commit that has
 /// written something waits.
-pub(crate) fn durable(opening: &str) -> String {
+fn durable(opening: &str) -> String {
     format!("{opening};\n{}", sql::PROBE)
 }
 
@@ -327,7 +421,7 @@ pub(crate) async fn write(
     statement: &str,
     params: &[&dyn Param],
 ) -> Result<Vec<Row>, Failed> {
-    let guard = Unfinished::new(connection);
+    let guard = Unfinished::to_commit(connection, durability)?;
     let connection = guard.connection();
     let kept = match prepared(connection, statement).await {
         Ok(kept) => kept,
@@ -341,7 +435,7 @@ pub(crate) async fn write(
     let (begun, rows, committed) = join3(
         connection.batch_execute(&opening),
         run(connection, statement, kept.as_ref(), params),
-        connection.batch_execute("commit"),
+        connection.commit(),
     )
     .await;
     guard.finished();
@@ -351,14 +445,19 @@ pub(crate) async fn write(
     Ok(rows)
 }
 
-/// Runs statements one after the other in one transaction, in one round trip. Answers as
-/// [`write`] does.
+/// Runs statements one after the other in one transaction that begins with an opening of its own, in one round
+/// trip. Answers as [`write`] does.
 pub(crate) async fn write_all(
     connection: Connection,
+    durability: Durability,
     opening: &str,
     statements: &[(&str, &[&dyn Param])],
 ) -> Result<Vec<Vec<Row>>, Failed> {
-    let guard = Unfinished::new(connection);
+    let opening = match durability {
+        Durability::Relaxed => format!("{opening};\nset local synchronous_commit = off"),
+        Durability::Durable | Durability::Patient => durable(opening),
+    };
+    let guard = Unfinished::to_commit(connection, durability)?;
     let connection = guard.connection();
     let mut kept = Vec::with_capacity(statements.len());
     for (text, _) in statements {
@@ -375,12 +474,8 @@ pub(crate) async fn write_all(
         .zip(&kept)
         .map(|((text, params), kept)| run(connection, text, kept.as_ref(), params));
     // Each sends as it is polled for the first time, in this order.
-    let (begun, rows, committed) = join3(
-        connection.batch_execute(opening),
-        join_all(runs),
-        connection.batch_execute("commit"),
-    )
-    .await;
+    let (begun, rows, committed) =
+        join3(connection.batch_execute(&opening), join_all(runs), connection.commit()).await;
     guard.finished();
     begun?;
     let rows = rows.into_iter().collect::<Result<_, _>>()?;
@@ -389,12 +484,24 @@ pub(crate) async fn write_all(
 }
 
 /// A connection with a pipeline under way. Dropped before the end, it is closed rather than given
-/// back: nothing may be left open in the pool.
+/// back: nothing may be left open in the pool. Where its commit was sent it keeps its place until that is
+/// answered.
 pub(crate) struct Unfinished(Option<Connection>);
 
 impl Unfinished {
     pub(crate) fn new(connection: Connection) -> Self {
         Self(Some(connection))
+    }
+
+    /// For a transaction that commits: one that is to be durable not beside commits that hang.
+    pub(crate) fn to_commit(
+        connection: Connection,
+        durability: Durability,
+    ) -> Result<Self, Failed> {
+        if durability != Durability::Relaxed {
+            connection.may_commit()?;
+        }
+        Ok(Self::new(connection))
     }
 
     pub(crate) fn connection(&self) -> &Connection {
@@ -416,7 +523,7 @@ impl Unfinished {
 impl Drop for Unfinished {
     fn drop(&mut self) {
         if let Some(connection) = self.0.take() {
-            drop(Object::take(connection.object));
+            connection.give_up();
         }
     }
 }

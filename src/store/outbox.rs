@@ -12,7 +12,7 @@ use crate::message::Message;
 use crate::name::TopicName;
 use crate::store::append::Arrays;
 use crate::store::failed::Failed;
-use crate::store::node::{Connection, Durability, durable, query, query_one, write, write_all};
+use crate::store::node::{Connection, Durability, query, query_one, write, write_all};
 use crate::store::param::{Param, Typed, typed};
 use crate::store::sql;
 
@@ -214,8 +214,8 @@ pub(crate) async fn look(connection: Connection, asked: &Asked<'_>) -> Result<Lo
         statements.push((sql::OUTBOX_ARM, &arm));
     }
     statements.extend([(sql::OUTBOX_LOOK, &ids[..]), (sql::OUTBOX_LOOK_DUE, &due[..])]);
-    let begin = format!("{}; set local synchronous_commit = off", sql::OUTBOX_BEGIN);
-    let mut answers = write_all(connection, &begin, &statements).await?;
+    let mut answers =
+        write_all(connection, Durability::Relaxed, sql::OUTBOX_BEGIN, &statements).await?;
     let due = answers.pop().unwrap_or_default();
     let ids = answers.pop().unwrap_or_default();
     let armed =
@@ -342,12 +342,13 @@ pub(crate) async fn step(
     let asked = [true, true, !step.done.is_empty(), !all_empty(&now, &later), !all.is_empty()];
     let asked: Vec<_> =
         statements.into_iter().zip(asked).filter_map(|(text, on)| on.then_some(text)).collect();
-    let mut answers = match write_all(connection, &durable(sql::OUTBOX_BEGIN), &asked).await {
-        Err(error) if error.code() == Some(&SqlState::LOCK_NOT_AVAILABLE) => {
-            return Ok(Stepped::Locked);
-        }
-        answers => answers?,
-    };
+    let mut answers =
+        match write_all(connection, Durability::Durable, sql::OUTBOX_BEGIN, &asked).await {
+            Err(error) if error.code() == Some(&SqlState::LOCK_NOT_AVAILABLE) => {
+                return Ok(Stepped::Locked);
+            }
+            answers => answers?,
+        };
     let is_ours = answers.get(1).and_then(|rows| rows.first()).is_some_and(|row| row.get(0));
     if !is_ours {
         return Ok(Stepped::NotOurs);
@@ -383,7 +384,8 @@ pub(crate) async fn lanes(
     let hold: [&dyn Param; 1] = [&holder];
     let statements: [(&str, &[&dyn Param]); 3] =
         [(sql::OUTBOX_LOCK, &[]), (sql::OUTBOX_HOLD, &hold), (sql::OUTBOX_LANES, &[])];
-    let answers = write_all(connection, &durable(sql::OUTBOX_BEGIN), &statements).await?;
+    let answers =
+        write_all(connection, Durability::Durable, sql::OUTBOX_BEGIN, &statements).await?;
     let [_, ours, lanes] = answers.as_slice() else { return Ok(None) };
     let partition = |row: &Row| PartitionId::from_i32(row.get(0)).ok();
     let is_ours = ours.first().is_some_and(|row| row.get(0));
@@ -449,7 +451,8 @@ pub(crate) async fn put_back(
     let (hold, batch): ([&dyn Param; 1], [&dyn Param; 1]) = ([&holder], [&id]);
     let statements: [(&str, &[&dyn Param]); 3] =
         [(sql::OUTBOX_LOCK, &[]), (sql::OUTBOX_HOLD, &hold), (sql::OUTBOX_PUT_BACK, &batch)];
-    let answers = write_all(connection, &durable(sql::OUTBOX_BEGIN), &statements).await?;
+    let answers =
+        write_all(connection, Durability::Durable, sql::OUTBOX_BEGIN, &statements).await?;
     Ok(answers.get(1).and_then(|rows| rows.first()).is_some_and(|row| row.get(0)))
 }
 
@@ -475,8 +478,13 @@ pub(crate) const PRUNED: i64 = 10_000;
 
 /// Forgets old calls of [`deliver`]; returns how many.
 pub(crate) async fn prune(connection: Connection) -> Result<i64, Failed> {
-    let begin = format!("{}; set local synchronous_commit = off", sql::OUTBOX_BEGIN);
     let limit: [&dyn Param; 1] = [&PRUNED];
-    let answers = write_all(connection, &begin, &[(sql::OUTBOX_PRUNE, &limit)]).await?;
+    let answers = write_all(
+        connection,
+        Durability::Relaxed,
+        sql::OUTBOX_BEGIN,
+        &[(sql::OUTBOX_PRUNE, &limit)],
+    )
+    .await?;
     Ok(answers.first().and_then(|rows| rows.first()).map_or(0, |row| row.get(0)))
 }

@@ -10,8 +10,11 @@ use futures_util::future::BoxFuture;
 use tokio_postgres::Client;
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::store::connect::refused;
 use crate::store::failed::CutWait;
+use crate::store::places::{Backend, Places};
 use crate::store::pooler::Way;
+use crate::store::sql;
 use crate::store::target::Target;
 
 /// A pooled connection, given back when dropped.
@@ -25,6 +28,7 @@ pub(super) type Check = Arc<dyn Fn(&Client) -> BoxFuture<'_, Result<()>> + Send 
 pub(super) struct Session {
     pub(super) client: ClientWrapper,
     pub(super) cut: CutWait,
+    pub(super) backend: Backend,
 }
 
 /// Makes a pool's connections. deadpool's own manager has no room for our errors, and opens
@@ -34,6 +38,7 @@ pub(super) struct Manager {
     pub(super) what: String,
     pub(super) way: Arc<Way>,
     pub(super) check: Check,
+    pub(super) places: Arc<Places>,
 }
 
 impl managed::Manager for Manager {
@@ -44,7 +49,12 @@ impl managed::Manager for Manager {
         let (client, task, cut) = self.way.connect(&self.target, &self.what).await?;
         let client = ClientWrapper::new(client, task);
         (self.check)(&client).await?;
-        Ok(Session { client, cut })
+        let row = client.query_typed_one(sql::SERVER, &[]).await;
+        let row = row.map_err(|error| refused(error, &self.what))?;
+        let pid = self.way.keeps_sessions().then(|| row.get(1));
+        let backend = Backend { server: row.get(0), pid };
+        self.places.answered(backend.server);
+        Ok(Session { client, cut, backend })
     }
 
     async fn recycle(&self, session: &mut Session, _: &Metrics) -> RecycleResult<Error> {
@@ -55,12 +65,12 @@ impl managed::Manager for Manager {
     }
 }
 
-/// A pool of at most so many connections, in which a wait for a free one is bounded. The one that was
+/// A pool of as many connections as there are places, in which a wait for one is bounded. The one that was
 /// used last is used next, so that those beyond what is needed fall idle.
-pub(super) fn build(manager: Manager, connections: usize, wait: Duration) -> Result<Pool> {
-    let what = manager.what.clone();
+pub(super) fn build(manager: Manager, wait: Duration) -> Result<Pool> {
+    let (what, most) = (manager.what.clone(), manager.places.most());
     Pool::builder(manager)
-        .max_size(connections)
+        .max_size(most)
         .queue_mode(QueueMode::Lifo)
         .runtime(Runtime::Tokio1)
         .wait_timeout(Some(wait))

@@ -102,6 +102,11 @@ impl Way {
         }
     }
 
+    /// Whether a session is known to be with one server process for as long as it lives.
+    pub(super) fn keeps_sessions(&self) -> bool {
+        self.setting == PreparedStatements::Auto && self.keeps_statements()
+    }
+
     /// A connection, driven by a task. Before it returns, it is known whether that may keep statements.
     pub(super) async fn connect(
         &self,

@@ -24,6 +24,7 @@ statements! {
     APPEND_LOCK = "append_lock";
     APPENDED_AT = "appended_at";
     APPEND_ONCE = "append_once";
+    AT_WORK = "at_work";
     BEGIN_DURABLE = "begin_durable";
     BEGIN_PATIENT = "begin_patient";
     BEGIN_RELAXED = "begin_relaxed";
@@ -139,6 +140,7 @@ statements! {
     RENEW = "renew";
     ROLL = "roll";
     SEEK = "seek";
+    SERVER = "server";
     SETTLE_PARKED = "settle_parked";
     SET_RETENTION = "set_retention";
     SWEEP_BROADCASTS = "sweep_broadcasts";

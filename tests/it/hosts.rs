@@ -1,8 +1,5 @@
 //! Addresses with several hosts: the one that takes writes is found, and followed when it changes.
 
-use std::fs;
-use std::os::unix::fs::{MetadataExt, chown};
-use std::process::Command;
 use std::time::Duration;
 
 use shardmq::embedded::{Server, StopMode};
@@ -10,6 +7,7 @@ use shardmq::{Cluster, Message};
 
 use crate::support::proxy::{Proxy, Rule};
 use crate::support::reading::{next, text};
+use crate::support::standbys::{caught_up, follow, url};
 use crate::support::stored::topic;
 use crate::support::{
     TestCluster, client, database, eventually, own_server, shared_server, within,
@@ -18,49 +16,12 @@ use crate::support::{
 const SECOND: Duration = Duration::from_secs(1);
 const SOON: Duration = Duration::from_secs(20);
 
-/// An address of these ports, in this order.
-fn url(ports: &[u16], plain: &str, parameters: &str) -> String {
-    let hosts: Vec<String> = ports.iter().map(|port| format!("127.0.0.1:{port}")).collect();
-    let name = plain.rsplit_once('/').unwrap().1;
-    format!("postgresql://shardmq@{}/{name}?{parameters}", hosts.join(","))
-}
-
-/// Makes a running server a hot standby of another, which is stopped for as long as it is copied.
-async fn follow(standby: &Server, primary: &Server) {
-    primary.stop_server(StopMode::Fast).await.unwrap();
-    standby.stop_server(StopMode::Fast).await.unwrap();
-    let data = standby.data_dir();
-    let owner = data.metadata().unwrap();
-    let own_settings = fs::read_to_string(data.join("postgresql.conf")).unwrap();
-    fs::remove_dir_all(&data).unwrap();
-    let copy = Command::new("cp").arg("-a").arg(primary.data_dir()).arg(&data).status().unwrap();
-    assert!(copy.success());
-    let settings = format!(
-        "{own_settings}\nprimary_conninfo = 'host=127.0.0.1 port={} user=shardmq'\n",
-        primary.port()
-    );
-    fs::write(data.join("postgresql.conf"), settings).unwrap();
-    fs::write(data.join("standby.signal"), "").unwrap();
-    chown(data.join("standby.signal"), Some(owner.uid()), Some(owner.gid())).unwrap();
-    primary.start_server().await.unwrap();
-    standby.start_server().await.unwrap();
-}
-
-/// Waits until a standby has all that the primary has.
-async fn caught_up(sql: &tokio_postgres::Client) {
-    let asked = "select count(*) = 1 and bool_and(replay_lsn = pg_current_wal_lsn())
-                   from pg_stat_replication";
-    let same =
-        async || sql.query_one(asked, &[]).await.unwrap().get::<_, Option<bool>>(0) == Some(true);
-    eventually("the standby has all", SOON, same).await;
-}
-
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_client_finds_the_primary_behind_a_standby_and_follows_a_failover() {
     let (primary, standby) = (own_server().await, Server::builder().durable(false));
     let standby = standby.start().await.unwrap();
     let plain = database(&primary).await;
-    follow(&standby, &primary).await;
+    follow(std::slice::from_ref(&standby), &primary).await;
     let both = url(&[standby.port(), primary.port()], &plain, "target_session_attrs=read-write");
     let test = TestCluster::of(vec![both]).await;
     topic(&test, "orders", 1).await;
@@ -72,7 +33,7 @@ async fn a_client_finds_the_primary_behind_a_standby_and_follows_a_failover() {
     assert_eq!(text(&delivery), "before");
     delivery.ack().unwrap();
     messages.flush().await.unwrap();
-    caught_up(&client(&plain).await).await;
+    caught_up(&client(&plain).await, 1).await;
 
     primary.stop_server(StopMode::Immediate).await.unwrap();
     let promoted = client(&standby.url("postgres")).await;

@@ -110,6 +110,8 @@ mod plans;
 mod pooler;
 /// A position anywhere in a batch: exactly the rest comes.
 mod positions;
+/// A standby is promoted: what was acknowledged, and was to wait for it, is there.
+mod promotions;
 /// Batches that are repeated since their answer was lost: one copy, in every order of events.
 mod repeats;
 /// Old days are dropped, and nobody stumbles over it.

@@ -7,7 +7,8 @@ use shardmq::{Cluster, ErrorKind, Message, NodeId, Producer, TopicOptions};
 use tokio::task::JoinHandle;
 
 use crate::support::pgbouncer::{PgBouncer, Unknown, cluster_through};
-use crate::support::reading::{cursors, next};
+use crate::support::proxy::{Rule, cluster_behind_proxy};
+use crate::support::reading::{cursors, next, text};
 use crate::support::relays::{Relay, publish, through};
 use crate::support::standby_away::StandbyAway;
 use crate::support::stored::{all_stored, topic};
@@ -55,7 +56,7 @@ async fn all_sends_outlast(server: &shardmq::embedded::Server, test: &TestCluste
 /// Also where the database's default lets no warning through.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_send_has_its_id_only_once_the_standby_has_it() {
-    let silent = shardmq::embedded::Server::builder().durable(false);
+    let silent = shardmq::embedded::Server::builder().durable(false).trusts_everybody();
     let server = prepared(silent.setting("client_min_messages", "error")).await;
     let test = TestCluster::on(&server, 1).await;
     all_sends_outlast(&server, &test).await;
@@ -154,4 +155,64 @@ async fn a_topic_is_made_only_once_the_standby_of_the_control_database_has_it() 
     away.next().await;
     away.over().await;
     within(SOON, "the answer", call).await.unwrap().unwrap();
+}
+
+/// Whatever is tried, and however often, while a standby is away.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn commits_that_hang_keep_their_connections_and_open_no_others() {
+    let server = own_server().await;
+    let test = TestCluster::on(&server, 1).await;
+    topic(&test, "orders", 4).await;
+    let builder = test.cluster.producer("orders").append_timeout(Duration::from_millis(50));
+    let producer = builder.build().await.unwrap();
+    let mut messages = test.cluster.consumer("orders", "g").stream().await.unwrap();
+    producer.send(Message::new("before")).await.unwrap();
+    next(&mut messages).await.ack().unwrap();
+    messages.flush().await.unwrap();
+    let away = StandbyAway::begin(&server).await;
+    let message = |number: u32| Message::new(number.to_string()).key(number.to_string());
+    let calls: Vec<_> = (0..20).map(|number| sending(&producer, message(number))).collect();
+    let sql = test.sql(0).await;
+    let count =
+        "select count(*) filter (where wait_event = 'SyncRep'), count(*) from pg_stat_activity
+                  where application_name = 'shardmq' and datname = current_database()";
+    let (mut most_hang, mut most) = (0, 0);
+    let begun = tokio::time::Instant::now();
+    while begun.elapsed() < Duration::from_secs(4) {
+        let row = sql.query_one(count, &[]).await.unwrap();
+        most_hang = most_hang.max(row.get::<_, i64>(0));
+        most = most.max(row.get::<_, i64>(1));
+    }
+    assert_eq!(most_hang, 2, "commits hang on all data connections");
+    // Two for data and one beside them while they hang; three to the control database.
+    assert!(most <= 6, "{most} connections");
+    assert!(calls.iter().all(|call| !call.is_finished()));
+    away.over().await;
+    for call in calls {
+        within(SOON, "the id", call).await.unwrap().unwrap();
+    }
+    let mut came = std::collections::BTreeSet::new();
+    while came.len() < 20 {
+        let delivery = next(&mut messages).await;
+        came.insert(text(&delivery));
+        delivery.ack().unwrap();
+    }
+}
+
+/// Nothing ends the connections, and nothing comes on them any more.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn commits_whose_answers_are_lost_keep_their_places_only_until_that_is_seen() {
+    let (test, proxy) = cluster_behind_proxy().await;
+    topic(&test, "orders", 4).await;
+    let builder = test.cluster.producer("orders").append_timeout(Duration::from_millis(200));
+    let producer = builder.build().await.unwrap();
+    let message = |number: u32| Message::new(number.to_string()).key(number.to_string());
+    for id in producer.send_all((0..20).map(message)).await {
+        id.unwrap();
+    }
+    proxy.links().iter().for_each(|link| link.to_client.set(Rule::Swallow));
+    let sent = within(SOON, "the ids", producer.send_all((0..20).map(message))).await;
+    for id in sent {
+        id.unwrap();
+    }
 }

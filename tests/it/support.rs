@@ -31,6 +31,7 @@ pub mod said;
 pub mod signals;
 pub mod small_disk;
 pub mod standby_away;
+pub mod standbys;
 pub mod stored;
 mod watchdog;
 

@@ -19,11 +19,11 @@ use tokio_postgres::types::{ToSql, Type};
 
 use super::{
     Again, Append, Culprit, FIRST_WAIT, Failure, Inserted, bytes_of, check_begun, lock_timeout,
-    read_again,
+    read_again, to_append,
 };
 use crate::deadline::with_bytes;
 use crate::id::MessageId;
-use crate::store::node::{Connection, Unfinished};
+use crate::store::node::Connection;
 use crate::store::sql;
 
 /// Appends batches of different partitions in one transaction, waiting for the lock of the first only.
@@ -86,7 +86,7 @@ async fn call(
     lock_timeout: &str,
     deadline: Duration,
 ) -> Result<Vec<Row>, Failure> {
-    let guard = Unfinished::new(connection);
+    let guard = to_append(connection)?;
     let connection = guard.connection();
     let opening = format!("{}; set local lock_timeout = '{lock_timeout}'", sql::BEGIN_DURABLE);
     let parts: Vec<Part<'_>> =
@@ -97,7 +97,7 @@ async fn call(
     let pipeline = join3(
         connection.batch_execute(&opening),
         connection.query_typed(&text, &params),
-        connection.batch_execute("commit"),
+        connection.commit(),
     );
     let limit = with_bytes(deadline, bytes_of(batches));
     let Ok((begun, rows, committed)) = timeout(limit, pipeline).await else {

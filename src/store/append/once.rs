@@ -14,10 +14,10 @@ use tokio::time::timeout;
 use tokio_postgres::Row;
 use tokio_postgres::types::{ToSql, Type};
 
-use super::{Again, Append, Failure, check_begun, lock_timeout, prepared, read_again};
+use super::{Again, Append, Failure, check_begun, lock_timeout, prepared, read_again, to_append};
 use crate::deadline::with_bytes;
 use crate::id::MessageId;
-use crate::store::node::{Connection, Unfinished};
+use crate::store::node::Connection;
 use crate::store::sql;
 
 /// Appends the messages of a batch whose dedup keys are new, and says where all of them are. May be
@@ -32,7 +32,7 @@ pub(crate) async fn append_once(
         let (guard, statements) = prepared(connection, &texts, deadline).await?;
         (guard, statements.into_iter().next())
     } else {
-        (Unfinished::new(connection), None)
+        (to_append(connection)?, None)
     };
     let connection = guard.connection();
     let wait = lock_timeout(deadline);
@@ -51,8 +51,7 @@ pub(crate) async fn append_once(
         }
     };
     // Each sends as it is polled for the first time, in this order.
-    let pipeline =
-        join3(connection.batch_execute(&opening), call, connection.batch_execute("commit"));
+    let pipeline = join3(connection.batch_execute(&opening), call, connection.commit());
     let limit = with_bytes(deadline, batch.arrays.bytes);
     let Ok((begun, rows, committed)) = timeout(limit, pipeline).await else {
         return Err(Failure::Unknown(None));
