@@ -77,6 +77,9 @@ begin
     elsif exists (select from unnest(p_headers) h where jsonb_typeof(h) <> 'object') then
         raise exception 'shardmq: the headers of a message are a JSON object, and nothing else'
             using errcode = 'check_violation';
+    elsif exists (select from unnest(p_headers) h, jsonb_object_keys(h) k (name) where left(k.name, 8) = 'shardmq.') then
+        raise exception 'shardmq: header names that begin with "shardmq." are reserved'
+            using errcode = 'invalid_parameter_value';
     elsif p_headers is not null and not shardmq.headers_fit(p_headers) then
         raise exception 'shardmq: the headers of a message have more than 65536 bytes, names and values together'
             using errcode = 'check_violation';

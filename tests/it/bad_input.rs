@@ -156,7 +156,12 @@ async fn headers_of_our_own_have_room_beside_a_senders_and_are_short() {
     let sql = test.sql(0).await;
     let append = |own: &str| {
         let headers = format!("jsonb_build_object('h', repeat('v', 65535)) || '{{{own}}}'::jsonb");
-        format!("select shardmq.append({partition}, array['x'::bytea], null, array[{headers}])")
+        // As the library does: append() refuses them.
+        format!(
+            "select shardmq.append_batch(p.partition, p.topic, p.generation, p.day, p.day,
+                 gen_random_uuid(), 1, 1, null, array[{headers}], array['x'::bytea])
+               from shardmq.partition p where p.partition = {partition}"
+        )
     };
     let uid = format!("{}:{}:999", uuid::Uuid::nil(), i64::MAX);
     let marks = format!(r#""shardmq.uid": "{uid}", "shardmq.duplicate": "possible""#);

@@ -147,8 +147,11 @@ async fn messages_come_in_order_and_again_until_they_are_acknowledged() {
 async fn a_message_comes_with_all_that_it_has() {
     let ready = Ready::new(1).await;
     let sql = &ready.sql;
-    let append = "select shardmq.append(10101, array['a', '\\x00ff']::bytea[], array['k', null],
-                    array[null, '{\"h\": \"v\", \"shardmq.uid\": \"first\"}']::jsonb[])";
+    // With a header that the library alone sets.
+    let append = "select shardmq.append_batch(p.partition, p.topic, p.generation, p.day, p.day,
+                    gen_random_uuid(), 1, 50, array['k', null],
+                    array[null, '{\"h\": \"v\", \"shardmq.uid\": \"first\"}']::jsonb[],
+                    array['a', '\\x00ff']::bytea[]) from shardmq.partition p where p.partition = 10101";
     sql.batch_execute(append).await.unwrap();
     append_texts(sql, ready.partitions[0], ["alone"]).await;
     let token = take(sql, Uuid::now_v7(), 1).await.remove(0).token;

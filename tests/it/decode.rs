@@ -99,9 +99,12 @@ async fn headers_and_keys_that_sql_users_wrote_are_text() {
     let (test, sql, partition, mut messages) = ready().await;
     let uid = "018f3c1e-0000-7000-8000-000000000001:7:3";
     sql.execute(
-        "select shardmq.append($1, array['a', 'b', 'c', 'd']::bytea[], array['k', null, '', 'é'],
+        "select shardmq.append_batch(p.partition, p.topic, p.generation, p.day, p.day, gen_random_uuid(), 1, 100,
+            array['k', null, '', 'é'],
             array[jsonb_build_object('n', 1.5, 't', true, 'z', null, 'o', '{\"a\": [1]}'::jsonb, 's', 'text'),
-                  null, '{}'::jsonb, jsonb_build_object('shardmq.uid', $2::text, 'x', 'y')])",
+                  null, '{}'::jsonb, jsonb_build_object('shardmq.uid', $2::text, 'x', 'y')],
+            array['a', 'b', 'c', 'd']::bytea[])
+           from shardmq.partition p where p.partition = $1",
         &[&number(partition), &uid],
     )
     .await

@@ -301,3 +301,20 @@ async fn stored_producer(sql: &Client, partition: PartitionId) -> uuid::Uuid {
     let uid = "select split_part(uid, ':', 1)::uuid from shardmq.messages($1) limit 1";
     sql.query_one(uid, &[&number(partition)]).await.unwrap().get(0)
 }
+
+/// Headers of ShardMQ's own are the library's: consumers and dedup go by them.
+#[tokio::test]
+async fn who_may_append_can_set_no_header_of_the_librarys() {
+    let (_test, sql, partition) = ready().await;
+    let forged = r#"{"shardmq.uid": "11111111-1111-4111-8111-111111111111:8:0"}"#;
+    for forging in [
+        format!(
+            "select shardmq.append({partition}, array['x']::bytea[], null, array['{forged}']::jsonb[])"
+        ),
+        format!("select shardmq.append_once({partition}, 'x', 'k', null, '{forged}')"),
+        format!("select shardmq.append_once({partition}, 'x', 'k', null, '{{\"shardmq.\": 1}}')"),
+    ] {
+        let (code, message) = refusal(one(&sql, &forging, &[]).await);
+        assert!(code == "22023" && message.contains("reserved"), "{forging}: {message}");
+    }
+}
