@@ -18,12 +18,17 @@
 //! # }
 //! ```
 
-use refinery::Runner;
+use refinery::{Report, Runner};
 use tokio_postgres::Client;
 use tokio_postgres::types::Type;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::connect;
+
+mod patience;
+mod rights;
+
+use patience::{LOCK_TIMEOUT, Patience, is_locked};
 
 mod node {
     refinery::embed_migrations!("migrations/node");
@@ -71,8 +76,7 @@ impl Schema {
     /// What must be run before the [`runner`](Self::runner), which keeps its history in the schema.
     pub fn prepare_sql(self) -> &'static str {
         match self {
-            Self::Node => PREPARE_NODE,
-            Self::Outbox => "create schema if not exists shardmq",
+            Self::Node | Self::Outbox => "create schema if not exists shardmq",
             Self::Control => "create schema if not exists shardmq_control",
             Self::Log => "create schema if not exists shardmq_log",
             Self::Dedup => "create schema if not exists shardmq_dedup",
@@ -107,57 +111,91 @@ impl Schema {
     }
 }
 
-/// A database that has an outbox already has the one clock, which the node's migrations make.
-const PREPARE_NODE: &str = "create schema if not exists shardmq; \
-     do $$ begin \
-         if to_regclass('shardmq.identity') is null and to_regprocedure('shardmq.clock()') is not null then \
-             drop function shardmq.clock(); \
-         end if; \
-     end $$";
-
-/// Brings a schema up to date; that of a node with its outbox. Safe to call in any number of processes at once: they wait for each
-/// other. Returns the names of the migrations that were applied, none where all was done already.
+/// Brings a schema up to date; that of a node with its outbox. Safe to call in any number of processes at
+/// once: they wait for each other. Returns what was done: the names of the migrations that were applied, and
+/// that execute was revoked from everybody where a restored dump had given it to them; none where all was done
+/// already.
+///
+/// It may run while the database is in use. A migration waits for a lock for a second at most, so that nobody
+/// waits longer behind it, and is tried again for ten minutes in all; who has the lock is logged as a warning.
+/// Each migration is a transaction of its own: what was applied stays, whatever fails after it.
 ///
 /// The URL must lead to Postgres itself, since the wait is a session's lock: through a pooler it fails
 /// with [`ErrorKind::Invalid`], before anything is done. Fails with [`ErrorKind::Incompatible`] where
-/// the schema's oldest library is newer than this.
+/// the schema's oldest library is newer than this, or its functions are everybody's and belong to another
+/// role, and with [`ErrorKind::Unavailable`] where a lock was not to be had.
 pub async fn migrate(url: &str, schema: Schema) -> Result<Vec<String>> {
+    migrate_by(url, schema, schema.runner()).await
+}
+
+/// The same with another runner, for tests of migrations that are to come.
+#[doc(hidden)]
+pub async fn migrate_by(url: &str, schema: Schema, runner: Runner) -> Result<Vec<String>> {
     let what = format!("migrate schema {}", schema.name());
     let refused = |error| connect::refused(error, &what);
     let mut client = connect::connect_directly(url, "shardmq migrate").await?;
-    client.batch_execute(SESSION).await.map_err(refused)?;
+    let mut patience = Patience::new(url, &client, &what).await?;
+    let lock_timeout = LOCK_TIMEOUT.as_millis();
+    let session = format!("{SESSION}; set lock_timeout = {lock_timeout}");
+    client.batch_execute(&session).await.map_err(refused)?;
     let lock = "select pg_advisory_lock(1397247313, -1)";
-    client.batch_execute(lock).await.map_err(refused)?;
+    while let Err(error) = patience.watch(client.batch_execute(lock)).await {
+        if !is_locked(&error) {
+            return Err(refused(error));
+        }
+        patience.wait(error).await?;
+    }
     let utf8 = client.query_one("show server_encoding", &[]).await.map_err(refused)?;
     if utf8.get::<_, &str>(0) != "UTF8" {
         let found = utf8.get::<_, &str>(0);
         return Err(Error::invalid(format!("the database's encoding is {found}, it must be UTF8")));
     }
-    let mut applied = apply(&mut client, schema, &what).await?;
+    let mut applied = apply(&mut client, schema, &runner, &mut patience, &what).await?;
     if schema == Schema::Node {
-        applied.extend(apply(&mut client, Schema::Outbox, &what).await?);
+        let (outbox, runner) = (Schema::Outbox, Schema::Outbox.runner());
+        applied.extend(apply(&mut client, outbox, &runner, &mut patience, &what).await?);
+    }
+    if matches!(schema, Schema::Node | Schema::Outbox) {
+        applied.extend(rights::repair(&client, &what).await?);
     }
     Ok(applied)
 }
 
-async fn apply(client: &mut Client, schema: Schema, what: &str) -> Result<Vec<String>> {
+async fn apply(
+    client: &mut Client,
+    schema: Schema,
+    runner: &Runner,
+    patience: &mut Patience,
+    what: &str,
+) -> Result<Vec<String>> {
     let refused = |error| connect::refused(error, what);
     client.batch_execute(schema.prepare_sql()).await.map_err(refused)?;
     if table_exists(client, schema, "compatibility").await.map_err(refused)? {
         check_library(client, schema).await?;
     }
-    let report = schema
-        .runner()
-        .run_async(client)
-        .await
-        .map_err(|error| Error::with_source(ErrorKind::Database, what, error))?;
-    Ok(report.applied_migrations().iter().map(ToString::to_string).collect())
+    let names = |report: &Report| -> Vec<String> {
+        report.applied_migrations().iter().map(ToString::to_string).collect()
+    };
+    let mut applied = Vec::new();
+    loop {
+        match patience.watch(runner.run_async(client)).await {
+            Ok(report) => {
+                applied.extend(names(&report));
+                return Ok(applied);
+            }
+            Err(error) if is_locked(&error) => {
+                applied.extend(error.report().map(names).unwrap_or_default());
+                patience.wait(error).await?;
+            }
+            Err(error) => return Err(Error::with_source(ErrorKind::Database, what, error)),
+        }
+    }
 }
 
 /// Settings of a role or database that migrations must not depend on.
 const SESSION: &str = "set default_transaction_read_only = off; \
      set default_transaction_isolation = 'read committed'; \
-     set statement_timeout = 0; set lock_timeout = 0; set client_min_messages = warning";
+     set statement_timeout = 0; set client_min_messages = warning";
 
 /// Checks that a schema is there, is not older than this library needs, and admits it.
 pub(crate) async fn check(client: &Client, schema: Schema) -> Result<()> {

@@ -144,6 +144,15 @@ pub(crate) async fn round(
             Err(error) => tracing::warn!(%partition, error = %error.chain(), "upkeep failed"),
         }
     }
+    let open = upkeep::open_functions(&pool.get().await?).await;
+    let open = open.map_err(|error| refused(error, &what))?;
+    if open > 0 {
+        tracing::warn!(
+            %node, functions = open, alert = "rights",
+            "everybody may execute functions of the schema, as after a restore without privileges: run \
+             `shardmq migrate`"
+        );
+    }
     sweep_broadcasts(nodes, &pool, clock()).await;
     forget_keys(&pool, &what, &clock).await?;
     let days = upkeep::unfrozen_days(&pool.get().await?).await;

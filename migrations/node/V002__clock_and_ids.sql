@@ -1,12 +1,13 @@
--- Small functions for days and ids. New objects only.
+-- Small functions for days and ids. New objects, and the clock that an outbox may have brought.
 --
 -- A function in SQL that the planner should put in place of its call can have no search_path of its own.
 -- Its body is a RETURN or BEGIN ATOMIC then, which the server resolves when the function is made: no
 -- object of a hostile schema can take the place of one that it names. All others set search_path.
 
 -- The one clock of this schema, so that a test can move it. In SQL and without settings of its own,
--- so that the planner puts its body in place of the call.
-create function shardmq.clock() returns timestamptz
+-- so that the planner puts its body in place of the call. A database with an outbox has it already: its
+-- publishers find it at any time.
+create or replace function shardmq.clock() returns timestamptz
     language sql volatile
     return clock_timestamp();
 

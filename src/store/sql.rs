@@ -138,6 +138,7 @@ statements! {
     REGISTER_NODE = "register_node";
     RELEASE = "release";
     RENEW = "renew";
+    RIGHTS = "rights";
     ROLL = "roll";
     SEEK = "seek";
     SERVER = "server";

@@ -48,6 +48,11 @@ pub(crate) async fn partitions(
     Ok(rows.iter().filter_map(read).collect())
 }
 
+/// How many functions of the schema everybody may execute that are for some roles only.
+pub(crate) async fn open_functions(connection: &Connection) -> Result<usize, Failed> {
+    query(connection, sql::RIGHTS, &[]).await.map(|rows| rows.len())
+}
+
 /// What became of the oldest day of a partition.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Expired {

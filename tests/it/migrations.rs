@@ -1,6 +1,9 @@
 //! Schemas: made by many at once, brought up to date, left alone where they are newer, refused where
 //! they do not fit.
 
+mod busy;
+mod rights;
+
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;

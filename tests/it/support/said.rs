@@ -26,6 +26,13 @@ impl Said {
     }
 }
 
+impl Said {
+    /// A field's text, empty where there is none.
+    pub fn field(&self, field: &str) -> &str {
+        self.fields.get(field).map_or("", String::as_str)
+    }
+}
+
 impl Visit for Said {
     fn record_debug(&mut self, field: &Field, value: &dyn Debug) {
         self.fields.insert(field.name(), format!("{value:?}"));
