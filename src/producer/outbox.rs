@@ -29,6 +29,9 @@ pub const MAX_DELAYED: usize = 1_000;
 const MAX_DELAYED_BYTES: usize = 64 << 20;
 /// Between attempts.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
+/// For how long a call is repeated at most, whatever the send timeout is. Its node knows it for three hours; a
+/// repeat after that would store it twice.
+const REPEATED: Duration = Duration::from_hours(2);
 /// How long taking a message back may take.
 const CANCEL: Duration = Duration::from_secs(5);
 
@@ -269,7 +272,8 @@ async fn deliver_together(
     due: Due,
     messages: &[Message],
 ) -> Result<(NodeId, Vec<i64>)> {
-    let deadline = after(Instant::now(), shared.options.send_timeout);
+    let limit = shared.options.send_timeout.min(REPEATED);
+    let (deadline, began) = (after(Instant::now(), limit), SystemTime::now());
     let mut later = Later {
         shared,
         token: Uuid::now_v7(),
@@ -298,16 +302,21 @@ async fn deliver_together(
                 break;
             }
         }
-        if Instant::now() + backoff >= deadline {
-            let seconds = shared.options.send_timeout.as_secs_f32();
+        let over = Instant::now() + backoff >= deadline;
+        if !over {
+            sleep(spread(backoff)).await;
+            backoff = (backoff * 2).min(BACKOFF.1);
+        }
+        // However long this process was stopped: the monotonic clock stands still in a suspended machine.
+        let is_old = began.elapsed().is_ok_and(|elapsed| elapsed >= REPEATED);
+        if over || is_old || Instant::now() >= deadline + BACKOFF.1 {
+            let seconds = limit.as_secs_f32();
             let kind =
                 if later.unknown.is_some() { ErrorKind::Unknown } else { ErrorKind::Timeout };
             let why = format!("deliver a message later: not done within {seconds} s");
             let cause = last.map_or_else(|| "no answer".to_owned(), |error| error.chain());
             return Err(Error::with_source(kind, why, cause));
         }
-        sleep(spread(backoff)).await;
-        backoff = (backoff * 2).min(BACKOFF.1);
     }
 }
 
