@@ -45,6 +45,7 @@ mod listen;
 mod prune;
 mod routes;
 mod seen;
+mod tasks;
 
 /// How long a lease lasts.
 const LEASE: Duration = Duration::from_secs(6);
@@ -62,6 +63,8 @@ const LOOK: Duration = Duration::from_secs(1);
 const ASK: Duration = Duration::from_secs(5);
 /// How often trouble that lasts is told.
 const REMIND: Duration = Duration::from_mins(1);
+/// Of so many messages that are set aside at once each is told.
+const TOLD: usize = 10;
 /// How long giving a lease up may take.
 const END: Duration = Duration::from_secs(1);
 
@@ -326,16 +329,28 @@ impl Outlet {
         }
     }
 
-    /// A message was set aside.
-    fn buried(&self, topic: Option<&str>, why: &str) {
-        ::metrics::counter!(names::OUTBOX_DEAD).increment(1);
-        tracing::warn!(
-            outbox = self.name,
-            topic = topic.unwrap_or_default(),
-            error = why,
-            alert = "outbox",
-            "a published message is set aside: no partition takes it"
-        );
+    /// Messages were set aside, each with its topic and why. Of many some are told, and how many there were.
+    fn buried(&self, messages: &[(Option<String>, String)]) {
+        ::metrics::counter!(names::OUTBOX_DEAD).increment(messages.len() as u64);
+        for (topic, why) in messages.iter().take(TOLD) {
+            tracing::warn!(
+                outbox = self.name,
+                topic = topic.as_deref().unwrap_or_default(),
+                error = why,
+                alert = "outbox",
+                "a published message is set aside: no partition takes it"
+            );
+        }
+        if messages.len() > TOLD {
+            let count = messages.len() - TOLD;
+            let outbox = &self.name;
+            tracing::warn!(
+                outbox,
+                count,
+                alert = "outbox",
+                "more published messages are set aside"
+            );
+        }
     }
 
     async fn failpoint(&self, name: &'static str) {

@@ -9,8 +9,7 @@ create table shardmq.outbox_compatibility (
 comment on table shardmq.outbox_compatibility is 'The oldest library that may use the outbox of this database';
 insert into shardmq.outbox_compatibility (min_library) values ('0.1.0');
 
--- The one clock, as a node has it. No default or check may use it: whoever makes this database a node
--- replaces it.
+-- The one clock, as a node has it.
 do $make$
 begin
     if to_regprocedure('shardmq.clock()') is null then
@@ -52,6 +51,7 @@ create function shardmq.outbox_headers_fit(headers jsonb) returns boolean
 -- short is not worth it.
 create table shardmq.outbox (
     id bigint primary key default shardmq.draw_outbox_id(),
+    uid uuid not null default gen_random_uuid(),
     topic text not null,
     key text,
     headers jsonb,
@@ -68,9 +68,12 @@ create table shardmq.outbox (
         toast.vacuum_truncate = off);
 comment on table shardmq.outbox is
     'Messages that are published, until a relay takes them. Rows that are inserted otherwise than by publish() are found within some seconds';
+comment on column shardmq.outbox.uid is
+    'The message''s identity, drawn with the row: a database that is promoted without its tail may relay the row a second time, under the same uid. An id may belong to another message then';
 
 create table shardmq.delayed (
     id bigint primary key default shardmq.draw_outbox_id(),
+    uid uuid not null default gen_random_uuid(),
     due_at timestamptz not null,
     topic text not null,
     key text,
@@ -111,6 +114,7 @@ create table shardmq.outbox_batch (
     count int not null,
     bytes int not null,
     ids bigint[] not null,
+    uids uuid[] not null,
     keys text[],
     headers jsonb[],
     payloads bytea[] not null
@@ -130,6 +134,7 @@ comment on column shardmq.outbox_batch.state is
 
 create table shardmq.outbox_dead (
     id bigint primary key,
+    uid uuid not null default gen_random_uuid(),
     topic text,
     key text,
     headers jsonb,

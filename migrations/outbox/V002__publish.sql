@@ -111,10 +111,10 @@ begin
            and (d.key is null or octet_length(d.key) <= 1024)
            and (d.headers is null or shardmq.outbox_headers_fit(d.headers))
            and octet_length(d.payload) <= 67108864
-        returning d.id, d.topic, d.key, d.headers, d.payload
+        returning d.id, d.uid, d.topic, d.key, d.headers, d.payload
     )
-    insert into shardmq.outbox (topic, key, headers, payload, published_at)
-    select g.topic, g.key, g.headers, g.payload, shardmq.clock() from gone g order by g.id;
+    insert into shardmq.outbox (uid, topic, key, headers, payload, published_at)
+    select g.uid, g.topic, g.key, g.headers, g.payload, shardmq.clock() from gone g order by g.id;
     get diagnostics revived = row_count;
     perform shardmq.wake_relay();
     return revived;

@@ -109,15 +109,19 @@ impl Cache {
                 Err(error)
             }
             Err(error) if error.is_transient() => {
-                let used = self.lock().get(name).cloned();
-                let known = used.or_else(|| self.kept.get(name).cloned());
-                let known = known.ok_or_else(|| error.clone())?;
+                let known = self.known(name).ok_or_else(|| error.clone())?;
                 tracing::warn!(topic = %name, error = %error.chain(), "going on with what is known");
                 self.lock().insert(name.clone(), known.clone());
                 Ok(known)
             }
             Err(error) => Err(error),
         }
+    }
+
+    /// A topic as it was known last, without asking.
+    pub(crate) fn known(&self, name: &TopicName) -> Option<Topology> {
+        let used = self.lock().get(name).cloned();
+        used.or_else(|| self.kept.get(name).cloned())
     }
 
     async fn read(&self, name: &TopicName, what: &str) -> Result<Topology> {

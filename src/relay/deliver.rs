@@ -155,9 +155,9 @@ impl Delivery<'_> {
         let connection = self.home().await?;
         let buried = outbox::bury_parts(connection, self.frozen.id, &dead).await;
         buried.map_err(|error| self.of_home(error))?;
-        for (_, why) in &dead {
-            self.outlet.buried(Some(self.frozen.topic.as_str()), why);
-        }
+        let topic = || Some(self.frozen.topic.to_string());
+        let buried: Vec<_> = dead.into_iter().map(|(_, why)| (topic(), why)).collect();
+        self.outlet.buried(&buried);
         if there.is_some() {
             self.outlet.context.notifier.publish(&[self.frozen.partition]);
         }

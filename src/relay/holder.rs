@@ -6,6 +6,8 @@
 //!  │                      └── forget what is there ┘
 //!  └── nothing: arm the flag ─> look once more ─> sleep: until woken, something is due, or for 2 s
 //! ```
+//!
+//! Topics that are not known are asked for, and large batches read, in tasks beside.
 
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -16,11 +18,12 @@ use tokio::task::{JoinError, JoinSet};
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
-use super::deliver::{End, Outcome, Pause, deliver};
+use super::deliver::{End, Outcome, Pause};
 use super::due::Due;
 use super::lanes::{Lanes, Next};
 use super::routes::{Routed, Routes, fitting};
 use super::seen::{Scope, Seen, Sight};
+use super::tasks::{News, Tasks, time_for};
 use super::{LEASE, Outlet, listen, prune};
 use crate::deadline::in_time;
 use crate::error::{Error, ErrorKind, Result};
@@ -42,22 +45,12 @@ const PENDING: Duration = Duration::from_secs(1);
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(1), Duration::from_millis(50));
 /// When what is due and has to wait is looked at again.
 const WAITS: Duration = Duration::from_secs(1);
-/// How many batches are read of the table at once, in bytes beyond the first.
-const LOAD: i64 = 2 << 20;
-/// How long the database may take to answer: a step may carry much.
-const SILENT: Duration = Duration::from_secs(LEASE.as_secs() * 2);
-
-/// What a task has found out.
-enum News {
-    Delivered(Outcome),
-    Topic(String, Result<Topology>),
-}
 
 /// See the module.
 struct Holder {
     outlet: Arc<Outlet>,
     woken: Arc<Notify>,
-    tasks: JoinSet<News>,
+    tasks: Tasks,
     seen: Seen,
     due: Due,
     routes: Routes,
@@ -87,7 +80,7 @@ pub(super) async fn hold(outlet: &Arc<Outlet>) -> Result<()> {
     let now = Instant::now();
     let mut holder = Holder {
         woken,
-        tasks: JoinSet::new(),
+        tasks: Tasks::new(outlet),
         seen: Seen::new(),
         due: Due::new(now),
         routes: Routes::default(),
@@ -126,20 +119,22 @@ impl Holder {
 
     /// One look, and what follows from it. False: the lease is another's.
     async fn turn(&mut self) -> Result<bool> {
-        while let Some(news) = self.tasks.try_join_next() {
+        while let Some(news) = self.tasks.heard() {
             self.hear(news)?;
         }
-        self.send_on().await?;
+        self.send_on();
         self.release();
+        self.ask_on();
         let arms = self.pause == Duration::ZERO && self.armed != Some(true);
         let Some((messages, moved)) = self.look(arms).await? else {
             return Ok(false);
         };
         self.outlet.failpoint("looked").await;
-        if !messages.is_empty() && !self.take(&messages).await? {
+        let takes = !messages.is_empty() || self.routes.unknown().has_dead();
+        if takes && !self.take(&messages).await? {
             return Ok(false);
         }
-        if moved {
+        if moved || self.routes.unknown().has_dead() {
             self.pause = BACKOFF.0;
             if self.lanes.are_full() {
                 self.wait_for_news(None).await?;
@@ -172,7 +167,7 @@ impl Holder {
             let looked = outbox::look(self.outlet.get().await?, &asked).await;
             looked.map_err(|error| self.refused(error))
         };
-        let looked = self.in_time(looking).await?;
+        let looked = self.in_time(0, looking).await?;
         if arm.is_some() && looked.armed.is_none() {
             return Ok(None);
         }
@@ -231,10 +226,8 @@ impl Holder {
     /// Takes messages: freezes what has somewhere to go. False: the lease is another's.
     async fn take(&mut self, messages: &[Waiting]) -> Result<bool> {
         let now = (Instant::now(), SystemTime::now());
-        let Routed { mut step, ask, due_waits } = self.routes.route(messages, &self.lanes, now);
-        for topic in ask {
-            self.ask(topic);
-        }
+        let Routed { mut step, due_waits } = self.routes.route(messages, &self.lanes, now);
+        self.ask_on();
         if due_waits {
             self.due.look_from_the_start(now.0 + WAITS);
         }
@@ -250,22 +243,25 @@ impl Holder {
                 let stepped = outbox::step(self.outlet.get().await?, holder, &step).await;
                 stepped.map_err(|error| self.refused(error))
             };
-            let stepped = self.in_time(stepping).await?;
+            let stepped = self.in_time(outbox::INLINE, stepping).await?;
             drop(working);
             match stepped {
                 Stepped::NotOurs => return Ok(false),
                 Stepped::Locked => self.leave_locked(&mut step, now.0).await?,
-                Stepped::Did { frozen, buried } => {
+                Stepped::Did { frozen, large, buried } => {
                     self.outlet.failpoint("frozen").await;
-                    let count: usize = frozen.iter().map(outbox::Frozen::len).sum();
+                    let count: usize =
+                        step.targets.iter().map(|target| target.messages.len()).sum();
                     ::metrics::counter!(names::RELAYED).increment(count as u64);
                     for frozen in frozen {
                         self.lanes.push(frozen);
                     }
-                    for (_, topic, why) in buried {
-                        self.outlet.buried(topic.as_deref(), &why);
+                    for partition in large {
+                        self.lanes.has_more(partition);
                     }
-                    return self.send_on().await.map(|()| true);
+                    self.outlet.buried(&buried);
+                    self.send_on();
+                    return Ok(true);
                 }
             }
         }
@@ -290,56 +286,50 @@ impl Holder {
         Ok(())
     }
 
-    /// Sends what lanes have ready, reading more of the table where they have none in memory.
-    async fn send_on(&mut self) -> Result<()> {
+    /// Sends what lanes have ready, and reads more of the table where they have none in memory: a large
+    /// message takes its time on a slow line, and holds up no other partition's.
+    fn send_on(&mut self) {
         while let Some(next) = self.lanes.next(Instant::now()) {
             match next {
-                Next::Load(partition, after) => {
-                    let loading = async {
-                        let connection = self.outlet.get().await?;
-                        let loaded = outbox::next(&connection, partition, after, LOAD).await;
-                        loaded.map_err(|error| self.refused(error))
-                    };
-                    let loaded = self.in_time(loading).await?;
-                    self.lanes.loaded(partition, loaded);
-                }
-                Next::Send(frozen) => {
-                    let outlet = Arc::clone(&self.outlet);
-                    self.tasks
-                        .spawn(async move { News::Delivered(deliver(&outlet, *frozen).await) });
-                }
+                Next::Load(partition, after) => self.tasks.load(partition, after),
+                Next::Send(frozen) => self.tasks.deliver(*frozen),
             }
         }
-        Ok(())
     }
 
-    /// Has the control database asked for a topic.
-    fn ask(&mut self, topic: String) {
-        let outlet = Arc::clone(&self.outlet);
-        self.tasks.spawn(async move {
-            let found = match TopicName::new(&topic) {
-                Ok(name) => outlet.context.topology.topic(&name).await,
-                Err(error) => Err(error),
-            };
-            News::Topic(topic, found)
-        });
+    /// Has the control database asked for topics that are not known.
+    fn ask_on(&mut self) {
+        let now = Instant::now();
+        let names = self.routes.unknown().ask(now);
+        if !names.is_empty() {
+            self.tasks.ask(names);
+        }
+        for topic in self.routes.unknown().read(now) {
+            self.tasks.read(topic);
+        }
     }
 
     fn hear(&mut self, news: Result<News, JoinError>) -> Result<()> {
         let now = Instant::now();
-        if matches!(news, Ok(News::Topic(..))) {
-            // What is due may have waited for this.
-            self.due.begin_anew(now);
-        }
         match news {
             Ok(News::Delivered(Outcome { frozen, end })) => self.delivered(frozen, end, now),
-            Ok(News::Topic(_, Ok(topology))) => self.routes.learn(topology),
-            Ok(News::Topic(topic, Err(error))) if error.kind() == ErrorKind::NotFound => {
-                self.routes.is_missing(topic, error.to_string());
+            Ok(News::Loaded(partition, batches)) => self.lanes.loaded(partition, batches?),
+            Ok(News::Asked(names, Ok(existing))) => {
+                self.routes.unknown().answered(names, &existing)
             }
-            Ok(News::Topic(topic, Err(error))) => {
-                tracing::debug!(topic, error = %error.chain(), "a topic could not be looked up");
-                self.routes.is_away(topic, now);
+            Ok(News::Asked(names, Err(error))) => self.go_on_without(names, &error, now),
+            Ok(News::Topic(topic, found)) => {
+                self.routes.unknown().has_read();
+                match found {
+                    Ok(topology) => self.learn(topology, now),
+                    Err(error) if error.kind() == ErrorKind::NotFound => {
+                        self.routes.is_missing(topic, &error.to_string());
+                    }
+                    Err(error) => {
+                        tracing::debug!(topic, error = %error.chain(), "a topic could not be looked up");
+                        self.routes.unknown().is_away(topic, now);
+                    }
+                }
             }
             // What it had is in the table still: all begins anew.
             Err(error) => {
@@ -348,6 +338,26 @@ impl Holder {
             }
         }
         Ok(())
+    }
+
+    /// The control database is away: goes on with what is known of these topics.
+    fn go_on_without(&mut self, names: Vec<String>, error: &Error, now: Instant) {
+        tracing::debug!(error = %error.chain(), "topics could not be looked up");
+        let cache = Arc::clone(&self.outlet.context.topology);
+        let known = |name: &String| TopicName::new(name).ok().and_then(|name| cache.known(&name));
+        for topology in names.iter().filter_map(known) {
+            self.learn(topology, now);
+        }
+        self.routes.unknown().not_answered(names, now);
+    }
+
+    /// A topic is known: what waited for it is looked at again.
+    fn learn(&mut self, topology: Topology, now: Instant) {
+        let learned = self.routes.learn(topology);
+        self.seen.again_all(&learned.ids);
+        if learned.for_later {
+            self.due.begin_anew(now);
+        }
     }
 
     fn delivered(&mut self, frozen: outbox::Frozen, end: End, now: Instant) {
@@ -434,7 +444,7 @@ impl Holder {
                 self.armed = None;
                 self.pause = BACKOFF.0;
             }
-            Some(news) = self.tasks.join_next() => self.hear(news)?,
+            Some(news) = self.tasks.next() => self.hear(news)?,
             () = sleep_until(until) => {}
         }
         Ok(())
@@ -447,14 +457,15 @@ impl Holder {
             let forgotten = outbox::forget(self.outlet.get().await?, &done).await;
             forgotten.map_err(|error| self.refused(error))
         };
-        self.in_time(forgetting).await?;
+        self.in_time(0, forgetting).await?;
         self.outlet.failpoint("forgotten").await;
         Ok(())
     }
 
-    /// Whoever does not answer for so long as a lease is given up: all begins anew.
-    async fn in_time<T>(&self, doing: impl Future<Output = Result<T>>) -> Result<T> {
-        in_time(SILENT, &format!("relay from {}", self.outlet.name), doing).await
+    /// Whoever does not answer for so long as a lease, and as so many bytes take on a slow line, is given up:
+    /// all begins anew.
+    async fn in_time<T>(&self, bytes: usize, doing: impl Future<Output = Result<T>>) -> Result<T> {
+        in_time(time_for(bytes), &format!("relay from {}", self.outlet.name), doing).await
     }
 
     fn refused(&self, error: Failed) -> Error {

@@ -27,6 +27,8 @@ struct Lane {
     queue: VecDeque<Frozen>,
     /// Whether there is more in the table, behind the queue.
     more: bool,
+    /// Whether that is being read.
+    loading: bool,
     /// The last batch that was in the queue.
     last: i64,
     busy: bool,
@@ -63,6 +65,8 @@ pub(super) struct Lanes {
     bytes: usize,
     /// How many batches may be under way to a node.
     by_node: usize,
+    /// Whether some lane is reading: one at a time, since the relay's own looks need a connection too.
+    loading: bool,
 }
 
 /// What a lane needs next.
@@ -76,7 +80,7 @@ pub(super) enum Next {
 
 impl Lanes {
     pub(super) fn new(by_node: usize) -> Self {
-        Self { waiting: BTreeMap::new(), nodes: HashMap::new(), bytes: 0, by_node }
+        Self { waiting: BTreeMap::new(), nodes: HashMap::new(), bytes: 0, by_node, loading: false }
     }
 
     /// The table has batches for this partition.
@@ -100,8 +104,9 @@ impl Lanes {
 
     /// What was read of the table for a lane.
     pub(super) fn loaded(&mut self, partition: PartitionId, batches: Vec<Frozen>) {
+        self.loading = false;
         let lane = self.waiting.entry(partition).or_default();
-        lane.more = !batches.is_empty();
+        (lane.loading, lane.more) = (false, !batches.is_empty());
         for frozen in batches {
             self.bytes += frozen.size();
             lane.last = lane.last.max(frozen.id);
@@ -112,10 +117,10 @@ impl Lanes {
 
     /// What can be done now, one at a time.
     pub(super) fn next(&mut self, now: Instant) -> Option<Next> {
-        let by_node = self.by_node;
+        let (by_node, loading) = (self.by_node, self.loading);
         let nodes = &self.nodes;
         let is_ready = |(partition, lane): &(&PartitionId, &mut Lane)| {
-            let has = lane.more || !lane.queue.is_empty();
+            let has = !lane.queue.is_empty() || (lane.more && !loading);
             let is_due = |at: Option<Instant>| at.is_none_or(|at| at <= now);
             let node_is = nodes.get(&partition.node()).is_none_or(|node| {
                 let most = if node.failures > 0 { 1 } else { by_node };
@@ -129,6 +134,7 @@ impl Lanes {
         };
         let (partition, lane) = self.waiting.iter_mut().filter(is_ready).min_by_key(turn)?;
         let Some(frozen) = lane.queue.pop_front() else {
+            (self.loading, lane.loading) = (true, true);
             return Some(Next::Load(*partition, lane.last));
         };
         lane.busy = true;
@@ -212,7 +218,7 @@ impl Lanes {
     }
 
     fn forget_if_idle(&mut self, partition: PartitionId) {
-        let idle = |lane: &Lane| lane.queue.is_empty() && !lane.more && !lane.busy;
+        let idle = |lane: &Lane| lane.queue.is_empty() && !lane.more && !lane.busy && !lane.loading;
         if self.waiting.get(&partition).is_some_and(idle) {
             self.waiting.remove(&partition);
         }

@@ -1,5 +1,5 @@
-//! Where messages of an outbox go, as `send` would have it: pure. What is not known has to be asked, and
-//! what can't go now waits in the outbox; neither holds up anything else.
+//! Where messages of an outbox go, as `send` would have it: pure. A topic that is not known has to be asked
+//! for (see [`unknown`]), and what can't go now waits in the outbox; neither holds up anything else.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::time::{Duration, SystemTime};
@@ -13,13 +13,12 @@ use crate::producer::batch::{MAX_BYTES, MAX_MESSAGES};
 use crate::store::outbox::{Step, Target, Waiting};
 use crate::topology::{Topology, key_slot};
 
-/// When the control database is asked again that did not answer.
-const ASK_AGAIN: Duration = Duration::from_secs(2);
-/// So many topics are asked for at once, and when the next are looked at again.
-const MAX_ASKED: usize = 8;
-const ASK_NEXT: Duration = Duration::from_millis(100);
-/// Where more topics are known, those are forgotten that there are not.
-const MAX_TOPICS: usize = 10_000;
+mod unknown;
+
+pub(super) use unknown::{Learned, Unknown};
+
+/// When it is tried again whether a topic or partition takes messages.
+const TRY_AGAIN: Duration = Duration::from_secs(2);
 /// How long nothing goes to a partition that has refused its messages.
 const CLOSED: Duration = Duration::from_secs(5);
 /// When a message is looked at again that somebody is about to take back.
@@ -27,45 +26,10 @@ const LOCKED: Duration = Duration::from_millis(200);
 /// The most bytes of a step.
 const STEP_BYTES: usize = 8 << 20;
 
-/// What is known of a topic.
-#[derive(Debug)]
-enum Known {
-    There(Topology),
-    /// There was none of that name when it was asked, for these.
-    Missing(String, Upto),
-    /// It is being asked, for these.
-    Asked(Upto),
-    /// It could not be asked.
-    Away(Instant),
-}
-
-/// The last messages, published and due, that were there when a topic was asked for: it may be made any
-/// moment, for those that come after.
-#[derive(Debug, Clone, Copy, Default)]
-struct Upto {
-    published: i64,
-    due: Option<(SystemTime, i64)>,
-}
-
-impl Upto {
-    fn has(&self, message: &Waiting) -> bool {
-        match message.due_at {
-            Some(due_at) => self.due.is_some_and(|upto| (due_at, message.id) <= upto),
-            None => message.id <= self.published,
-        }
-    }
-
-    fn add(&mut self, message: &Waiting) {
-        match message.due_at {
-            Some(due_at) => self.due = self.due.max(Some((due_at, message.id))),
-            None => self.published = self.published.max(message.id),
-        }
-    }
-}
-
 /// What messages wait for, in the outbox.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 enum For {
+    /// A topic that is known, and takes nothing now.
     Topic(String),
     Partition(PartitionId),
     /// Whoever is about to take them back.
@@ -84,12 +48,13 @@ enum Closed {
 /// See the module.
 #[derive(Debug, Default)]
 pub(super) struct Routes {
-    topics: HashMap<String, Known>,
+    topics: HashMap<String, Topology>,
+    unknown: Unknown,
     waiting: HashMap<For, Waits>,
     retries: HashMap<For, Instant>,
     closed: HashMap<PartitionId, Closed>,
     /// Partitions whose refused batches are being put back: their topics wait, for the sake of order.
-    unsettled: HashMap<TopicName, HashSet<PartitionId>>,
+    unsettled: HashMap<String, HashSet<PartitionId>>,
     days: HashMap<PartitionId, Day>,
     /// Where the next batch without keys goes.
     turn: usize,
@@ -107,8 +72,6 @@ pub(super) trait Fares {
 #[derive(Debug, Default)]
 pub(super) struct Routed {
     pub(super) step: Step,
-    /// Topics of which the control database is to be asked.
-    pub(super) ask: Vec<String>,
     /// Whether something that is due waits in its table.
     pub(super) due_waits: bool,
 }
@@ -124,6 +87,10 @@ struct Waits {
 enum Way {
     To(PartitionId),
     Wait(For),
+    /// Kept until its topic has an answer, or left to be read later.
+    Unknown {
+        is_kept: bool,
+    },
     Dead(String),
 }
 
@@ -148,31 +115,30 @@ pub(super) fn fitting(messages: &[Waiting]) -> usize {
 }
 
 impl Routes {
-    /// A topic as it is now.
-    pub(super) fn learn(&mut self, topology: Topology) {
+    /// The topics that are not known.
+    pub(super) fn unknown(&mut self) -> &mut Unknown {
+        &mut self.unknown
+    }
+
+    /// A topic as it is now. Returns what waited for that.
+    pub(super) fn learn(&mut self, topology: Topology) -> Learned {
         let name = topology.topic.to_string();
+        let learned = self.unknown.learn(&name);
         self.happened(&For::Topic(name.clone()));
-        self.topics.insert(name, Known::There(topology));
+        self.topics.insert(name, topology);
+        learned
     }
 
     /// There is no such topic.
-    pub(super) fn is_missing(&mut self, topic: String, why: String) {
+    pub(super) fn is_missing(&mut self, topic: String, why: &str) {
+        self.topics.remove(&topic);
         self.happened(&For::Topic(topic.clone()));
-        let upto = match self.topics.get(&topic) {
-            Some(Known::Asked(upto)) => *upto,
-            _ => Upto::default(),
-        };
-        self.topics.insert(topic, Known::Missing(why, upto));
-    }
-
-    /// The control database did not answer.
-    pub(super) fn is_away(&mut self, topic: String, now: Instant) {
-        self.topics.insert(topic, Known::Away(now + ASK_AGAIN));
+        self.unknown.is_missing(topic, why);
     }
 
     /// The topology has changed: everything is looked up anew.
     pub(super) fn forget_topics(&mut self) {
-        self.topics.retain(|_, known| matches!(known, Known::Asked(_)));
+        self.topics.clear();
         self.release_partitions();
     }
 
@@ -190,7 +156,7 @@ impl Routes {
     /// for the partition, the topic waits, and then what is known of it is found out anew.
     pub(super) fn has_refused(&mut self, topic: &TopicName, partition: PartitionId, now: Instant) {
         self.closed.insert(partition, Closed::Until(now + CLOSED));
-        self.unsettled.entry(topic.clone()).or_default().insert(partition);
+        self.unsettled.entry(topic.to_string()).or_default().insert(partition);
     }
 
     /// Nothing waits any more for these partitions.
@@ -199,8 +165,8 @@ impl Routes {
         self.unsettled.retain(|topic, partitions| {
             partitions.retain(|partition| !is_idle(*partition));
             if partitions.is_empty() {
-                self.topics.remove(topic.as_str());
-                settled.push(For::Topic(topic.to_string()));
+                self.topics.remove(topic);
+                settled.push(For::Topic(topic.clone()));
             }
             !partitions.is_empty()
         });
@@ -242,7 +208,11 @@ impl Routes {
             self.is_released(what, now) && !(is_looking && self.is_tried_by_time(what))
         };
         let due: Vec<For> = self.waiting.keys().filter(|what| is_due(what)).cloned().collect();
-        due.iter().filter_map(|what| self.release(what)).collect()
+        let mut ranges: Vec<Range> = due.iter().filter_map(|what| self.release(what)).collect();
+        if !is_looking {
+            ranges.extend(self.unknown.read_on());
+        }
+        ranges
     }
 
     fn release(&mut self, what: &For) -> Option<Range> {
@@ -264,15 +234,10 @@ impl Routes {
 
     fn is_released(&self, what: &For, now: Instant) -> bool {
         match what {
-            For::Topic(topic) if self.is_unsettled(topic) => false,
-            For::Topic(topic) => match self.topics.get(topic) {
-                Some(Known::Asked(_)) => false,
-                Some(Known::Away(until)) => *until <= now,
-                // Something was closed.
-                Some(Known::There(_)) => self.retries.get(what).is_none_or(|at| *at <= now),
-                Some(Known::Missing(..)) | None => true,
-            },
-            For::Partition(_) | For::Locked => self.retries.get(what).is_none_or(|at| *at <= now),
+            For::Topic(topic) if self.is_unsettled(topic) || self.unknown.has(topic) => false,
+            // It was forgotten: to be asked for anew.
+            For::Topic(topic) if !self.topics.contains_key(topic) => true,
+            _ => self.retries.get(what).is_none_or(|at| *at <= now),
         }
     }
 
@@ -280,14 +245,9 @@ impl Routes {
     pub(super) fn retry_at(&self) -> Option<Instant> {
         let at = |what: &For| match what {
             For::Topic(topic) if self.is_unsettled(topic) => None,
-            For::Topic(topic) => match self.topics.get(topic) {
-                Some(Known::Away(until)) => Some(*until),
-                Some(Known::There(_)) => self.retries.get(what).copied(),
-                _ => None,
-            },
-            For::Partition(_) | For::Locked => self.retries.get(what).copied(),
+            _ => self.retries.get(what).copied(),
         };
-        self.waiting.keys().filter_map(at).min()
+        self.waiting.keys().filter_map(at).chain(self.unknown.retry_at()).min()
     }
 
     /// Sorts messages into batches, in their order: those that were published, then those that are due.
@@ -303,23 +263,12 @@ impl Routes {
             Closed::Full(day) => *day >= today,
             Closed::Until(until) => *until > now.0,
         });
-        if self.topics.len() > MAX_TOPICS {
-            self.topics.retain(|_, known| !matches!(known, Known::Missing(..)));
-        }
-        let mut asked: HashSet<String> = HashSet::new();
+        routed.step.dead = self.unknown.take_dead();
         for message in messages {
             let later = message.due_at.is_some();
-            let before = routed.ask.len();
-            let way = self.way(message, &mut filling, fares, now.0, &mut routed.ask);
-            asked.extend(routed.ask.iter().skip(before).cloned());
-            if let (Way::Wait(For::Topic(topic)), Some(Known::Asked(upto))) =
-                (&way, message.topic.as_ref().and_then(|topic| self.topics.get_mut(topic)))
-                && asked.contains(topic)
-            {
-                upto.add(message);
-            }
-            match way {
+            match self.way(message, &mut filling, fares) {
                 Way::To(partition) => self.fill(&mut filling, message, partition, today),
+                Way::Unknown { is_kept } => routed.due_waits |= later && !is_kept,
                 Way::Wait(_) if later => routed.due_waits = true,
                 Way::Wait(what) => self.wait(what, message.id, now.0),
                 Way::Dead(why) => routed.step.dead.push((message.id, later, why)),
@@ -329,14 +278,7 @@ impl Routes {
         routed
     }
 
-    fn way(
-        &mut self,
-        message: &Waiting,
-        filling: &mut Filling,
-        fares: &impl Fares,
-        now: Instant,
-        ask: &mut Vec<String>,
-    ) -> Way {
+    fn way(&mut self, message: &Waiting, filling: &mut Filling, fares: &impl Fares) -> Way {
         let name = message.topic.as_deref().unwrap_or_default();
         if let Err(error) = TopicName::new(name) {
             return Way::Dead(error.to_string());
@@ -345,22 +287,9 @@ impl Routes {
             return Way::Wait(For::Topic(name.to_owned()));
         }
         match self.topics.get(name) {
-            Some(Known::There(topology)) => self.place(topology, message, filling, fares),
-            Some(Known::Missing(why, upto)) if upto.has(message) => Way::Dead(why.clone()),
-            Some(Known::Away(until)) if *until > now => Way::Wait(For::Topic(name.to_owned())),
-            // What is under way may be an answer of before it was published.
-            Some(Known::Asked(_)) => Way::Wait(For::Topic(name.to_owned())),
-            Some(Known::Away(_) | Known::Missing(..)) | None => {
-                let asked = |known: &&Known| matches!(known, Known::Asked(_));
-                let known = if self.topics.values().filter(asked).count() < MAX_ASKED {
-                    ask.push(name.to_owned());
-                    Known::Asked(Upto::default())
-                } else {
-                    Known::Away(now + ASK_NEXT)
-                };
-                self.topics.insert(name.to_owned(), known);
-                Way::Wait(For::Topic(name.to_owned()))
-            }
+            Some(_) if self.unknown.is_behind(name, message) => Way::Unknown { is_kept: false },
+            Some(topology) => self.place(topology, message, filling, fares),
+            None => Way::Unknown { is_kept: self.unknown.wait(name, message) },
         }
     }
 
@@ -422,11 +351,8 @@ impl Routes {
         partition: PartitionId,
         today: Day,
     ) {
-        let Some(Known::There(topology)) =
-            message.topic.as_ref().and_then(|topic| self.topics.get(topic))
-        else {
-            return;
-        };
+        let topology = message.topic.as_ref().and_then(|topic| self.topics.get(topic));
+        let Some(topology) = topology else { return };
         let keyed = message.key.is_some();
         let last = filling.open.get(&(partition, keyed)).copied();
         let last = last.filter(|last| takes(&filling.targets[*last], message.bytes));
@@ -449,13 +375,13 @@ impl Routes {
     }
 
     fn is_unsettled(&self, topic: &str) -> bool {
-        !self.unsettled.is_empty() && self.unsettled.keys().any(|known| known.as_str() == topic)
+        self.unsettled.contains_key(topic)
     }
 
     fn wait(&mut self, what: For, id: i64, now: Instant) {
         let pause = match what {
             For::Locked => LOCKED,
-            For::Topic(_) | For::Partition(_) => ASK_AGAIN,
+            For::Topic(_) | For::Partition(_) => TRY_AGAIN,
         };
         let new = Waits { range: (id, id), probe: None };
         let waits = self.waiting.entry(what.clone()).or_insert(new);

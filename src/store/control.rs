@@ -1,6 +1,6 @@
 //! The control database: an index of the nodes, topics and groups.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::time::SystemTime;
 
 use tokio_postgres::Row;
@@ -91,6 +91,15 @@ pub(crate) async fn topics_on(
 pub(crate) async fn forget_node(connection: &Connection, node: NodeId) -> Result<(), Failed> {
     let number = i32::from(node.number());
     query(connection, sql::CONTROL_FORGET_NODE, &[&number]).await.map(drop)
+}
+
+/// Which of these topics exist.
+pub(crate) async fn existing(
+    connection: &Connection,
+    topics: &[String],
+) -> Result<HashSet<String>, Failed> {
+    let rows = query(connection, sql::CONTROL_EXISTING, &[&topics]).await?;
+    Ok(rows.iter().map(|row| row.get(0)).collect())
 }
 
 /// A topic as the list shows it.

@@ -2,7 +2,6 @@
 
 use std::time::{Duration, SystemTime};
 
-use tokio_postgres::error::SqlState;
 use tokio_postgres::types::Type;
 use tokio_postgres::{GenericClient, Row};
 use uuid::Uuid;
@@ -18,11 +17,11 @@ use crate::store::sql;
 
 mod frozen;
 mod snapshot;
+mod step;
 
 pub(crate) use frozen::{Frozen, State, arrays_of};
 pub(crate) use snapshot::Snapshot;
-
-const DAY: Duration = Duration::from_hours(24);
+pub(crate) use step::{INLINE, Step, Stepped, Target, step};
 
 /// Publishes a message in a transaction of the caller's; returns the row's id.
 pub(crate) async fn publish<C: GenericClient + Sync>(
@@ -240,134 +239,6 @@ fn read_look(standing: Option<Standing>, ids: &[Row], due: &[Row]) -> Looked {
         due: due.iter().filter_map(is_due).collect(),
         next_due: secs.map(|secs| Duration::try_from_secs_f64(secs.max(0.0)).unwrap_or_default()),
     }
-}
-
-/// A batch that is to be frozen: for whom, and which messages in which order.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Target {
-    pub(crate) partition: PartitionId,
-    pub(crate) topic: TopicName,
-    pub(crate) generation: i32,
-    pub(crate) day: Day,
-    /// Ids, and whether they are for later.
-    pub(crate) messages: Vec<(i64, bool)>,
-    pub(crate) bytes: usize,
-}
-
-/// What a step does.
-#[derive(Debug, Default)]
-pub(crate) struct Step {
-    /// Batches that were appended.
-    pub(crate) done: Vec<i64>,
-    pub(crate) targets: Vec<Target>,
-    /// Ids to be set aside, whether they are for later, and why.
-    pub(crate) dead: Vec<(i64, bool, String)>,
-}
-
-/// What a step did.
-#[derive(Debug)]
-pub(crate) enum Stepped {
-    Did {
-        frozen: Vec<Frozen>,
-        /// What was set aside: id, topic, error.
-        buried: Vec<(i64, Option<String>, String)>,
-    },
-    /// Another relay works, or has the lease.
-    NotOurs,
-    /// Somebody is about to take a message back.
-    Locked,
-}
-
-/// The ids of one kind with their batches and places.
-#[derive(Default)]
-struct Places(Vec<i64>, Vec<i32>, Vec<i32>);
-
-fn places(targets: &[Target], for_later: bool) -> Places {
-    let mut all = Places::default();
-    for (target, batch) in targets.iter().zip(1..) {
-        for ((id, later), place) in target.messages.iter().zip(1..) {
-            if *later == for_later {
-                all.0.push(*id);
-                all.1.push(batch);
-                all.2.push(place);
-            }
-        }
-    }
-    all
-}
-
-/// Freezes batches, sets aside what no partition takes, and forgets what was appended: durably, in one
-/// transaction, if this relay has the lock and the lease.
-pub(crate) async fn step(
-    connection: Connection,
-    holder: Uuid,
-    step: &Step,
-) -> Result<Stepped, Failed> {
-    let (now, later) = (places(&step.targets, false), places(&step.targets, true));
-    let partitions: Vec<i32> = step.targets.iter().map(|t| t.partition.as_i32()).collect();
-    let topics: Vec<&str> = step.targets.iter().map(|t| t.topic.as_str()).collect();
-    let generations: Vec<i32> = step.targets.iter().map(|t| t.generation).collect();
-    let producers: Vec<Uuid> = step.targets.iter().map(|_| Uuid::now_v7()).collect();
-    let days: Vec<i32> = step.targets.iter().map(|t| t.day.as_i32()).collect();
-    let first_days: Vec<i32> = step.targets.iter().map(|t| first_day(t.day).as_i32()).collect();
-    let freeze: [&dyn Param; 12] = [
-        &now.0,
-        &now.1,
-        &now.2,
-        &later.0,
-        &later.1,
-        &later.2,
-        &partitions,
-        &topics,
-        &generations,
-        &producers,
-        &days,
-        &first_days,
-    ];
-    let of = |later: bool| -> Vec<i64> {
-        step.dead.iter().filter(|dead| dead.1 == later).map(|dead| dead.0).collect()
-    };
-    let all: Vec<i64> = step.dead.iter().map(|dead| dead.0).collect();
-    let errors: Vec<&str> = step.dead.iter().map(|dead| dead.2.as_str()).collect();
-    let (dead, dead_later) = (of(false), of(true));
-    let bury: [&dyn Param; 4] = [&dead, &dead_later, &all, &errors];
-    let (hold, done): ([&dyn Param; 1], [&dyn Param; 1]) = ([&holder], [&step.done]);
-    let statements: [(&str, &[&dyn Param]); 5] = [
-        (sql::OUTBOX_LOCK, &[]),
-        (sql::OUTBOX_HOLD, &hold),
-        (sql::OUTBOX_DONE, &done),
-        (sql::OUTBOX_FREEZE, &freeze),
-        (sql::OUTBOX_BURY, &bury),
-    ];
-    let asked = [true, true, !step.done.is_empty(), !all_empty(&now, &later), !all.is_empty()];
-    let asked: Vec<_> =
-        statements.into_iter().zip(asked).filter_map(|(text, on)| on.then_some(text)).collect();
-    let mut answers =
-        match write_all(connection, Durability::Durable, sql::OUTBOX_BEGIN, &asked).await {
-            Err(error) if error.code() == Some(&SqlState::LOCK_NOT_AVAILABLE) => {
-                return Ok(Stepped::Locked);
-            }
-            answers => answers?,
-        };
-    let is_ours = answers.get(1).and_then(|rows| rows.first()).is_some_and(|row| row.get(0));
-    if !is_ours {
-        return Ok(Stepped::NotOurs);
-    }
-    let buried = if all.is_empty() { Vec::new() } else { answers.pop().unwrap_or_default() };
-    let buried = buried.iter().map(|row| (row.get(0), row.get(1), row.get(2))).collect();
-    let frozen = if all_empty(&now, &later) { None } else { answers.pop() };
-    let frozen = frozen.unwrap_or_default().iter().filter_map(Frozen::read).collect();
-    Ok(Stepped::Did { frozen, buried })
-}
-
-/// Where a batch is looked for that is to be stored on a day. Another relay, whose clock is right, may store
-/// it earlier.
-fn first_day(day: Day) -> Day {
-    Day::of(day.start() - 2 * DAY).unwrap_or(day)
-}
-
-fn all_empty(now: &Places, later: &Places) -> bool {
-    now.0.is_empty() && later.0.is_empty()
 }
 
 /// Forgets batches that were appended. A crash may take that back: who finds one again finds it stored.

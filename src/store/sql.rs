@@ -42,6 +42,7 @@ statements! {
     CONTROL_CREATE_TOPIC = "control_create_topic";
     CONTROL_DELETE_GROUP = "control_delete_group";
     CONTROL_DELETE_TOPIC = "control_delete_topic";
+    CONTROL_EXISTING = "control_existing";
     CONTROL_FORGET_NODE = "control_forget_node";
     CONTROL_GROUP_START = "control_group_start";
     CONTROL_GROUPS = "control_groups";

@@ -3,8 +3,12 @@
 mod dead;
 mod elsewhere;
 mod interrupted;
+mod large;
 mod late;
+mod promoted;
 mod rights;
+mod sequence;
+mod unknown;
 mod waking;
 
 use std::time::Duration;

@@ -3,11 +3,11 @@
 use tokio_postgres::Row;
 use uuid::Uuid;
 
-use crate::id::{Day, PartitionId};
-use crate::message::Message;
+use crate::id::{Day, PartitionId, Uid};
+use crate::message::{Message, UID_HEADER};
 use crate::name::TopicName;
 use crate::store::append::{Append, Arrays};
-use crate::store::packed::Packed;
+use crate::store::packed::{Packed, Unpacked};
 
 /// The sequence of a batch is that of its first place; each place has room for parts of all lengths.
 const ROOM: i64 = 1 << 20;
@@ -51,6 +51,11 @@ pub(crate) struct Frozen {
 }
 
 impl Frozen {
+    /// Whether its messages came with it.
+    pub(super) fn is_whole(row: &Row) -> bool {
+        row.get::<_, Option<Vec<i64>>>(10).is_some()
+    }
+
     pub(super) fn read(row: &Row) -> Option<Self> {
         let topic = TopicName::new(row.get(2)).ok()?;
         let state = match row.get(7) {
@@ -58,6 +63,8 @@ impl Frozen {
             "withdrawn" => State::Withdrawn,
             _ => State::Frozen,
         };
+        let uids: Vec<Uuid> = row.get(14);
+        let (headers, more) = with_uids(row.get::<_, Option<Unpacked>>(12).as_ref(), &uids);
         Some(Self {
             id: row.get(0),
             partition: PartitionId::from_i32(row.get(1)).ok()?,
@@ -71,9 +78,9 @@ impl Frozen {
             ids: row.get(10),
             arrays: Arrays {
                 count: row.get(8),
-                bytes: row.get(9),
+                bytes: row.get::<_, i32>(9).saturating_add(more),
                 keys: row.get(11),
-                headers: row.get(12),
+                headers: Some(headers),
                 payloads: row.get(13),
                 dedup_keys: None,
             },
@@ -134,6 +141,31 @@ impl Frozen {
     }
 }
 
+/// The headers of published messages with the identities that were drawn when they were published, and how
+/// many bytes these add.
+fn with_uids(headers: Option<&Unpacked>, uids: &[Uuid]) -> (Packed, i32) {
+    let (mut all, mut text, mut more) = (Packed::default(), Vec::new(), 0);
+    for (index, producer) in uids.iter().enumerate() {
+        let uid = Uid { producer: *producer, sequence: 1, index: 0 };
+        // Behind the format's version.
+        let given = headers.and_then(|all| all.element(index)).and_then(|json| json.get(1..));
+        let Some(rest) = given.unwrap_or(b"{}").strip_prefix(b"{") else {
+            // No object, in a table without its checks: the partition refuses it.
+            all.push_json(given.unwrap_or_default());
+            continue;
+        };
+        text.clear();
+        text.extend_from_slice(format!("{{\"{UID_HEADER}\":\"{uid}\"").as_bytes());
+        if rest != b"}" {
+            text.push(b',');
+        }
+        more += text.len();
+        text.extend_from_slice(rest);
+        all.push_json(&text);
+    }
+    (all, i32::try_from(more).unwrap_or(i32::MAX))
+}
+
 /// The arrays of messages that were checked.
 pub(crate) fn arrays_of(messages: &[Message]) -> Arrays {
     let mut arrays = Arrays::default();
@@ -157,4 +189,33 @@ pub(crate) fn arrays_of(messages: &[Message]) -> Arrays {
     arrays.keys = any_key.then_some(keys);
     arrays.headers = any_header.then_some(headers);
     arrays
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn identities_are_put_before_the_headers_that_a_message_has() {
+        let mut packed = Packed::default();
+        packed.push_json(b"{\"n\": 1e400}");
+        packed.push_json(b"{}");
+        packed.push_null();
+        let uids = [1, 2, 3].map(Uuid::from_u128);
+        let cases = [(Some(packed.unpack()), [",\"n\": 1e400}", "}", "}"]), (None, ["}"; 3])];
+        for (given, rest) in cases {
+            let (all, more) = with_uids(given.as_ref(), &uids);
+            let all = all.unpack();
+            for (index, rest) in rest.iter().enumerate() {
+                let uid = uids[index];
+                let expected = format!("{{\"shardmq.uid\":\"{uid}:1:0\"{rest}");
+                let found = all.element(index).unwrap();
+                assert_eq!(
+                    (found[0], std::str::from_utf8(&found[1..]).unwrap()),
+                    (1, &expected[..])
+                );
+            }
+            assert!(all.len() == 3 && (150..200).contains(&more));
+        }
+    }
 }

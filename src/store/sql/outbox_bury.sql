@@ -3,14 +3,14 @@
 with gone as (
     delete from shardmq.outbox o
      where o.id = any($1::bigint[]) and current_setting('shardmq.relay', true) = 'true'
-    returning o.id, o.topic, o.key, o.headers, o.payload
+    returning o.id, o.uid, o.topic, o.key, o.headers, o.payload
 ), due as (
     delete from shardmq.delayed d
      where d.id = any($2::bigint[]) and current_setting('shardmq.relay', true) = 'true'
-    returning d.id, d.topic, d.key, d.headers, d.payload
+    returning d.id, d.uid, d.topic, d.key, d.headers, d.payload
 )
-insert into shardmq.outbox_dead as x (id, topic, key, headers, payload, error, died_at)
-select m.id, m.topic, m.key, m.headers, m.payload,
+insert into shardmq.outbox_dead as x (id, uid, topic, key, headers, payload, error, died_at)
+select m.id, m.uid, m.topic, m.key, m.headers, m.payload,
        e.error, shardmq.clock()
   from (select * from gone union all select * from due) m
   join unnest($3::bigint[], $4::text[]) e (id, error) on e.id = m.id
