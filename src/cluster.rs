@@ -32,6 +32,7 @@ mod follow;
 mod hints;
 mod nodes;
 mod presence;
+mod stuck;
 mod topology_file;
 
 pub(crate) use cache::Cache;
@@ -41,6 +42,7 @@ use hints::{Means, Told};
 pub(crate) use hints::{NOTIFIER, REDIS_URL, listen_url_of};
 pub(crate) use nodes::{ListenAt, Nodes};
 pub(crate) use presence::{Place, Presence};
+pub(crate) use stuck::Stuck;
 use topology_file::TopologyFile;
 
 /// A cluster: makes producers and consumers, and looks after topics. Cheap to clone; all clones share

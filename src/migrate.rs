@@ -24,6 +24,7 @@ use tokio_postgres::types::Type;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::connect;
+use crate::store::session::Session;
 
 mod patience;
 mod rights;
@@ -170,8 +171,9 @@ async fn apply(
 ) -> Result<Vec<String>> {
     let refused = |error| connect::refused(error, what);
     client.batch_execute(schema.prepare_sql()).await.map_err(refused)?;
-    if table_exists(client, schema, "compatibility").await.map_err(refused)? {
-        check_library(client, schema).await?;
+    let session = Session::direct(client);
+    if table_exists(session, schema, "compatibility").await.map_err(refused)? {
+        check_library(session, schema).await?;
     }
     let names = |report: &Report| -> Vec<String> {
         report.applied_migrations().iter().map(ToString::to_string).collect()
@@ -198,15 +200,16 @@ const SESSION: &str = "set default_transaction_read_only = off; \
      set statement_timeout = 0; set client_min_messages = warning";
 
 /// Checks that a schema is there, is not older than this library needs, and admits it.
-pub(crate) async fn check(client: &Client, schema: Schema) -> Result<()> {
+pub(crate) async fn check(session: Session<'_>, schema: Schema) -> Result<()> {
     let refused = |error| connect::refused(error, "look for the schema");
-    if !table_exists(client, schema, "compatibility").await.map_err(refused)? {
+    if !table_exists(session, schema, "compatibility").await.map_err(refused)? {
         return Err(Error::new(ErrorKind::Incompatible, missing(schema)));
     }
-    check_library(client, schema).await?;
-    let sql = format!("select max(version)::bigint from {}", schema.table("migration"));
-    let row = client.query_typed_one(&sql, &[]).await.map_err(refused)?;
-    let (found, needed) = (row.get::<_, Option<i64>>(0).unwrap_or(0), schema.version());
+    check_library(session, schema).await?;
+    let sql = format!("select pg_catalog.max(version)::bigint from {}", schema.table("migration"));
+    let rows = session.query(&sql, &[]).await.map_err(refused)?;
+    let found = rows.first().and_then(|row| row.get::<_, Option<i64>>(0)).unwrap_or(0);
+    let needed = schema.version();
     if found < needed {
         return Err(Error::new(
             ErrorKind::Incompatible,
@@ -229,22 +232,22 @@ fn missing(schema: Schema) -> String {
 }
 
 async fn table_exists(
-    client: &Client,
+    session: Session<'_>,
     schema: Schema,
     table: &str,
 ) -> Result<bool, tokio_postgres::Error> {
     let name = schema.table(table);
-    let sql = "select to_regclass($1) is not null";
-    let row = client.query_typed_one(sql, &[(&name, Type::TEXT)]).await?;
-    Ok(row.get(0))
+    let sql = "select pg_catalog.to_regclass($1) is not null";
+    let rows = session.query(sql, &[(&name, Type::TEXT)]).await?;
+    Ok(rows.first().is_some_and(|row| row.get(0)))
 }
 
 /// Refuses where the schema says that it needs a newer library.
-async fn check_library(client: &Client, schema: Schema) -> Result<()> {
+async fn check_library(session: Session<'_>, schema: Schema) -> Result<()> {
     let refused = |error| connect::refused(error, "read the schema's oldest library");
     let sql = format!("select min_library from {}", schema.table("compatibility"));
-    let row = client.query_typed_opt(&sql, &[]).await.map_err(refused)?;
-    let Some(oldest) = row.map(|row| row.get::<_, String>(0)) else {
+    let rows = session.query(&sql, &[]).await.map_err(refused)?;
+    let Some(oldest) = rows.first().map(|row| row.get::<_, String>(0)) else {
         return Ok(());
     };
     let own = env!("CARGO_PKG_VERSION");

@@ -3,7 +3,10 @@
 pub(crate) mod append;
 #[cfg(feature = "bench")]
 pub(crate) mod bare;
+#[cfg(test)]
+mod bounds;
 pub(crate) mod connect;
+mod connection;
 pub(crate) mod control;
 pub(crate) mod dead;
 pub(crate) mod dedup;
@@ -15,6 +18,7 @@ pub(crate) mod faults;
 pub(crate) mod fetch;
 pub(crate) mod group;
 pub(crate) mod group_admin;
+mod kept;
 pub(crate) mod listen;
 pub(crate) mod membership;
 pub(crate) mod node;
@@ -25,6 +29,7 @@ mod passfile;
 mod places;
 mod pool;
 pub(crate) mod pooler;
+pub(crate) mod session;
 pub(crate) mod sql;
 pub(crate) mod target;
 mod tls;

@@ -155,13 +155,7 @@ pub(crate) async fn round(
     }
     sweep_broadcasts(nodes, &pool, clock()).await;
     forget_keys(&pool, &what, &clock).await?;
-    let days = upkeep::unfrozen_days(&pool.get().await?).await;
-    for (partition, day) in days.map_err(|error| refused(error, &what))? {
-        let frozen = upkeep::freeze_day(pool.get().await?, partition, day).await;
-        frozen.map_err(|error| refused(error, &format!("freeze day {day} of {partition}")))?;
-        let noted = upkeep::day_frozen(pool.get().await?, partition, day).await;
-        noted.map_err(|error| refused(error, &what))?;
-    }
+    freeze(&pool, &what).await?;
     Ok(contended)
 }
 
@@ -178,6 +172,26 @@ async fn sweep_broadcasts(nodes: &Nodes, pool: &Node, clock: SystemTime) {
     if let Err(error) = swept.await {
         tracing::warn!(error = %error.chain(), "upkeep failed");
     }
+}
+
+/// Freezes the tables of closed days, over one connection outside of the pool.
+async fn freeze(pool: &Node, what: &str) -> Result<()> {
+    let days = upkeep::unfrozen_days(&pool.get().await?).await;
+    let days = days.map_err(|error| refused(error, what))?;
+    if days.is_empty() {
+        return Ok(());
+    }
+    let single = pool.single().await?;
+    for (partition, day) in days {
+        let frozen = upkeep::freeze_day(&single, partition, day).await;
+        let frozen =
+            frozen.map_err(|error| refused(error, &format!("freeze day {day} of {partition}")))?;
+        if frozen {
+            let noted = upkeep::day_frozen(pool.get().await?, partition, day).await;
+            noted.map_err(|error| refused(error, what))?;
+        }
+    }
+    Ok(())
 }
 
 /// Forgets dedup keys that are older than their window, a part at a time: appends need the connection.

@@ -83,14 +83,19 @@ begin
     return at;
 end $$;
 
--- The position from which a reader sees exactly what was appended at or after a time: a binary search
--- by id, since appended_at rises with it and has no index of its own.
+-- The position from which a reader sees exactly what was appended at or after a time: a binary search by
+-- day and one by id, since appended_at rises with both and has no index of its own. A table that was dropped
+-- counts as before that time.
 create function shardmq.position_at(p_partition int, p_at timestamptz) returns bigint
     language plpgsql stable security definer
     set search_path = pg_catalog, pg_temp
     as $$
 declare
-    d int;
+    all_days int[] := array(select x.day from shardmq.days(p_partition, 0) x (day) order by 1);
+    first int := 1;
+    past int := cardinality(all_days) + 1;
+    half int;
+    found int;
     low bigint;
     high bigint;
     middle bigint;
@@ -98,32 +103,41 @@ declare
     probe record;
     before bigint := greatest((select p.low_watermark - 1 from shardmq.partition p where p.partition = p_partition), 0);
 begin
-    for d in select shardmq.days(p_partition, 0) loop
-        continue when to_regclass('shardmq.' || shardmq.table_name(p_partition, d)) is null;
-        execute format('select base_id, count, appended_at from shardmq.%I order by base_id desc limit 1',
-                       shardmq.table_name(p_partition, d)) into last;
-        continue when last is null or last.base_id is null;
-        if last.appended_at < p_at then
-            before := last.base_id + last.count - 1;
+    -- The first day that has a row at or after p_at, or is empty as yet, is in [first, past).
+    while first < past loop
+        half := first + (past - first) / 2;
+        if to_regclass('shardmq.' || shardmq.table_name(p_partition, all_days[half])) is null then
+            first := half + 1;
             continue;
         end if;
-        -- The first row at or after p_at begins in [low, high].
-        low := shardmq.first_id(p_partition, d);
-        high := last.base_id;
-        while low < high loop
-            middle := low + (high - low) / 2;
-            execute format($sql$
-                select base_id, count, appended_at from shardmq.%I
-                 where base_id <= $1 order by base_id desc limit 1
-                $sql$, shardmq.table_name(p_partition, d)) into probe using middle;
-            if probe.base_id is null or probe.appended_at < p_at then
-                low := coalesce(probe.base_id + probe.count, middle + 1);
-                low := greatest(low, middle + 1);
-            else
-                high := probe.base_id;
-            end if;
-        end loop;
-        return low - 1;
+        execute format('select base_id, count, appended_at from shardmq.%I order by base_id desc limit 1',
+                       shardmq.table_name(p_partition, all_days[half])) into last;
+        if last.appended_at < p_at then
+            before := greatest(before, last.base_id + last.count - 1);
+            first := half + 1;
+        else
+            past := half;
+            found := case when last.base_id is not null then all_days[half] end;
+            high := last.base_id;
+        end if;
     end loop;
-    return before;
+    if found is null then
+        return before;
+    end if;
+    -- The first row at or after p_at begins in [low, high].
+    low := shardmq.first_id(p_partition, found);
+    while low < high loop
+        middle := low + (high - low) / 2;
+        execute format($sql$
+            select base_id, count, appended_at from shardmq.%I
+             where base_id <= $1 order by base_id desc limit 1
+            $sql$, shardmq.table_name(p_partition, found)) into probe using middle;
+        if probe.base_id is null or probe.appended_at < p_at then
+            low := coalesce(probe.base_id + probe.count, middle + 1);
+            low := greatest(low, middle + 1);
+        else
+            high := probe.base_id;
+        end if;
+    end loop;
+    return low - 1;
 end $$;

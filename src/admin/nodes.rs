@@ -85,7 +85,7 @@ impl Cluster {
         control::begin_change(change.connection()).await.map_err(refused)?;
         let topics = control::topics_on(change.connection(), node).await.map_err(refused)?;
         if !topics.is_empty() {
-            change.connection().batch_execute("rollback").await.map_err(refused)?;
+            control::give_change_up(change.connection()).await.map_err(refused)?;
             change.finished();
             let what = format!("node {node} has partitions of {}", topics.join(", "));
             return Err(Error::new(ErrorKind::Conflict, what));
@@ -134,8 +134,8 @@ impl Cluster {
     /// [`ErrorKind::Incompatible`] where the database has no outbox.
     pub async fn add_outbox(&self, url: &str) -> Result<()> {
         let what = "register a database with an outbox";
-        let client = connect::connect_once(url, "shardmq outbox add").await?;
-        migrate::check(&client, Schema::Outbox).await?;
+        let single = connect::connect_once(url, "shardmq outbox add").await?;
+        migrate::check(single.session(), Schema::Outbox).await?;
         let address = connect::without_password(url)?;
         let refused = |error| refused(error, what);
         let change = Unfinished::new(self.inner.control.get().await?);

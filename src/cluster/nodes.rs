@@ -11,6 +11,7 @@ use tokio::time::sleep;
 use uuid::Uuid;
 
 use crate::cluster::presence::Presence;
+use crate::cluster::stuck::Stuck;
 use crate::deadline::in_time;
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::NodeId;
@@ -51,6 +52,7 @@ pub(crate) struct Nodes {
     presence: Arc<Presence>,
     /// Held by whoever of this process looks at a node for messages.
     turns: Mutex<HashMap<NodeId, Arc<tokio::sync::Mutex<()>>>>,
+    stuck: Stuck,
 }
 
 impl Nodes {
@@ -63,8 +65,19 @@ impl Nodes {
     ) -> Self {
         let (known, version) = (Mutex::default(), AtomicI64::new(0));
         let changed = Notify::new();
-        let turns = Mutex::default();
-        Self { cluster, pools, listen_urls, control, known, version, changed, presence, turns }
+        let (turns, stuck) = (Mutex::default(), Stuck::default());
+        Self {
+            cluster,
+            pools,
+            listen_urls,
+            control,
+            known,
+            version,
+            changed,
+            presence,
+            turns,
+            stuck,
+        }
     }
 
     /// Where this process listens.
@@ -76,6 +89,11 @@ impl Nodes {
     pub(crate) fn turn(&self, id: NodeId) -> Option<OwnedMutexGuard<()>> {
         let mut turns = self.turns.lock().unwrap_or_else(PoisonError::into_inner);
         Arc::clone(turns.entry(id).or_default()).try_lock_owned().ok()
+    }
+
+    /// Partitions whose table can't be read now.
+    pub(crate) fn stuck(&self) -> &Stuck {
+        &self.stuck
     }
 
     /// How many data connections each node's pool has.

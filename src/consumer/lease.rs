@@ -16,6 +16,8 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::id::PartitionId;
 use crate::metrics as names;
 use crate::store::connect::refused;
+use crate::store::failed::Failed;
+use crate::store::fetch::is_of_a_table;
 use crate::store::group::{self, Fence, Taker};
 
 /// After how many leases all that a former process had is this one's, or others'.
@@ -124,6 +126,22 @@ impl Member {
         Ok(())
     }
 
+    /// Makes cursors one by one. One whose table can't be read is left out, and lacks until then.
+    async fn make_each_cursor(&self, error: &Failed) -> Result<()> {
+        let (topic, group) = (&self.shared.topology.topic, &self.shared.group);
+        tracing::debug!(node = %self.node, error = %crate::error::chain(error), "cursors are made one by one");
+        for partition in &self.partitions {
+            let connection = self.shared.connection(self.node).await?;
+            match group::make_cursors(connection, topic, group, Some(*partition)).await {
+                Err(error) if !is_of_a_table(&error) => {
+                    return Err(refused(error, &format!("take partition {partition}")));
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
     async fn acquire(&mut self, lacking: &[i32]) -> Result<Vec<group::Acquired>> {
         let shared = Arc::clone(&self.shared);
         let names = (&shared.topology.topic, &shared.group);
@@ -133,9 +151,10 @@ impl Member {
             self.started = true;
         }
         let connection = shared.connection(self.node).await?;
-        group::make_cursors(connection, names.0, names.1)
-            .await
-            .map_err(|error| refused(error, &what))?;
+        match group::make_cursors(connection, names.0, names.1, None).await {
+            Err(error) if is_of_a_table(&error) => self.make_each_cursor(&error).await?,
+            made => made.map_err(|error| refused(error, &what))?,
+        }
         if let Some(journal) = &shared.journal {
             journal.begin(self.node);
         }

@@ -57,21 +57,31 @@ impl Member {
     /// Asks all partitions at once whether they have something, and wakes the readers of those.
     pub(super) async fn look(&mut self) -> Result<()> {
         let (mut known, mut found) = (Vec::new(), HashMap::new());
+        let nodes = Arc::clone(&self.shared.cluster.inner.nodes);
+        let stuck = nodes.stuck();
         // Who is paused is woken when it is resumed, and its day may be gone by then.
         let read = |holding: &&Arc<Holding>| holding.is_held() && !holding.is_paused();
         for holding in self.holdings.values().filter(read) {
             match holding.position() {
-                (Some(day), position) => known.push((holding.partition, day, position)),
-                (None, _) => holding.wake.notify_one(),
+                (Some(day), position) if !stuck.has(holding.partition) => {
+                    known.push((holding.partition, day, position));
+                }
+                // Its reader looks for itself.
+                _ => holding.wake.notify_one(),
             }
         }
-        // In one order, so that one statement serves many looks.
-        known.sort_unstable_by_key(|(partition, ..)| *partition);
         for part in known.chunks(fetch::MAX_LOOK) {
             let connection = self.shared.connection(self.node).await?;
-            let changed = fetch::look(&connection, part)
+            let looked = fetch::look(&connection, part)
                 .await
                 .map_err(|error| refused(error, &format!("look at node {}", self.node)))?;
+            for (partition, error) in looked.stuck {
+                if stuck.add(partition) {
+                    let error = refused(error, &format!("look at partition {partition}"));
+                    tracing::debug!(error = %error.chain(), "left to its reader");
+                }
+            }
+            let changed = looked.changed;
             let position = |partition: &PartitionId| {
                 part.iter().find(|known| known.0 == *partition).map(|known| (known.0, known.2))
             };

@@ -25,6 +25,7 @@ mod days;
 mod trouble;
 mod unread;
 
+use crate::cluster::Stuck;
 use crate::consumer::budget::Room;
 use crate::consumer::holding::{Holding, Place};
 use crate::consumer::member::Command;
@@ -33,6 +34,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::id::Day;
 use crate::metrics as names;
 use crate::store::connect::refused;
+use crate::store::failed::Failed;
 use crate::store::fetch::{self, Batch, Identity, Overlap, PartitionState};
 use crate::store::group;
 use crate::store::node::{Connection, Unfinished};
@@ -199,14 +201,27 @@ impl Reader {
         last: &Identity,
     ) -> Result<SystemTime, Stop> {
         let partition = self.holding.partition;
-        let found = fetch::overlap(connection, partition, day, last)
-            .await
-            .map_err(|error| refused(error, &format!("read partition {partition}")))?;
-        match found {
+        let found = fetch::overlap(connection, partition, day, last).await;
+        match self.noted(found)? {
             Overlap::Same(incarnation) => Ok(incarnation),
             Overlap::NoTable => self.dropped_on(connection, day).await?.ok_or(Stop::Lost),
             Overlap::Changed => Err(Stop::Lost),
         }
+    }
+
+    fn stuck(&self) -> &Stuck {
+        self.shared.cluster.inner.nodes.stuck()
+    }
+
+    /// What reading a day table has brought. One that can't be read is left out of looks.
+    fn noted<T>(&self, read: Result<T, Failed>) -> Result<T> {
+        let partition = self.holding.partition;
+        read.map_err(|error| {
+            if fetch::is_of_a_table(&error) {
+                self.stuck().add(partition);
+            }
+            refused(error, &format!("read partition {partition}"))
+        })
     }
 
     fn go_back(&mut self, place: Place) {
@@ -262,6 +277,7 @@ impl Reader {
     /// Reads on in a day.
     async fn fetch(&mut self, day: Day) -> Result<Fetched, Stop> {
         let partition = self.holding.partition;
+        let _turn = self.stuck().turn(partition).await;
         let (reserved, connection) = self.room_and_connection().await?;
         let bound = reserved.size();
         // Closed where it falls silent: the next one would hang in it too.
@@ -307,8 +323,9 @@ impl Reader {
         let bounds = (i64::try_from(bound).unwrap_or(i64::MAX), MAX_ROWS);
         let rows = match fetch::fetch(connection, partition, day, self.position, bounds).await {
             Err(error) if is_damage(&error) => self.around_damage(connection, day, bound).await?,
-            rows => rows.map_err(|error| refused(error, &format!("read partition {partition}")))?,
+            rows => self.noted(rows)?,
         };
+        self.stuck().remove(partition);
         if let Some(rows) = &rows {
             self.compare(connection, day, rows.first()).await?;
             if let Some(first) = rows.first() {

@@ -26,7 +26,11 @@ pub(super) async fn create(admin_url: &str, name: &str) -> Result<()> {
     }
     let error =
         |kind, cause| Error::with_source(kind, format!("create the database {name}"), cause);
-    let client = connect_once(admin_url, "shardmq embedded").await?;
+    let single = connect_once(admin_url, "shardmq embedded").await?;
+    let client = single.client();
+    // It copies files, and waits for others that do: longer than a statement on a node may.
+    let bounds = "set statement_timeout = '5min'; set lock_timeout = '1min'";
+    client.batch_execute(bounds).await.map_err(|cause| error(ErrorKind::Unavailable, cause))?;
     let statement = format!("CREATE DATABASE \"{}\"", name.replace('"', "\"\""));
     client.batch_execute(&statement).await.map_err(|cause| match cause.code() {
         // The second is what the slower of two at once gets.

@@ -86,7 +86,11 @@ impl Server {
     }
 
     async fn client(&self, database: &str) -> Result<Client> {
-        connect_once(&self.url(database), "shardmq embedded").await
+        let client = connect_once(&self.url(database), "shardmq embedded").await?.into_client();
+        // A fault waits for those that use what it breaks.
+        let bounds = "set statement_timeout = '1min'; set lock_timeout = '10s'";
+        client.batch_execute(bounds).await.map_err(failed("break an embedded server"))?;
+        Ok(client)
     }
 
     /// A signal to processes that may have ended since.

@@ -47,8 +47,9 @@ impl Password {
     /// Gives it to the superuser, through the socket that only the user of the server may reach.
     pub(super) async fn set(&self, folder: &Folder, port: u16) -> Result<()> {
         let doing = "give the embedded server its password";
-        let client = connect_once(&at_socket(&folder.run(), port), "shardmq embedded").await?;
-        let hashed = self.hashed(&client).await.map_err(|error| refused(error, doing))?;
+        let single = connect_once(&at_socket(&folder.run(), port), "shardmq embedded").await?;
+        let client = single.client();
+        let hashed = self.hashed(client).await.map_err(|error| refused(error, doing))?;
         let given = client.batch_execute(&format!("ALTER ROLE {USER} PASSWORD '{hashed}'")).await;
         given.map_err(|error| refused(error, doing))
     }

@@ -26,7 +26,7 @@ use crate::metrics as names;
 use crate::notifier::channel::{Channel, ENDED, Pending, lock, merged, payload};
 use crate::notifier::task::{Running, Task};
 use crate::notifier::{Health, HealthCell, Hints, Notifier};
-use crate::store::node::{Unfinished, query};
+use crate::store::node::query;
 use crate::store::{connect, sql};
 use crate::trouble::Trouble;
 
@@ -203,14 +203,13 @@ async fn send_pending(nodes: &Nodes, wire: &Wire, trouble: &mut Trouble) -> Opti
 }
 
 async fn notify(nodes: &Nodes, id: NodeId, payload: &str) -> Result<()> {
-    let connection = Unfinished::new(nodes.node(id).await?.get().await?);
-    let sent = query(connection.connection(), sql::NOTIFY, &[&payload]).await;
+    let node = nodes.node(id).await?;
+    let sent = query(&node.get().await?, sql::NOTIFY, &[&payload]).await;
     if let Err(error) = &sent
         && error.code() == Some(&SqlState::PROGRAM_LIMIT_EXCEEDED)
     {
         // The queue is full, or was: the next one finds room if those who listen have read.
-        let _ = query(connection.connection(), sql::NOTIFY_TAIL, &[]).await;
+        let _ = query(&node.get().await?, sql::NOTIFY_TAIL, &[]).await;
     }
-    connection.finished();
     sent.map(drop).map_err(|error| connect::refused(error, "notify"))
 }

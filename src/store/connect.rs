@@ -11,6 +11,7 @@ use crate::store::dsn::{self, Parameters};
 use crate::store::failed::{CutWait, Failed};
 use crate::store::passfile;
 use crate::store::pooler::Marker;
+use crate::store::session::Single;
 use crate::store::target::{self, Opened, Target};
 use crate::store::tls::Tls;
 
@@ -113,25 +114,29 @@ pub(crate) fn without_password(url: &str) -> Result<String> {
 }
 
 /// One connection outside of any pool, driven by a task that ends with it.
-pub(crate) async fn connect_once(url: &str, application: &str) -> Result<Client> {
+pub(crate) async fn connect_once(url: &str, application: &str) -> Result<Single> {
     let mut target = parse(url)?;
     target.config.application_name(application);
+    connect_single(&target).await
+}
+
+/// One connection outside of a pool.
+pub(super) async fn connect_single(target: &Target) -> Result<Single> {
     let what = format!("connect to {}", describe(&target.config));
-    let opened = target.connect(&what, None).await?;
-    tokio::spawn(target::drive(opened.messages, CutWait::default()));
-    Ok(opened.client)
+    let marker = Marker::new();
+    let Opened { client, messages, marked } = target.connect(&what, Some(&marker)).await?;
+    tokio::spawn(target::drive(messages, CutWait::default()));
+    let pinned = marked && marker.is_there(&client).await.map_err(|error| refused(error, &what))?;
+    Ok(Single { client, pinned, canceller: target.canceller().await? })
 }
 
 /// The same, to Postgres itself: for what needs a session of its own.
 pub(crate) async fn connect_directly(url: &str, application: &str) -> Result<Client> {
     let mut target = parse(url)?;
     target.config.application_name(application);
-    let what = format!("connect to {}", describe(&target.config));
-    let marker = Marker::new();
-    let Opened { client, messages, marked } = target.connect(&what, Some(&marker)).await?;
-    tokio::spawn(target::drive(messages, CutWait::default()));
-    if marked && marker.is_there(&client).await.map_err(|error| refused(error, &what))? {
-        return Ok(client);
+    let single = connect_single(&target).await?;
+    if single.pinned {
+        return Ok(single.client);
     }
     Err(Error::invalid(format!(
         "the address {} leads to a pooler; this needs a session of its own: give the address of \

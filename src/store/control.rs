@@ -178,7 +178,7 @@ pub(crate) async fn partition_counts(
 /// on this connection. Returns the cluster's id and the version that the change makes.
 pub(crate) async fn begin_change(connection: &Connection) -> Result<(Uuid, i64), Failed> {
     connection.may_commit()?;
-    connection.batch_execute(sql::BEGIN_DURABLE).await?;
+    connection.open_transaction(sql::BEGIN_DURABLE).await?;
     stay(connection).await?;
     let row = query_one(connection, sql::CONTROL_LOCK, &[]).await?;
     Ok((row.get(0), row.get::<_, i64>(1) + 1))
@@ -200,6 +200,11 @@ pub(crate) async fn confirm(connection: &Connection) -> Result<(), Failed> {
 pub(crate) async fn commit_change(connection: &Connection) -> Result<(), Failed> {
     connection.batch_execute(sql::CONTROL_BUMP).await?;
     connection.commit().await
+}
+
+/// Takes a change back.
+pub(crate) async fn give_change_up(connection: &Connection) -> Result<(), Failed> {
+    connection.roll_back().await
 }
 
 /// Records a topic, inside a change.

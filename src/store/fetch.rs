@@ -10,14 +10,18 @@ use uuid::Uuid;
 use crate::headers;
 use crate::id::{Day, PartitionId, Uid, last_of};
 use crate::message::Headers;
+use crate::store::connect::is_definite;
 use crate::store::failed::Failed;
-use crate::store::node::{Connection, query};
+use crate::store::node::{self, Connection, query};
 use crate::store::packed::Unpacked;
 use crate::store::sql;
 use crate::store::unread::{self, Unreadable};
 
 /// The most tables that one look covers: all of a node.
 pub(crate) const MAX_LOOK: usize = 99;
+/// The most tables that can't be read, after which one look stops searching for others. Each may be waited
+/// for.
+const MAX_STUCK: usize = 8;
 
 /// A row of a day table: a batch. The arrays are empty in the overlap, the row that ends at the
 /// position that was read from.
@@ -232,34 +236,75 @@ fn read_state(row: &Row) -> Result<Option<PartitionState>, tokio_postgres::Error
     Ok(day.map(|day| PartitionState { day, low_watermark, incarnation, next_day }))
 }
 
-/// Which of these partitions have something beyond the positions, or stand on another day than the one
-/// that is being read: all of them where retention has dropped a table. One statement.
-pub(crate) async fn look(
-    connection: &Connection,
-    partitions: &[(PartitionId, Day, i64)],
-) -> Result<Vec<PartitionId>, Failed> {
-    let parts: Vec<String> = partitions
-        .iter()
-        .map(|(partition, day, _)| sql::for_day(sql::LOOK, *partition, *day))
-        .collect();
-    let rows = match query(connection, &parts.join("\nunion all\n"), &[]).await {
-        // Of which one is not said. Its reader finds out, even if it is paused until long after.
-        Err(error) if error.code() == Some(&SqlState::UNDEFINED_TABLE) => {
-            return Ok(partitions.iter().map(|(partition, ..)| *partition).collect());
+/// A partition with the day that it is read in, and the position there.
+pub(crate) type Read = (PartitionId, Day, i64);
+
+/// What a look has found.
+#[derive(Debug, Default)]
+pub(crate) struct Looked {
+    /// Partitions that have something beyond the position, or stand on another day than the one that is
+    /// read; or that could not be looked at.
+    pub(crate) changed: Vec<PartitionId>,
+    /// Those of them whose table could not be read, and why: somebody has locked it, or it is broken.
+    pub(crate) stuck: Vec<(PartitionId, Failed)>,
+}
+
+/// Looks which of these partitions have changed: one statement, or some more where a table can't be read.
+/// That one is found by halves and left to its reader, so that it keeps none of the others waiting.
+pub(crate) async fn look(connection: &Connection, partitions: &[Read]) -> Result<Looked, Failed> {
+    let mut looked = Looked::default();
+    let mut parts = vec![partitions];
+    while let Some(part) = parts.pop() {
+        let Some((first, _)) = part.split_first() else { continue };
+        if looked.stuck.len() >= MAX_STUCK {
+            looked.changed.extend(part.iter().map(|(partition, ..)| *partition));
+            continue;
         }
-        rows => rows?,
-    };
-    let changed = |row: &Row| {
-        let partition = PartitionId::from_i32(row.try_get(0).ok()?).ok()?;
-        let (_, day, position) = partitions.iter().find(|(id, ..)| *id == partition)?;
-        let moved =
-            !matches!(row.try_get::<_, Option<i32>>(1), Ok(now) if now == Some(day.as_i32()));
-        let last = row.try_get::<_, Option<i64>>(2);
-        // One that can't be told is its reader's to find out.
-        let more = !matches!(last, Ok(last) if last.is_none_or(|last| last <= *position));
-        (moved || more).then_some(partition)
-    };
-    Ok(rows.iter().filter_map(changed).collect())
+        match node::look(connection, &look_text(part)).await {
+            Ok(rows) => looked.changed.extend(rows.iter().filter_map(|row| changed(row, part))),
+            Err(error) if !is_of_a_table(&error) => return Err(error),
+            Err(_) if part.len() > 1 => {
+                let (left, right) = part.split_at(part.len() / 2);
+                parts.extend([right, left]);
+            }
+            Err(error) => {
+                looked.changed.push(first.0);
+                // A table that is gone is no trouble: its reader goes on.
+                if error.code() != Some(&SqlState::UNDEFINED_TABLE) {
+                    looked.stuck.push((first.0, error));
+                }
+            }
+        }
+    }
+    Ok(looked)
+}
+
+/// Whether a statement failed at one of its tables, and the server is well.
+pub(crate) fn is_of_a_table(error: &Failed) -> bool {
+    let code = error.code().map_or("", SqlState::code);
+    // 53: it lacks memory, disk or connections. 57: it was told to end that.
+    is_definite(error) && !["53", "57"].iter().any(|class| code.starts_with(class))
+}
+
+/// The statement for some partitions: the one of the file, with a row of values for each.
+fn look_text(partitions: &[Read]) -> String {
+    let lines = sql::LOOK.lines().filter(|line| !line.starts_with("--"));
+    let text = lines.collect::<Vec<_>>().join("\n");
+    let (head, rest) = text.split_once("(values").unwrap_or((&text, ""));
+    let (row, tail) = rest.rsplit_once(") l (").unwrap_or((rest, ""));
+    let rows: Vec<String> =
+        partitions.iter().map(|(partition, day, _)| sql::for_day(row, *partition, *day)).collect();
+    format!("{head}(values{}) l ({tail}", rows.join(","))
+}
+
+fn changed(row: &Row, partitions: &[Read]) -> Option<PartitionId> {
+    let partition = PartitionId::from_i32(row.try_get(0).ok()?).ok()?;
+    let (_, day, position) = partitions.iter().find(|(id, ..)| *id == partition)?;
+    let moved = !matches!(row.try_get::<_, Option<i32>>(1), Ok(now) if now == Some(day.as_i32()));
+    let last = row.try_get::<_, Option<i64>>(2);
+    // One that can't be told is its reader's to find out.
+    let more = !matches!(last, Ok(last) if last.is_none_or(|last| last <= *position));
+    (moved || more).then_some(partition)
 }
 
 /// The day that a position is in, none for the position before everything.
@@ -271,4 +316,22 @@ pub(crate) fn day_of(position: i64) -> Option<Day> {
 /// The last id that a day can have.
 pub(crate) fn end_of(partition: PartitionId, day: Day) -> i64 {
     last_of(partition, day)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_look_has_a_row_of_values_for_each_partition() {
+        let day = Day::from_yymmdd(261_201).unwrap();
+        let of = |number| (PartitionId::new(1, number).unwrap(), day, 0);
+        let text = look_text(&[of(1), of(2), of(3)]);
+        for number in 1..=3 {
+            assert!(text.contains(&format!("(101{number:02}, (select")), "{text}");
+            assert!(text.contains(&format!("shardmq.batch_101{number:02}_261201 b")), "{text}");
+        }
+        assert_eq!(text.matches("values").count(), 1);
+        assert!(text.contains(") l (partition, last_id)") && !text.contains("--"), "{text}");
+    }
 }

@@ -77,9 +77,12 @@ pub(crate) async fn make_cursors(
     connection: Connection,
     topic: &TopicName,
     group: &GroupName,
+    partition: Option<PartitionId>,
 ) -> Result<(), Failed> {
-    let (topic, group) = (topic.as_str(), group.as_str());
-    write(connection, Durability::Durable, sql::MAKE_CURSORS, &[&topic, &group]).await.map(drop)
+    let (topic, group, partition) =
+        (topic.as_str(), group.as_str(), partition.map(PartitionId::as_i32));
+    let params: [&dyn Param; 3] = [&topic, &group, &partition];
+    write(connection, Durability::Brief, sql::MAKE_CURSORS, &params).await.map(drop)
 }
 
 /// What a renewal found.

@@ -8,6 +8,7 @@ use tokio_postgres::{Client, Error};
 use crate::error::Result;
 use crate::store::connect;
 use crate::store::pooler::Marker;
+use crate::store::sql;
 use crate::store::target::{Messages, Target};
 
 /// The channel of a node's hints.
@@ -40,10 +41,10 @@ pub(crate) fn target(url: &str, name: &str) -> Result<Target> {
 /// Opens a session; none where a pooler is known to stand before the server. With `trusted` nothing is
 /// looked for.
 pub(crate) async fn open(target: &Target, what: &str, trusted: bool) -> Result<Option<Session>> {
-    let marker = (!trusted).then(Marker::new);
-    let opened = target.connect(what, marker.as_ref()).await?;
+    let marker = Marker::new();
+    let opened = target.connect(what, Some(&marker)).await?;
     let direct = opened.marked || trusted;
-    let (client, messages) = (opened.client, opened.messages);
+    let (client, messages, marker) = (opened.client, opened.messages, (!trusted).then_some(marker));
     Ok(direct.then_some(Session { client, messages, marker }))
 }
 
@@ -59,6 +60,7 @@ pub(crate) async fn begin(
         return Ok(false);
     }
     let all: Vec<String> = channels.iter().map(|channel| format!("listen {channel}")).collect();
-    client.batch_execute(&all.join("; ")).await?;
+    let bounded = format!("{}; {}; commit", sql::BEGIN_READ, all.join("; "));
+    client.batch_execute(&bounded).await?;
     Ok(true)
 }

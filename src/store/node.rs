@@ -3,121 +3,31 @@
 use std::borrow::Cow;
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use deadpool::managed::{PoolError, TimeoutType, Timeouts};
 use futures_util::future::{join_all, join3};
 use tokio::time::timeout;
 use tokio_postgres::types::{ToSql, Type};
-use tokio_postgres::{Client, Row, Statement};
+use tokio_postgres::{Row, Statement};
 use uuid::Uuid;
 
 use crate::error::{Error, ErrorKind, InUse, Result};
 use crate::id::NodeId;
 use crate::migrate::{self, Schema};
 use crate::store::connect::{self, refused};
+pub(crate) use crate::store::connection::Connection;
 use crate::store::failed::Failed;
-use crate::store::param::{Param, Unseen, typed, values};
+use crate::store::param::{Param, typed, values};
 use crate::store::places::{Place, Places};
 use crate::store::pool::{self, Check, Manager, Object, Pool};
 use crate::store::pooler::{PreparedStatements, Way};
+use crate::store::session::{Session, Single};
 use crate::store::sql;
 
 /// How long a wait for a free connection may take, and for a new one what comes after its making.
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(3);
-/// Prepared statements that a connection keeps: day tables come and go.
-const MAX_STATEMENTS: usize = 512;
-
-/// A connection of a pool. Statements go through this module, so that none is kept prepared where a
-/// pooler stands in between.
-pub(crate) struct Connection {
-    object: Object,
-    keeps_statements: bool,
-    /// A commit was sent on it, and is not answered.
-    commits: AtomicBool,
-    // Behind the connection: its place is free once it is in the pool.
-    place: Place,
-    places: Arc<Places>,
-}
-
-impl Connection {
-    /// Whether statements may be kept prepared on it.
-    pub(crate) fn keeps_statements(&self) -> bool {
-        self.keeps_statements
-    }
-
-    /// Runs statements without parameters and rows, sent as one message.
-    pub(crate) async fn batch_execute(&self, statements: &str) -> Result<(), Failed> {
-        self.counted(self.object.client.batch_execute(statements).await)
-    }
-
-    /// Commits. Dropped before the answer, the connection keeps its place until it is answered.
-    pub(crate) async fn commit(&self) -> Result<(), Failed> {
-        self.commits.store(true, Ordering::Relaxed);
-        let committed = self.batch_execute("commit").await;
-        self.commits.store(false, Ordering::Relaxed);
-        committed
-    }
-
-    /// Whether something may be committed durably here: not beside commits that hang, which would be one
-    /// more.
-    pub(crate) fn may_commit(&self) -> Result<(), Failed> {
-        if self.place.is_spare { Err(Failed::NoPlace) } else { Ok(()) }
-    }
-
-    /// Closes it, or where its commit is not answered yet, sees to it that it is closed then.
-    fn give_up(self) {
-        let Self { object, place, places, commits, .. } = self;
-        let runtime = tokio::runtime::Handle::try_current();
-        let (true, Ok(runtime)) = (commits.into_inner(), runtime) else {
-            drop(Object::take(object));
-            return;
-        };
-        let hangs = places.hang(object.backend);
-        runtime.spawn(async move {
-            tokio::select! {
-                // Queued behind the commit, this is answered when that is, or when the connection ends.
-                _ = object.client.batch_execute("") => {}
-                () = hangs.given_up.cancelled() => {}
-            }
-            drop(Object::take(object));
-            drop((hangs, place));
-        });
-    }
-
-    /// A statement that is kept: only where they are.
-    pub(crate) async fn prepare(&self, text: &str) -> Result<Statement, Failed> {
-        Ok(self.object.client.prepare_cached(text).await?)
-    }
-
-    /// Runs a statement that is kept.
-    pub(crate) async fn query_prepared(
-        &self,
-        statement: &Statement,
-        params: &[&(dyn ToSql + Sync)],
-    ) -> Result<Vec<Row>, Failed> {
-        let unseen: Vec<Unseen<'_>> = params.iter().map(|value| Unseen(*value)).collect();
-        let unseen: Vec<_> = unseen.iter().map(|value| value as &(dyn ToSql + Sync)).collect();
-        self.counted(self.object.client.query(statement, &unseen).await)
-    }
-
-    /// Parses and runs a statement that is not kept.
-    pub(crate) async fn query_typed(
-        &self,
-        text: &str,
-        params: &[(&(dyn ToSql + Sync), Type)],
-    ) -> Result<Vec<Row>, Failed> {
-        self.counted(self.object.client.query_typed(text, params).await)
-    }
-
-    /// An answer, where no commit on this connection ended before the standby had it. Each answer is looked
-    /// at, since a commit is a statement like others, and a statement alone commits itself.
-    fn counted<T>(&self, answer: Result<T, tokio_postgres::Error>) -> Result<T, Failed> {
-        let answer = answer?;
-        if self.object.cut.is_noted() { Err(Failed::Unconfirmed) } else { Ok(answer) }
-    }
-}
 
 /// One database that stores messages, or the control database: its pool, and the check that it is
 /// what it should be.
@@ -136,13 +46,13 @@ pub(crate) struct Node {
 impl Node {
     /// A node's pool. Nothing is connected yet.
     pub(crate) fn new(url: &str, cluster: Uuid, id: NodeId, options: PoolOptions) -> Result<Self> {
-        let check: Check = Arc::new(move |client| Box::pin(check_node(client, cluster, id)));
+        let check: Check = Arc::new(move |session| Box::pin(check_node(session, cluster, id)));
         Self::open(url, &format!("node {id}"), options, check)
     }
 
     /// A pool of a database that is to become a node.
     pub(crate) fn candidate(url: &str, options: PoolOptions) -> Result<Self> {
-        let check: Check = Arc::new(|client| Box::pin(migrate::check(client, Schema::Node)));
+        let check: Check = Arc::new(|session| Box::pin(migrate::check(session, Schema::Node)));
         Self::open(url, "a database that is to be a node", options, check)
     }
 
@@ -157,13 +67,13 @@ impl Node {
 
     /// The control database's pool.
     pub(crate) fn control(url: &str, options: PoolOptions) -> Result<Self> {
-        let check: Check = Arc::new(|client| Box::pin(migrate::check(client, Schema::Control)));
+        let check: Check = Arc::new(|session| Box::pin(migrate::check(session, Schema::Control)));
         Self::open(url, "the control database", options, check)
     }
 
     /// The pool of a database that has an outbox and is no node, or need not be.
     pub(crate) fn outbox(url: &str, options: PoolOptions) -> Result<Self> {
-        let check: Check = Arc::new(|client| Box::pin(migrate::check(client, Schema::Outbox)));
+        let check: Check = Arc::new(|session| Box::pin(migrate::check(session, Schema::Outbox)));
         Self::open(url, "a database with an outbox", options, check)
     }
 
@@ -229,17 +139,15 @@ impl Node {
         got: Result<Object, PoolError<Error>>,
     ) -> Result<Connection> {
         let object = got.map_err(|error| self.explain(error))?;
-        let object = if place.is_spare { self.find_over(object).await? } else { object };
-        if object.client.statement_cache.size() > MAX_STATEMENTS {
-            object.client.statement_cache.clear();
-        }
-        Ok(Connection {
-            object,
-            keeps_statements: self.way.keeps_statements(),
-            commits: AtomicBool::new(false),
-            place,
-            places: Arc::clone(&self.places),
-        })
+        let pinned = self.way.is_pinned();
+        let object = if place.is_spare { self.find_over(object, pinned).await? } else { object };
+        let keeps_statements = self.way.keeps_statements();
+        Ok(Connection::new(object, (place, Arc::clone(&self.places)), keeps_statements, pinned))
+    }
+
+    /// A connection of its own, outside of the pool: for what takes long.
+    pub(crate) async fn single(&self) -> Result<Single> {
+        connect::connect_single(&self.pool()?.manager().target).await
     }
 
     async fn place(&self, limit: Duration) -> Result<Place> {
@@ -251,14 +159,14 @@ impl Node {
 
     /// Asks on a connection whether commits that hang are over: an answer may have been lost on its way. A
     /// connection that does not answer is closed.
-    async fn find_over(&self, object: Object) -> Result<Object> {
+    async fn find_over(&self, object: Object, pinned: bool) -> Result<Object> {
         let server = object.backend.server;
         let asked = self.places.pids(server);
         if asked.is_empty() {
             return Ok(object);
         }
         let pids: [(&(dyn ToSql + Sync), Type); 1] = [(&asked, Type::INT4_ARRAY)];
-        let asking = object.client.query_typed(sql::AT_WORK, &pids);
+        let asking = Session::new(&object.client, pinned).query(sql::AT_WORK, &pids);
         let Ok(rows) = timeout(ACQUIRE_TIMEOUT, asking).await else {
             drop(Object::take(object));
             return Err(self.silent());
@@ -319,12 +227,12 @@ pub(crate) struct PoolOptions {
 }
 
 /// Refuses a database that is not this cluster's node of this number.
-async fn check_node(client: &Client, cluster: Uuid, id: NodeId) -> Result<()> {
-    migrate::check(client, Schema::Node).await?;
+async fn check_node(session: Session<'_>, cluster: Uuid, id: NodeId) -> Result<()> {
+    migrate::check(session, Schema::Node).await?;
     let what = format!("ask node {id} who it is");
-    let row = client.query_typed_opt(sql::IDENTITY, &[]).await;
-    let row = row.map_err(|error| refused(error, &what))?;
-    let found: Option<(Uuid, i32)> = row.map(|row| (row.get(0), row.get(1)));
+    let rows = session.query(sql::IDENTITY, &[]).await;
+    let rows = rows.map_err(|error| refused(error, &what))?;
+    let found: Option<(Uuid, i32)> = rows.first().map(|row| (row.get(0), row.get(1)));
     match found {
         Some((uuid, number)) if uuid == cluster && number == i32::from(id.number()) => Ok(()),
         Some((uuid, number)) => Err(Error::new(
@@ -348,6 +256,8 @@ pub(crate) enum Durability {
     Durable,
     /// The same, and it waits for locks for a second at most.
     Patient,
+    /// The same, and it waits for locks for a tenth of a second at most.
+    Brief,
     /// The commit waits for nothing: for leases, which a crash may take back.
     Relaxed,
 }
@@ -358,6 +268,7 @@ impl Durability {
         match self {
             Self::Durable => durable(sql::BEGIN_DURABLE).into(),
             Self::Patient => durable(sql::BEGIN_PATIENT).into(),
+            Self::Brief => durable(sql::BEGIN_BRIEF).into(),
             Self::Relaxed => sql::BEGIN_RELAXED.into(),
         }
     }
@@ -377,21 +288,34 @@ pub(crate) async fn query(
     params: &[&dyn Param],
 ) -> Result<Vec<Row>, Failed> {
     let kept = prepared(connection, statement).await?;
-    run(connection, statement, kept.as_ref(), params).await
+    connection.in_bounds(run(connection, statement, kept.as_ref(), params)).await
 }
 
-/// The same, for a statement that has one row.
+/// The same, for a statement that always has a row.
 pub(crate) async fn query_one(
     connection: &Connection,
     statement: &str,
     params: &[&dyn Param],
 ) -> Result<Row, Failed> {
-    let client = &connection.object.client;
-    let row = match prepared(connection, statement).await? {
-        Some(kept) => client.query_one(&kept, &values(params)).await,
-        None => client.query_typed_one(statement, &typed(params)).await,
-    };
-    connection.counted(row)
+    let kept = prepared(connection, statement).await?;
+    connection.in_bounds(run_one(connection, statement, kept.as_ref(), params)).await
+}
+
+/// Looks by a statement that is never kept, whose text is another each time.
+pub(crate) async fn look(connection: &Connection, text: &str) -> Result<Vec<Row>, Failed> {
+    connection.in_transaction(sql::BEGIN_LOOK, connection.query_typed(text, &[])).await
+}
+
+async fn run_one(
+    connection: &Connection,
+    text: &str,
+    kept: Option<&Statement>,
+    params: &[&dyn Param],
+) -> Result<Row, Failed> {
+    match kept {
+        Some(statement) => connection.one_prepared(statement, &values(params)).await,
+        None => connection.one_typed(text, &typed(params)).await,
+    }
 }
 
 async fn prepared(connection: &Connection, text: &str) -> Result<Option<Statement>, Failed> {
@@ -455,7 +379,7 @@ pub(crate) async fn write_all(
 ) -> Result<Vec<Vec<Row>>, Failed> {
     let opening = match durability {
         Durability::Relaxed => format!("{opening};\nset local synchronous_commit = off"),
-        Durability::Durable | Durability::Patient => durable(opening),
+        Durability::Durable | Durability::Patient | Durability::Brief => durable(opening),
     };
     let guard = Unfinished::to_commit(connection, durability)?;
     let connection = guard.connection();
@@ -523,7 +447,7 @@ impl Unfinished {
 impl Drop for Unfinished {
     fn drop(&mut self) {
         if let Some(connection) = self.0.take() {
-            connection.give_up();
+            connection.close();
         }
     }
 }

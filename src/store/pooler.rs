@@ -14,8 +14,9 @@
 //!                 └─ yes ─> Postgres itself
 //! ```
 //!
-//! Once a pool has met a pooler it keeps no statement any more, on any connection: what is right
-//! through a pooler is right everywhere. A node with another address gets another pool, and it is found
+//! Once a pool has met a pooler it keeps no statement any more, on any connection, and sends a session's
+//! settings with each statement ([`session`](crate::store::session)): what is right through a pooler is
+//! right everywhere. A node with another address gets another pool, and it is found
 //! out again.
 
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -29,6 +30,7 @@ use uuid::Uuid;
 use crate::error::Result;
 use crate::store::connect::{self, refused};
 use crate::store::failed::CutWait;
+use crate::store::session::{self, Session};
 use crate::store::sql;
 use crate::store::target::{Opened, Target, drive};
 
@@ -59,18 +61,21 @@ impl Marker {
         Self(Uuid::new_v4().simple().to_string())
     }
 
-    /// The same address, with this setting behind the user's own.
+    /// The same address, with the settings of our sessions and this one behind the user's own: of two
+    /// values the last one holds.
     pub(super) fn added_to(&self, config: &Config) -> Config {
         let own = config.get_options().map(|options| format!("{options} ")).unwrap_or_default();
         let mut marked = config.clone();
-        marked.options(format!("{own}-c shardmq.direct={}", self.0));
+        marked.options(format!("{own}{} -c shardmq.direct={}", session::OPTIONS, self.0));
         marked
     }
 
     /// Whether it is in the session that answers.
     pub(crate) async fn is_there(&self, client: &Client) -> Result<bool, Error> {
-        let row = client.query_typed_one(sql::IS_DIRECT, &[(&self.0, Type::TEXT)]).await?;
-        Ok(row.get(0))
+        // Whose settings the session has is not known yet.
+        let session = Session::new(client, false);
+        let rows = session.query(sql::IS_DIRECT, &[(&self.0, Type::TEXT)]).await?;
+        Ok(rows.first().is_some_and(|row| row.get(0)))
     }
 }
 
@@ -102,19 +107,18 @@ impl Way {
         }
     }
 
-    /// Whether a session is known to be with one server process for as long as it lives.
-    pub(super) fn keeps_sessions(&self) -> bool {
-        self.setting == PreparedStatements::Auto && self.keeps_statements()
+    /// Whether the connections that there are now have our settings as their sessions' own.
+    pub(crate) fn is_pinned(&self) -> bool {
+        !self.pooled.load(Ordering::Acquire)
     }
 
-    /// A connection, driven by a task. Before it returns, it is known whether that may keep statements.
+    /// A connection, driven by a task. Before it returns, it is known whether a pooler made its session.
     pub(super) async fn connect(
         &self,
         target: &Target,
         what: &str,
     ) -> Result<(Client, JoinHandle<()>, CutWait)> {
-        let is_open = self.setting == PreparedStatements::Auto && self.keeps_statements();
-        let marker = is_open.then_some(&self.marker);
+        let marker = self.is_pinned().then_some(&self.marker);
         let Opened { client, messages, marked } = target.connect(what, marker).await?;
         let cut = CutWait::default();
         let task = tokio::spawn(drive(messages, cut.clone()));
@@ -124,7 +128,7 @@ impl Way {
             self.pooled.store(true, Ordering::Release);
             tracing::info!(
                 address = %connect::describe(&target.config),
-                "a pooler stands before the server: no statements are kept prepared"
+                "a pooler stands before the server: settings go along with each statement"
             );
         }
         Ok((client, task, cut))
@@ -142,10 +146,11 @@ mod tests {
             let config = marker.added_to(&url.parse().unwrap());
             config.get_options().map(str::to_owned)
         };
-        assert_eq!(options("postgresql://h/d").unwrap(), "-c shardmq.direct=x");
+        let ours = format!("{} -c shardmq.direct=x", session::OPTIONS);
+        assert_eq!(options("postgresql://h/d").unwrap(), ours);
         assert_eq!(
             options("postgresql://h/d?options=-c%20work_mem%3D8MB").unwrap(),
-            "-c work_mem=8MB -c shardmq.direct=x"
+            format!("-c work_mem=8MB {ours}")
         );
     }
 

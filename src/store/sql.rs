@@ -25,8 +25,11 @@ statements! {
     APPENDED_AT = "appended_at";
     APPEND_ONCE = "append_once";
     AT_WORK = "at_work";
+    BEGIN_BRIEF = "begin_brief";
     BEGIN_DURABLE = "begin_durable";
+    BEGIN_LOOK = "begin_look";
     BEGIN_PATIENT = "begin_patient";
+    BEGIN_READ = "begin_read";
     BEGIN_RELAXED = "begin_relaxed";
     CLAIM_PARTITIONS = "claim_partitions";
     COMMIT_IN = "commit_in";

@@ -174,6 +174,11 @@ impl Target {
         }
     }
 
+    /// What ends a statement of a connection that was opened here.
+    pub(super) async fn canceller(&self) -> Result<Canceller> {
+        Ok(Canceller { connector: self.keys(None).await?.connector })
+    }
+
     async fn keys<'a>(&self, marker: Option<&'a Marker>) -> Result<Keys<'a>> {
         let passfile = self.passfile.clone().filter(|_| !has_password(&self.config));
         let tls = self.tls.clone();
@@ -190,6 +195,22 @@ impl Target {
                 )
             })??;
         Ok(Keys { connector, passwords, marker })
+    }
+}
+
+/// Asks a server to end what a connection is at.
+pub(super) struct Canceller {
+    connector: Option<Connector>,
+}
+
+impl Canceller {
+    /// Asks once, encrypted as the connection is.
+    pub(super) async fn cancel(&self, client: &Client) -> Result<(), tokio_postgres::Error> {
+        let token = client.cancel_token();
+        match &self.connector {
+            Some(connector) => token.cancel_query(Connector::clone(connector)).await,
+            None => token.cancel_query(NoTls).await,
+        }
     }
 }
 

@@ -1,14 +1,17 @@
 //! What keeps a node in order: day tables ahead, old days gone.
 
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
+use tokio_postgres::error::SqlState;
 use uuid::Uuid;
 
 use crate::id::{Day, PartitionId};
 use crate::name::TopicName;
 use crate::store::failed::Failed;
-use crate::store::node::{Connection, Durability, Unfinished, query, write};
+use crate::store::fetch::is_of_a_table;
+use crate::store::node::{Connection, Durability, query, write};
 use crate::store::param::Param;
+use crate::store::session::Single;
 use crate::store::sql;
 
 /// Whose the upkeep of a node is.
@@ -42,7 +45,13 @@ pub(crate) async fn keep_up(
 pub(crate) async fn partitions(
     connection: &Connection,
 ) -> Result<Vec<(PartitionId, bool)>, Failed> {
-    let rows = query(connection, sql::UPKEEP_PARTITIONS, &[]).await?;
+    let rows = match query(connection, sql::UPKEEP_PARTITIONS, &[&true]).await {
+        // One table can't be read: the others are looked after all the same.
+        Err(error) if is_of_a_table(&error) => {
+            query(connection, sql::UPKEEP_PARTITIONS, &[&false]).await?
+        }
+        rows => rows?,
+    };
     let read =
         |row: &tokio_postgres::Row| Some((PartitionId::from_i32(row.get(0)).ok()?, row.get(1)));
     Ok(rows.iter().filter_map(read).collect())
@@ -121,17 +130,26 @@ pub(crate) async fn unfrozen_days(
     Ok(rows.iter().filter_map(read).collect())
 }
 
-/// Freezes a closed day's table. Outside of any transaction, as vacuum must be; a connection that was
-/// left in the middle is closed.
+/// How long a table may be vacuumed. What is frozen by then stays so, and the next attempt goes on there.
+const FREEZE: Duration = Duration::from_mins(30);
+
+/// Freezes a closed day's table; false where somebody else is at it, or it takes too long. Outside of any
+/// transaction, as vacuum must be, and of the pool: it takes minutes where the table is large.
 pub(crate) async fn freeze_day(
-    connection: Connection,
+    single: &Single,
     partition: PartitionId,
     day: Day,
-) -> Result<(), Failed> {
-    let guard = Unfinished::new(connection);
-    guard.connection().batch_execute(&sql::for_day(sql::FREEZE_DAY, partition, day)).await?;
-    guard.finished();
-    Ok(())
+) -> Result<bool, Failed> {
+    let text = sql::for_day(sql::FREEZE_DAY, partition, day);
+    match single.run_long(&text, FREEZE).await {
+        Err(error) if error.code().is_some_and(is_given_up) => Ok(false),
+        Err(error) => Err(error.into()),
+        Ok(()) => Ok(true),
+    }
+}
+
+fn is_given_up(code: &SqlState) -> bool {
+    [SqlState::LOCK_NOT_AVAILABLE, SqlState::QUERY_CANCELED].contains(code)
 }
 
 /// Records that a day's table was frozen.

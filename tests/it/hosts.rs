@@ -103,7 +103,7 @@ async fn a_silent_host_holds_nobody_up_for_long_and_the_next_time_not_at_all() {
     // One that is just coming in is there, and does not listen yet.
     let listens = "select count(*) from pg_stat_activity
                     where application_name like 'shardmq topology %' and datname = current_database()
-                      and state = 'idle' and query like 'listen %'";
+                      and state = 'idle' and query like '%; listen %'";
     let both = async || sql.query_one(listens, &[]).await.unwrap().get::<_, i64>(0) == 2;
     eventually("both clusters listen", SOON, both).await;
     let knocked = proxy.links().len();

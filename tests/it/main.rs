@@ -70,6 +70,8 @@ mod hosts;
 mod idle;
 /// Acknowledgements that outlive their process.
 mod journal;
+/// What sessions keep prepared in the server.
+mod kept;
 /// A transaction that appends and commits late: no gap, nothing skipped.
 mod late_commit;
 /// Clocks of servers that leap ahead and come back.
@@ -77,6 +79,9 @@ mod leaps;
 /// Who owns a partition, through joins, crashes, pauses and restarts.
 mod leases;
 /// A promoted standby that lacks only the roll to the next day.
+/// A table that is locked or broken stops its own partition and no other.
+mod locked_table;
+/// A server that comes back without the end of its log.
 mod lost_roll;
 /// A server that comes back without the end of its log.
 mod lost_tail;
@@ -119,6 +124,7 @@ mod retention;
 /// A message goes in and comes out.
 mod round_trip;
 /// Nothing that ShardMQ names is taken over by what others made.
+/// Functions and operators of others, where a search_path finds them first.
 mod search_path;
 /// A group's position is moved under running consumers.
 mod seeks;

@@ -233,3 +233,45 @@ async fn a_node_that_hangs_does_not_keep_the_others_from_being_looked_after() {
         .await;
     }
 }
+
+/// Whether a vacuum of this database is under way.
+async fn vacuums(sql: &Client) -> bool {
+    let running = "select count(*) > 0 from pg_stat_activity
+        where datname = current_database() and query like '%vacuum (freeze%' and state = 'active'
+          and pid <> pg_backend_pid()";
+    sql.query_one(running, &[]).await.unwrap().get(0)
+}
+
+/// With one data connection, which the vacuum does not take.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_long_vacuum_keeps_no_message_waiting() {
+    let (test, sql) = topic(Retention { days: 7, ..Retention::default() }).await;
+    let fill = "select shardmq.append(10101, array(
+        select decode(repeat(md5(n::text || b::text), 20), 'hex') from generate_series(1, 1000) n))
+          from generate_series(1, 20) b";
+    sql.batch_execute(fill).await.unwrap();
+    days_on(&sql, 1).await;
+    append(&sql, "new", 1).await;
+    // A large table on a slow disk, in small.
+    let slow = "do $$ begin
+        execute format('alter database %I set vacuum_cost_delay = ''100ms''', current_database());
+        execute format('alter database %I set vacuum_cost_limit = 10', current_database());
+        end $$";
+    sql.batch_execute(slow).await.unwrap();
+    let builder = Cluster::builder(&test.control_url).connections_per_node(1);
+    let cluster = builder.connect().await.unwrap();
+    let consumer = cluster.consumer("orders", "g").start(shardmq::Start::Latest);
+    let mut messages = consumer.stream().await.unwrap();
+    eventually("the vacuum runs", 20 * SECOND, || vacuums(&sql)).await;
+    for n in 0..10 {
+        append(&sql, &format!("during{n}"), 1).await;
+        sql.batch_execute("select pg_notify('shardmq', '10101')").await.unwrap();
+        let next = within(2 * SECOND, "a message beside the vacuum", messages.next()).await;
+        next.unwrap().unwrap().ack().unwrap();
+    }
+    assert!(vacuums(&sql).await, "it was over too soon to tell");
+    messages.shutdown(SECOND).await.unwrap();
+    cluster.shutdown().await;
+    eventually("the vacuum ends with its process", 20 * SECOND, async || !vacuums(&sql).await)
+        .await;
+}

@@ -1,6 +1,9 @@
 //! Nobody takes the place of a function, an operator or a type that ShardMQ names, by one of the same name in
 //! a schema that others may write to.
 
+/// Through the library, in its own sessions and in those of a pooler.
+mod sessions;
+
 use tokio_postgres::Client;
 
 use crate::support::{TestCluster, client, database, shared_server};

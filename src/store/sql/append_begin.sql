@@ -1,3 +1,6 @@
 -- The first statement of every transaction that takes a partition's lock: whatever the database's
--- defaults are. The statement timeout is lifted here, since a waiting lock statement counts against it.
-begin isolation level read committed, read write; set local statement_timeout = 0
+-- defaults are. A statement that waits for the lock counts as running, so that it may run for long.
+begin isolation level read committed, read write;
+set local search_path = pg_catalog, pg_temp;
+set local statement_timeout = '60s';
+set local lock_timeout = '5s'

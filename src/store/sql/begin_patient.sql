@@ -1,6 +1,7 @@
 -- Begins a durable transaction that waits for locks a while, but not long.
 begin isolation level read committed, read write;
-set local statement_timeout = 0;
+set local search_path = pg_catalog, pg_temp;
+set local statement_timeout = '60s';
 set local lock_timeout = '1s';
 set local idle_in_transaction_session_timeout = '5s';
 set local client_min_messages = warning;

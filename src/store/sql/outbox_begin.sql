@@ -2,7 +2,8 @@
 -- was made (which makes some seem costly: not to be compiled); a row that somebody is about to take back is
 -- not waited for.
 begin isolation level read committed, read write;
-set local statement_timeout = 0;
+set local search_path = pg_catalog, pg_temp;
+set local statement_timeout = '60s';
 set local lock_timeout = '100ms';
 set local idle_in_transaction_session_timeout = '5s';
 set local jit = off;
