@@ -14,7 +14,7 @@ use tokio_postgres::types::Type;
 
 use crate::deadline::jitter;
 use crate::error::{Error, ErrorKind, Result};
-use crate::store::connect;
+use crate::store::{connect, sql};
 
 /// How long a statement of a migration waits for a lock, and others wait behind it.
 pub(super) const LOCK_TIMEOUT: Duration = Duration::from_secs(1);
@@ -51,8 +51,8 @@ pub(super) struct Patience {
 impl Patience {
     /// For a session that makes migrations.
     pub(super) async fn new(url: &str, client: &Client, what: &str) -> Result<Self> {
-        let row = client.query_one("select pg_backend_pid()", &[]).await;
-        let pid = row.map_err(|error| connect::refused(error, what))?.get(0);
+        let row = client.query_one(sql::SERVER, &[]).await;
+        let pid = row.map_err(|error| connect::refused(error, what))?.get(1);
         let watch = connect::connect_directly(url, "shardmq migrate").await.ok();
         let (until, pause) = (Instant::now() + LIMIT, PAUSES.0);
         Ok(Self { what: what.to_owned(), watch, pid, until, pause, seen: None })
