@@ -7,7 +7,9 @@ use std::time::SystemTime;
 use futures_util::future::join_all;
 use serde::{Deserialize, Serialize};
 use tokio_postgres::Row;
+use uuid::Uuid;
 
+use crate::admin::partitions::NewTopic;
 use crate::cluster::Cluster;
 use crate::error::{Error, ErrorKind, Result};
 use crate::headers;
@@ -18,19 +20,23 @@ use crate::store::connect::refused;
 use crate::store::node::{Connection, Unfinished, query};
 use crate::store::packed::Json;
 use crate::store::{control, sql, upkeep};
-use crate::topology::{even_slots, interleave, spread};
+use crate::topology::{Topology, even_slots, interleave, spread};
 
+mod copies;
 mod dead;
 mod groups;
 mod nodes;
 mod notifier;
 mod partitions;
+mod repair;
 mod seek;
 
+pub use copies::{Moved, adopt, moved};
 pub use dead::{DeadLetter, DeadLetterFilter, DeadLetterId, DeadLetters, DeadLettersMoved};
 pub use groups::{CursorState, GroupInfo, GroupPartition, GroupSummary, MemberInfo};
 pub use nodes::NodeInfo;
 pub use notifier::NotifierSetting;
+pub use repair::Repaired;
 pub use seek::Sought;
 
 /// The most partitions of a cluster: 99 nodes of 99.
@@ -219,9 +225,12 @@ impl Cluster {
         let chosen = choose_nodes(&nodes, options.nodes.as_deref())?;
         let taken = control::partition_counts(change).await.map_err(refused)?;
         let shares = spread(options.partitions, &chosen, &taken)?;
-        let by_node = self.claim_all(change, topic, shares, version).await?;
+        self.refuse_unknown_messages(topic, &chosen, &nodes).await?;
+        let given = control::known_partitions(change).await.map_err(refused)?;
+        let topic = NewTopic { name: topic, id: Uuid::new_v4(), generation: 1, version };
+        let by_node = self.claim_all(change, topic, shares, &given).await?;
         let slots = even_slots(&interleave(&by_node));
-        control::record_topic(change, topic, &slots).await.map_err(refused)?;
+        control::record_topic(change, topic.identity(), &slots).await.map_err(refused)?;
         control::commit_change(change).await.map_err(refused)?;
         Ok(false)
     }
@@ -318,22 +327,30 @@ impl Cluster {
         let name = TopicName::new(topic)?;
         let topology = self.topology(&name).await?;
         if !force {
-            self.refuse_if_lagging(topic).await?;
+            self.refuse_if_lagging(&topology).await?;
         }
         let what = format!("delete topic {topic}");
         let change = Unfinished::new(self.inner.control.get().await?);
         let connection = change.connection();
         control::begin_change(connection).await.map_err(|error| refused(error, &what))?;
+        // As it is inside the change: another topic of that name may have been made since it was looked up.
+        let now = control::topic(connection, &name).await.map_err(|error| refused(error, &what))?;
+        if now.is_none_or(|now| now.id != topology.id) {
+            let what = format!("topic {topic} was deleted by somebody else meanwhile");
+            return Err(Error::new(ErrorKind::NotFound, what));
+        }
         self.drop_all(connection, &topology).await?;
-        control::forget_topic(connection, &name).await.map_err(|error| refused(error, &what))?;
+        let forgotten = control::forget_topic(connection, topology.id).await;
+        forgotten.map_err(|error| refused(error, &what))?;
         control::commit_change(connection).await.map_err(|error| refused(error, &what))?;
         change.finished();
         Ok(())
     }
 
-    async fn refuse_if_lagging(&self, topic: &str) -> Result<()> {
+    async fn refuse_if_lagging(&self, topology: &Topology) -> Result<()> {
+        let topic = topology.topic.as_str();
         let mut lags: BTreeMap<String, u64> = BTreeMap::new();
-        for lag in self.lag(topic).await? {
+        for lag in self.lags(topology).await? {
             *lags.entry(lag.group).or_default() += lag.lag;
         }
         lags.retain(|_, lag| *lag > 0);
@@ -347,9 +364,21 @@ impl Cluster {
     }
 
     /// How far all groups are in a topic's partitions, by arithmetic: no message is counted.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] where there is no such topic, or where a node has lost partitions of it: see
+    /// [`repair`](Self::repair). [`ErrorKind::Unavailable`] where a node does not answer.
     pub async fn lag(&self, topic: &str) -> Result<Vec<PartitionLag>> {
         let name = TopicName::new(topic)?;
         let topology = self.topology(&name).await?;
+        let by_node = topology.by_node();
+        let looked = by_node.iter().map(|(node, of)| self.refuse_lost(*node, of, topology.id));
+        join_all(looked).await.into_iter().collect::<Result<()>>()?;
+        self.lags(&topology).await
+    }
+
+    async fn lags(&self, topology: &Topology) -> Result<Vec<PartitionLag>> {
+        let topic = topology.topic.as_str();
         let asked = topology.by_node().into_keys().map(|node| self.lag_on(node, topic));
         let mut lags = Vec::new();
         for on_node in join_all(asked).await {
@@ -441,7 +470,7 @@ fn read_partition(row: &Row, node: NodeId) -> Result<PartitionInfo> {
 fn read_lag(row: &Row) -> Result<PartitionLag> {
     let oldest: Option<SystemTime> = row.get(5);
     let age = |at: SystemTime| at.elapsed().unwrap_or_default().as_secs_f64();
-    let member: Option<uuid::Uuid> = row.get(6);
+    let member: Option<Uuid> = row.get(6);
     Ok(PartitionLag {
         group: row.get(0),
         partition: PartitionId::from_i32(row.get(1))?,

@@ -28,6 +28,7 @@ use crate::topology::Topology;
 use crate::upkeep;
 
 mod cache;
+mod fate;
 mod follow;
 mod hints;
 mod nodes;
@@ -35,7 +36,7 @@ mod presence;
 mod stuck;
 mod topology_file;
 
-pub(crate) use cache::Cache;
+pub(crate) use cache::{Cache, Ended};
 #[cfg(feature = "redis")]
 pub(crate) use hints::prefix;
 use hints::{Means, Told};
@@ -57,7 +58,7 @@ pub(crate) struct Inner {
     pub(crate) control: Arc<Node>,
     pub(crate) id: Uuid,
     pub(crate) nodes: Arc<Nodes>,
-    topology: Arc<Cache>,
+    pub(crate) topology: Arc<Cache>,
     pub(crate) notifier: Arc<dyn Notifier>,
     pub(crate) shutdown: CancellationToken,
     pub(crate) tasks: TaskTracker,
@@ -213,8 +214,9 @@ impl ClusterBuilder {
         let (known, there) = (Arc::clone(&control), Arc::clone(&presence));
         let known_nodes = start.nodes.keys().copied();
         let listen_urls = hints::listen_urls(self.listen_urls, &start.settings, known_nodes);
-        let nodes = Nodes::new(start.cluster, self.pools, listen_urls, known, there);
-        nodes.learn(start.version, start.nodes.clone().into_iter().collect())?;
+        let of = (start.cluster, start.version.clone());
+        let nodes = Nodes::new(of, self.pools, listen_urls, known, there);
+        nodes.learn(start.version.clone(), start.nodes.clone().into_iter().collect());
         let nodes = Arc::new(nodes);
         let (shutdown, tasks) = (CancellationToken::new(), TaskTracker::new());
         // Where this ends with an error, what was begun ends.

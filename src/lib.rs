@@ -35,9 +35,9 @@ pub mod verify;
 
 pub use admin::{
     CursorState, DeadLetter, DeadLetterFilter, DeadLetterId, DeadLetters, DeadLettersMoved,
-    GroupInfo, GroupPartition, GroupSummary, MAX_PARTITIONS, MemberInfo, NodeInfo, NotifierSetting,
-    PartitionInfo, PartitionLag, Retention, Sought, StoredMessage, TopicInfo, TopicOptions,
-    TopicSummary,
+    GroupInfo, GroupPartition, GroupSummary, MAX_PARTITIONS, MemberInfo, Moved, NodeInfo,
+    NotifierSetting, PartitionInfo, PartitionLag, Repaired, Retention, Sought, StoredMessage,
+    TopicInfo, TopicOptions, TopicSummary, adopt, moved,
 };
 pub use cluster::{Cluster, ClusterBuilder};
 pub use codec::{Codec, Json};

@@ -17,6 +17,7 @@ mod desertion;
 mod failover;
 mod health;
 mod lane;
+mod line;
 mod outbox;
 mod settle;
 mod shared;
@@ -26,8 +27,8 @@ mod writer;
 use balancer::Own;
 pub use balancer::{Balancer, Outgoing};
 pub use batch::Receipt;
-use desertion::spawn;
 pub use health::NodeState;
+use line::Lines;
 pub use outbox::MAX_DELAYED;
 pub(crate) use shared::Shared;
 pub use status::{NodeStatus, ProducerEvent, ProducerEvents, ProducerStatus};
@@ -188,13 +189,12 @@ impl ProducerBuilder {
                 format!("topic {topic} has no partitions"),
             ));
         }
+        let tasks = self.cluster.inner.tasks.clone();
+        self.cluster.keep_up();
         let shared = Arc::new(Shared::new(self.cluster, topology, self.options));
-        shared.cluster.keep_up();
-        for writer in shared.writers.values() {
-            spawn(&shared, writer::run(Arc::clone(&shared), Arc::clone(writer)));
-        }
-        spawn(&shared, failover::watch(Arc::clone(&shared)));
-        Ok(Producer { handle: Arc::new(Handle { shared }) })
+        let lines = Arc::new(Lines::new(shared));
+        tasks.spawn(line::watch(Arc::downgrade(&lines)));
+        Ok(Producer { handle: Arc::new(Handle { lines }) })
     }
 }
 
@@ -218,7 +218,7 @@ pub struct Producer {
 
 /// Ends the producer's tasks with its last clone.
 struct Handle {
-    shared: Arc<Shared>,
+    lines: Arc<Lines>,
 }
 
 impl Producer {
@@ -234,11 +234,7 @@ impl Producer {
     /// may have been, [`ErrorKind::Closed`] where the producer or its cluster was shut down, or the runtime in
     /// which they were made has ended.
     pub async fn send(&self, message: Message) -> Result<MessageId> {
-        let receipt = {
-            let shared = &self.handle.shared;
-            shared.admit(&message).await?;
-            shared.push(&message)?
-        };
+        let receipt = self.put(&message).await?;
         // Its batch has a copy: nothing is kept twice while it is under way.
         drop(message);
         receipt.await
@@ -249,9 +245,20 @@ impl Producer {
     ///
     /// Cancel safe: where the future is dropped before it is ready, nothing was sent.
     pub async fn enqueue(&self, message: Message) -> Result<Receipt> {
-        let shared = &self.handle.shared;
-        shared.admit(&message).await?;
-        shared.push(&message)
+        self.put(&message).await
+    }
+
+    /// Puts a message into the buffer of the topic as it is now.
+    async fn put(&self, message: &Message) -> Result<Receipt> {
+        loop {
+            let shared = self.handle.lines.current();
+            match shared.admit(message).await {
+                Ok(()) => return shared.push(message),
+                // It waited for room, and another topic has the name by now.
+                Err(_) if shared.is_replaced() => {}
+                Err(error) => return Err(error),
+            }
+        }
     }
 
     /// Sends messages and waits for all. One result for each, in the order given; messages of one key
@@ -280,17 +287,19 @@ impl Producer {
     /// # Errors
     /// [`ErrorKind::Closed`] where the runtime in which the producer was made has ended.
     pub async fn flush(&self) -> Result<()> {
-        let shared = &self.handle.shared;
-        if shared.deserted.load(Ordering::Acquire) {
-            return Err(shared.why_closed());
+        if let Some(deserted) =
+            self.handle.lines.all().iter().find(|line| line.deserted.load(Ordering::Acquire))
+        {
+            return Err(deserted.why_closed());
         }
-        let completions: Vec<_> = {
+        let of_line = |shared: &Arc<Shared>| -> Vec<_> {
             let _moving = shared.moving();
             // Twice, since a batch may go to another partition meanwhile, to one that was looked at
             // before.
             let looks = shared.lanes.iter().chain(&shared.lanes);
             looks.flat_map(|lane| lane.completions()).collect()
         };
+        let completions: Vec<_> = self.handle.lines.all().iter().flat_map(of_line).collect();
         let mut outcome = Ok(());
         for completion in completions {
             outcome = outcome.and(completion.all().await);
@@ -301,7 +310,7 @@ impl Producer {
     /// Refuses new messages, and waits until all that were sent before are answered or the deadline is
     /// over; what is still under way then goes on in the background. Idempotent.
     pub async fn shutdown(&self, deadline: Duration) -> Result<()> {
-        let shared = &self.handle.shared;
+        let shared = self.handle.lines.current();
         shared.closed.store(true, Ordering::Release);
         shared.budget.close();
         let flushed = tokio::time::timeout(deadline, self.flush()).await;
@@ -314,18 +323,18 @@ impl Producer {
 
     /// How the producer and the nodes it writes to fare.
     pub fn status(&self) -> ProducerStatus {
-        status::of(&self.handle.shared)
+        status::of(&self.handle.lines.current())
     }
 
     /// What happens to the producer from now on. Who does not read misses what is older than the last
     /// 256 events. Ends with the producer.
     pub fn events(&self) -> ProducerEvents {
-        self.handle.shared.events.listen()
+        self.handle.lines.current().events.listen()
     }
 
     /// The topic's name.
     pub fn topic(&self) -> &TopicName {
-        &self.handle.shared.topology.topic
+        &self.handle.lines.topic
     }
 }
 
@@ -337,7 +346,7 @@ impl fmt::Debug for Producer {
 
 impl Drop for Handle {
     fn drop(&mut self) {
-        let shared = &self.shared;
+        let shared = self.lines.current();
         if !shared.closed.swap(true, Ordering::AcqRel) {
             let dropped: u64 = shared.lanes.iter().map(|lane| shared.abandon(lane)).sum();
             if dropped > 0 {

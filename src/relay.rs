@@ -107,7 +107,7 @@ struct Outlet {
     /// Held by whoever takes the relay's lock: who has the lease does not find it taken by itself.
     working: tokio::sync::Mutex<()>,
     /// When to ask for the lease again, and how often the database had been used when it was asked for last.
-    pace: Mutex<(Pace, u64)>,
+    asking: Mutex<(Pace, u64)>,
 }
 
 /// Relays until the cluster is shut down.
@@ -137,7 +137,7 @@ pub(crate) async fn run(context: Arc<Context>, shutdown: CancellationToken) {
                 (token, keepers.spawn(keeper))
             });
         }
-        let version = context.topology.version();
+        let version = context.topology.revision();
         let asks = seen != Some(version);
         tokio::select! {
             found = outboxes(&context), if asks => match found {
@@ -217,8 +217,8 @@ impl Outlet {
         };
         let until = Mutex::new(Instant::now());
         let (holder, working) = (Mutex::default(), tokio::sync::Mutex::default());
-        let pace = Mutex::new((Pace::new(TRY, TRY_SELDOM), 0));
-        Ok(Self { context, place, name, pool, holder, until, working, pace })
+        let asking = Mutex::new((Pace::new(TRY, TRY_SELDOM), 0));
+        Ok(Self { context, place, name, pool, holder, until, working, asking })
     }
 
     /// Asks for the lease, and relays while it has it. Returns how long to wait before the next time.
@@ -263,7 +263,7 @@ impl Outlet {
     /// When to ask again for a lease that another process holds.
     fn again(&self, node: Option<&Node>) -> Duration {
         let uses = node.map_or(0, Node::uses);
-        let (pace, before) = &mut *self.pace.lock().unwrap_or_else(PoisonError::into_inner);
+        let (pace, before) = &mut *self.asking.lock().unwrap_or_else(PoisonError::into_inner);
         let is_used = std::mem::replace(before, uses) != uses;
         if let Some(node) = node.filter(|_| !is_used) {
             node.close_idle(Duration::ZERO);

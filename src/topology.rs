@@ -1,9 +1,11 @@
 //! Which partition a key belongs to, and where partitions are. Pure: the I/O is in [`crate::store`].
 
+use std::cmp::Ordering;
 use std::collections::{BTreeMap, HashMap};
 
 use crc::{CRC_16_XMODEM, Crc};
 use serde::{Deserialize, Serialize};
+use uuid::Uuid;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::{NodeId, PartitionId};
@@ -24,10 +26,53 @@ pub fn key_slot(key: &str) -> u16 {
     CRC.checksum(key.as_bytes()) % SLOTS
 }
 
+/// A version of the topology. The number alone does not tell two versions apart where the control database was
+/// restored, or promoted without its end: it gives the same number to another version then.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Version {
+    pub(crate) number: i64,
+    /// Drawn with it.
+    pub(crate) token: Uuid,
+    /// The tokens of the versions before, as many as are kept, the latest first.
+    pub(crate) history: Vec<Uuid>,
+}
+
+/// How a version of the topology that was found relates to the one that is known.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Relation {
+    Same,
+    Later,
+    /// The control database lacks changes that were made, and nothing was changed in it since.
+    Earlier,
+    /// It lacks changes that were made, and others were made in it since.
+    Branched,
+}
+
+impl Version {
+    /// How this one, which was found, relates to the one that is known.
+    pub(crate) fn after(&self, known: &Self) -> Relation {
+        let apart = self.number.abs_diff(known.number);
+        let kept = |of: &Self| apart <= u64::try_from(of.history.len()).unwrap_or(0);
+        match self.number.cmp(&known.number) {
+            Ordering::Equal if self.token == known.token => Relation::Same,
+            Ordering::Greater if self.token == known.token => Relation::Later,
+            Ordering::Less if self.token == known.token => Relation::Earlier,
+            // Of a version that is too far away to be in the history nothing else is known.
+            Ordering::Greater if !kept(self) => Relation::Later,
+            Ordering::Less if !kept(known) => Relation::Earlier,
+            Ordering::Greater if self.history.contains(&known.token) => Relation::Later,
+            Ordering::Less if known.history.contains(&self.token) => Relation::Earlier,
+            _ => Relation::Branched,
+        }
+    }
+}
+
 /// A topic as its producers and consumers see it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Topology {
     pub(crate) topic: TopicName,
+    /// Drawn when it was made: a topic of the same name that is made later is another one.
+    pub(crate) id: Uuid,
     pub(crate) generation: i32,
     /// In rising order.
     pub(crate) partitions: Vec<PartitionId>,
@@ -36,6 +81,11 @@ pub(crate) struct Topology {
 }
 
 impl Topology {
+    /// Its name, and its id: which topic of that name it is.
+    pub(crate) fn identity(&self) -> (&TopicName, Uuid) {
+        (&self.topic, self.id)
+    }
+
     /// The index into `partitions` for every slot.
     pub(crate) fn slot_table(&self) -> Vec<u16> {
         let mut table = vec![0; usize::from(SLOTS)];
@@ -137,6 +187,42 @@ mod tests {
         let mean = f64::from(SLOTS) / 1_000.0;
         for (first, last, _) in &slots {
             assert!((f64::from(last - first + 1) / mean - 1.0).abs() < 0.05);
+        }
+    }
+
+    /// A control database that draws tokens.
+    #[derive(Clone)]
+    struct Control(Version);
+
+    impl Control {
+        fn change(&mut self) -> Version {
+            let Version { number, token, history } = self.0.clone();
+            let history = std::iter::once(token).chain(history).take(32).collect();
+            self.0 = Version { number: number + 1, token: Uuid::new_v4(), history };
+            self.0.clone()
+        }
+    }
+
+    #[test]
+    fn a_version_that_was_lost_is_told_from_the_next_of_the_same_number() {
+        let first = Version { number: 1, token: Uuid::new_v4(), history: Vec::new() };
+        let mut control = Control(first.clone());
+        let versions: Vec<Version> = (0..50).map(|_| control.change()).collect();
+        let (known, found) = (&versions[20], &versions[21]);
+        assert_eq!((known.after(known), found.after(known)), (Relation::Same, Relation::Later));
+        assert_eq!(
+            (known.after(found), versions[49].after(found)),
+            (Relation::Earlier, Relation::Later)
+        );
+        assert_eq!(
+            (first.after(&versions[49]), versions[49].after(&first)),
+            (Relation::Earlier, Relation::Later)
+        );
+        // Two changes are lost, and then one, two and three others are made.
+        let mut restored = Control(versions[19].clone());
+        assert_eq!(restored.0.after(found), Relation::Earlier);
+        for _ in 0..3 {
+            assert_eq!(restored.change().after(found), Relation::Branched);
         }
     }
 

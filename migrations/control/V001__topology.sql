@@ -11,10 +11,18 @@ insert into shardmq_control.compatibility (min_library) values ('0.1.0');
 create table shardmq_control.cluster (
     one_row boolean primary key default true check (one_row),
     id uuid not null default gen_random_uuid(),
-    version bigint not null default 1
+    version bigint not null default 1,
+    token uuid not null default gen_random_uuid(),
+    history uuid[] not null default '{}',
+    server text
 );
 comment on table shardmq_control.cluster is
     'One row: the id of the cluster, and the version of its topology, which rises with each change';
+comment on column shardmq_control.cluster.token is
+    'Drawn with each version: a database that was restored, or promoted without its end, gives a number to another version';
+comment on column shardmq_control.cluster.server is
+    'System identifier and database oid of this database since the first node was registered: a copy is another';
+comment on column shardmq_control.cluster.history is 'The tokens of the 32 versions before, the latest first';
 insert into shardmq_control.cluster default values;
 
 create table shardmq_control.node (
@@ -26,9 +34,13 @@ comment on column shardmq_control.node.dsn is 'Without a password: that comes fr
 
 create table shardmq_control.topic (
     topic text primary key check (topic ~ '^[a-z0-9][a-z0-9._-]{0,99}$'),
+    topic_id uuid not null unique,
     generation int not null default 1 check (generation > 0),
     created_at timestamptz not null default clock_timestamp()
 );
+
+comment on column shardmq_control.topic.topic_id is
+    'Drawn when the topic was made: a topic of the same name that is made later is another one';
 
 create table shardmq_control.partition (
     partition int primary key check (partition between 10101 and 19999 and partition % 100 > 0),

@@ -17,13 +17,21 @@ comment on column shardmq_control.consumer_group.from_clock is
 
 create table shardmq_control.member (
     member uuid primary key,
-    topic text not null,
+    topic text not null references shardmq_control.topic on delete cascade,
     group_name text not null,
     host text not null,
     pid int not null,
     started_at timestamptz not null default clock_timestamp(),
     heartbeat_at timestamptz not null default clock_timestamp()
-);
+) with (fillfactor = 50);
 comment on table shardmq_control.member is
     'Live consumers, by which each knows its share; a silent one is left out after 15 s';
 create index member_group on shardmq_control.member (topic, group_name);
+
+create table shardmq_control.sweep (
+    one_row boolean primary key default true check (one_row),
+    swept_at timestamptz not null default clock_timestamp()
+);
+comment on table shardmq_control.sweep is
+    'One row: when members and groups that are gone for good were last looked for. Some consumer does, once a minute';
+insert into shardmq_control.sweep default values;

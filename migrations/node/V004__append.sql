@@ -29,7 +29,7 @@ end $$;
 -- unknown_partition, wrong_topic, wrong_generation, wrong_day (day and today say which is right),
 -- sealed, full. All but the first two are final: the batch is not there.
 create function shardmq.append_batch(
-    p_partition int, p_topic text, p_generation int, p_day int, p_first_day int,
+    p_partition int, p_topic uuid, p_generation int, p_day int, p_first_day int,
     p_producer uuid, p_sequence bigint, p_bytes int,
     p_keys text[], p_headers jsonb[], p_payloads bytea[],
     out outcome text, out base_id bigint, out day int, out today int)
@@ -61,7 +61,7 @@ begin
     if exists (select from shardmq.refused r
                 where (r.partition, r.producer, r.sequence) = (p_partition, p_producer, p_sequence)) then
         outcome := 'refused';
-    elsif p.topic <> p_topic then
+    elsif p.topic_id <> p_topic then
         outcome := 'wrong_topic';
     elsif p.generation <> p_generation then
         outcome := 'wrong_generation';
@@ -182,7 +182,7 @@ begin
             using errcode = 'object_not_in_prerequisite_state',
                   hint = 'if that is right: select shardmq.roll(partition, your own clock)';
     end if;
-    select * into appended from shardmq.append_batch(append.partition, p.topic, p.generation, rolled.day, 0,
+    select * into appended from shardmq.append_batch(append.partition, p.topic_id, p.generation, rolled.day, 0,
         coalesce(shardmq.producer_of_session(append.producer), gen_random_uuid()),
         coalesce(append.sequence, 1), bytes::int,
         append.keys, append.headers, append.payloads);

@@ -232,16 +232,18 @@ create function shardmq.sweep_broadcasts(p_idle interval, p_client_clock timesta
 
 -- As before; what is parked goes too, and dead letters: the number is used again.
 -- Ends a partition: drops its tables and cursors. Its number stays taken for a day.
-create or replace function shardmq.delete_partition(p_partition int, p_topic text) returns boolean
+create or replace function shardmq.delete_partition(p_partition int, p_topic_id uuid) returns boolean
     language plpgsql volatile security definer
     set search_path = pg_catalog, pg_temp
     as $$
 declare
+    v_topic text;
     t record;
 begin
     perform shardmq.lock_partition(p_partition);
     update shardmq.partition p set state = 'deleted', deleted_at = shardmq.clock()
-     where p.partition = p_partition and p.topic = p_topic and p.state <> 'deleted';
+     where p.partition = p_partition and p.topic_id = p_topic_id and p.state <> 'deleted'
+    returning p.topic into v_topic;
     if not found then
         return false;
     end if;
@@ -257,7 +259,7 @@ begin
     delete from shardmq.dead_letter l where l.partition = p_partition;
     -- A topic of that name that is made later is another one: its groups begin anew.
     delete from shardmq.group_start g
-     where g.topic = p_topic
-       and not exists (select from shardmq.partition p where p.topic = p_topic and p.state <> 'deleted');
+     where g.topic = v_topic
+       and not exists (select from shardmq.partition p where p.topic = v_topic and p.state <> 'deleted');
     return true;
 end $$;

@@ -1,5 +1,5 @@
 -- Sends by a key of the caller's own: for two days a dedup key is stored once in a partition. A new table and
--- new functions, and claim_partitions, which starts without keys: takes no lock that anybody waits for.
+-- new functions; claim_partitions starts without keys: takes no lock that anybody waits for.
 
 create table shardmq.sent_key (
     partition int not null,
@@ -36,7 +36,7 @@ end $$;
 -- are: appended or duplicate (all are there) with an id for each message; else why not, as
 -- append_batch does. A repeat needs a sequence of its own: what it repeats is known by the keys.
 create function shardmq.append_batch_once(
-    p_partition int, p_topic text, p_generation int, p_day int, p_producer uuid, p_sequence bigint,
+    p_partition int, p_topic uuid, p_generation int, p_day int, p_producer uuid, p_sequence bigint,
     p_keys text[], p_headers jsonb[], p_payloads bytea[], p_dedup_keys text[],
     out outcome text, out ids bigint[], out day int, out today int)
     language plpgsql volatile security definer
@@ -52,7 +52,7 @@ begin
     now_at := shardmq.clock();
     since := now_at - shardmq.dedup_window();
     if exists (select from shardmq.partition p
-                where p.partition = p_partition and p.topic = p_topic and p.state <> 'deleted') then
+                where p.partition = p_partition and p.topic_id = p_topic and p.state <> 'deleted') then
         ids := shardmq.sent_ids(p_partition, p_dedup_keys, since);
         if array_position(ids, null) is null then
             -- As for a batch that append_batch finds: the commit waits for disk and standby.
@@ -122,7 +122,7 @@ begin
             using errcode = 'object_not_in_prerequisite_state',
                   hint = 'if that is right: select shardmq.roll(partition, your own clock)';
     end if;
-    select * into appended from shardmq.append_batch_once(append_once.partition, p.topic, p.generation,
+    select * into appended from shardmq.append_batch_once(append_once.partition, p.topic_id, p.generation,
         rolled.day, gen_random_uuid(), 1,
         case when append_once.key is not null then array[append_once.key] end,
         case when append_once.headers is not null then array[append_once.headers] end,
@@ -164,17 +164,46 @@ create function shardmq.prune_sent_keys(p_most int, p_client_clock timestamptz) 
         select (select count(*) from old) + (select count(*) from orphaned)
     $$;
 
--- Takes partitions for a topic: those it has here already in this generation (a creation that was cut
--- off is taken up again), then free numbers. A number is free a day after its partition was deleted, and
--- has no dedup keys then, as a rule: upkeep forgets them.
-create or replace function shardmq.claim_partitions(p_topic text, p_generation int, p_count int, p_version bigint)
+-- Makes a partition of a topic under a number that is free, or that an earlier attempt to make a topic of this
+-- name has taken and left empty. It has the retention that a new topic has, and no dedup keys.
+create function shardmq.make_partition(
+    p_partition int, p_topic text, p_topic_id uuid, p_generation int, p_version bigint) returns void
+    language plpgsql volatile security definer
+    set search_path = pg_catalog, pg_temp
+    as $$
+begin
+    perform shardmq.lock_partition(p_partition);
+    delete from shardmq.sent_key s
+     where s.partition = p_partition
+       and not exists (select from shardmq.partition p where p.partition = p_partition and p.state <> 'deleted');
+    insert into shardmq.partition as p
+           (partition, topic, topic_id, generation, day, topology_version, created_at)
+    values (p_partition, p_topic, p_topic_id, p_generation, shardmq.day_of(shardmq.clock()), p_version,
+            shardmq.clock())
+    on conflict (partition) do update set
+        topic = excluded.topic, topic_id = excluded.topic_id, generation = excluded.generation, state = 'open',
+        day = greatest(excluded.day, p.day), topology_version = excluded.topology_version,
+        low_watermark = 0, created_at = excluded.created_at, deleted_at = null,
+        retention_days = default, drop_unread = default, dead_letter_days = default
+     where p.state = 'deleted' or (p.topic = excluded.topic and p.topic_id <> excluded.topic_id);
+    perform shardmq.make_day(p_partition,
+                             (select p.day from shardmq.partition p where p.partition = p_partition));
+end $$;
+
+-- Takes partitions for a topic that is being made: those that it has here already, then those that an earlier
+-- attempt to make a topic of this name has left empty, then free numbers. A number is free a day after its
+-- partition was deleted, and where the control database has not given it to another topic. Where a topic of
+-- this name has messages here that the control database does not know, nothing is taken: its messages would
+-- be the new topic's.
+-- p_known: the numbers of this node that the control database has given away.
+create function shardmq.claim_partitions(
+    p_topic text, p_topic_id uuid, p_generation int, p_count int, p_version bigint, p_known int[])
     returns setof int
     language plpgsql volatile security definer
     set search_path = pg_catalog, pg_temp
     as $$
 declare
     v_node int := (select i.node from shardmq.identity i);
-    today int := shardmq.day_of(shardmq.clock());
     number int;
     taken int := 0;
 begin
@@ -183,34 +212,59 @@ begin
             using errcode = 'object_not_in_prerequisite_state';
     end if;
     perform shardmq.lock_partition(0);
+    number := (select min(p.partition) from shardmq.partition p
+                where p.topic = p_topic and p.topic_id <> p_topic_id and p.state <> 'deleted'
+                  and shardmq.last_id(p.partition) > 0);
+    if number is not null then
+        raise exception 'shardmq: partition % has messages of a topic "%" that the control database does not know',
+            number, p_topic
+            using errcode = 'object_in_use';
+    end if;
     for number in
         select n from (
-            select p.partition as n, 0 as rank from shardmq.partition p
-             where p.topic = p_topic and p.generation = p_generation and p.state = 'open'
+            select p.partition as n, case when p.topic_id = p_topic_id then 0 else 1 end as rank
+              from shardmq.partition p
+             where p.topic = p_topic and p.state = 'open'
+               and (p.topic_id = p_topic_id or p.partition <> all (p_known))
             union all
-            select f, 1 from generate_series(10000 + v_node * 100 + 1, 10000 + v_node * 100 + 99) f
-             where not exists (select from shardmq.partition p where p.partition = f and
+            select f, 2 from generate_series(10000 + v_node * 100 + 1, 10000 + v_node * 100 + 99) f
+             where f <> all (p_known)
+               and not exists (select from shardmq.partition p where p.partition = f and
                     (p.state <> 'deleted' or p.deleted_at > shardmq.clock() - interval '1 day'))
             ) c
          order by rank, n limit p_count
     loop
-        perform shardmq.lock_partition(number);
-        delete from shardmq.sent_key s
-         where s.partition = number
-           and not exists (select from shardmq.partition p where p.partition = number and p.state <> 'deleted');
-        insert into shardmq.partition as p (partition, topic, generation, day, topology_version, created_at)
-        values (number, p_topic, p_generation, today, p_version, shardmq.clock())
-        on conflict (partition) do update set
-            topic = excluded.topic, generation = excluded.generation, state = 'open',
-            day = greatest(excluded.day, p.day), topology_version = excluded.topology_version,
-            low_watermark = 0, created_at = excluded.created_at, deleted_at = null
-         where p.state = 'deleted';
-        perform shardmq.make_day(number, (select p.day from shardmq.partition p where p.partition = number));
+        perform shardmq.make_partition(number, p_topic, p_topic_id, p_generation, p_version);
         taken := taken + 1;
         return next number;
     end loop;
     if taken < p_count then
         raise exception 'shardmq: node % has % free partitions of 99, % are needed', v_node, taken, p_count
-            using errcode = 'configuration_limit_exceeded';
+            using errcode = 'configuration_limit_exceeded',
+                  hint = 'the number of a deleted partition is free a day later; another database can be a node';
     end if;
+end $$;
+
+-- Takes back what a creation that failed has taken for a topic: its partitions here, which nobody knows and
+-- which are empty. Their numbers are free at once. Returns how many.
+create function shardmq.unclaim_partitions(p_topic_id uuid) returns int
+    language plpgsql volatile security definer
+    set search_path = pg_catalog, pg_temp
+    as $$
+declare
+    number int;
+    done int := 0;
+begin
+    perform shardmq.lock_partition(0);
+    for number in
+        select p.partition from shardmq.partition p
+         where p.topic_id = p_topic_id and p.state <> 'deleted' order by 1
+    loop
+        perform shardmq.lock_partition(number);
+        continue when shardmq.last_id(number) > 0;
+        perform shardmq.delete_partition(number, p_topic_id);
+        update shardmq.partition p set deleted_at = '-infinity' where p.partition = number;
+        done := done + 1;
+    end loop;
+    return done;
 end $$;

@@ -106,6 +106,7 @@ create table shardmq.outbox_batch (
     id bigint primary key,
     partition int not null,
     topic text not null,
+    topic_id uuid not null,
     generation int not null,
     producer uuid not null unique,
     first_day int not null,

@@ -9,7 +9,7 @@ use crate::migrate::{self, Schema};
 use crate::store::connect::{self, refused};
 use crate::store::node::{Connection, Durability, Node, Unfinished, query, write};
 use crate::store::param::Param;
-use crate::store::{control, outbox, sql};
+use crate::store::{control, outbox, place, sql};
 
 /// A node as the control database has it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -34,7 +34,8 @@ impl Cluster {
         let candidate = Node::candidate(url, self.inner.nodes.options(1))?;
         let connection = candidate.get().await?;
         self.refuse_in_place_of(node, &connection).await?;
-        let params: [&dyn Param; 2] = [&self.id(), &i32::from(node.number())];
+        let server = place::here_by(&connection).await.map_err(|error| refused(error, &what))?;
+        let params: [&dyn Param; 3] = [&self.id(), &i32::from(node.number()), &server];
         write(connection, Durability::Durable, sql::REGISTER_NODE, &params)
             .await
             .map_err(|error| refused(error, &what))?;
@@ -47,7 +48,9 @@ impl Cluster {
         // One change: whoever sees the version sees the address.
         let change = Unfinished::new(self.inner.control.get().await?);
         let refused = |error| refused(error, &what);
+        let server = place::here_by(change.connection()).await.map_err(refused)?;
         control::begin_change(change.connection()).await.map_err(refused)?;
+        control::stand(change.connection(), server).await.map_err(refused)?;
         control::add_node(change.connection(), node, &address).await.map_err(refused)?;
         control::commit_change(change.connection()).await.map_err(refused)?;
         change.finished();

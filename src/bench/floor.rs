@@ -12,7 +12,6 @@ use crate::bench::slices::{Latency, Tally};
 use crate::cluster::Cluster;
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::{Day, PartitionId};
-use crate::name::TopicName;
 use crate::store::append::{self, Append, Arrays, Inserted, Rolled};
 use crate::store::bare;
 use crate::store::connect::refused;
@@ -30,7 +29,7 @@ const FETCH: (i64, i32) = (1 << 20, 512);
 pub(super) struct Bare {
     node: Node,
     partition: PartitionId,
-    topic: TopicName,
+    topic_id: Uuid,
     generation: i32,
     day: Day,
     producer: Uuid,
@@ -55,7 +54,7 @@ impl Bare {
             day: roll(&node, partition).await?,
             node,
             partition,
-            topic: of.topic.clone(),
+            topic_id: of.id,
             generation: of.generation,
             producer: Uuid::new_v4(),
             sequence: 0,
@@ -80,7 +79,7 @@ impl Bare {
     async fn try_append(&self, arrays: &Arrays) -> Result<bool> {
         let batch = Append {
             partition: self.partition,
-            topic: &self.topic,
+            topic_id: self.topic_id,
             generation: self.generation,
             day: self.day,
             first_day: self.day,

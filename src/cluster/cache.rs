@@ -1,16 +1,19 @@
 //! The topology as this process knows it: kept up with the control database, so that everything goes
 //! on while that is away, and kept in a file where one was given, so that processes also start then.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
-use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use tokio::sync::{Notify, watch};
+use tokio::time::Instant;
 use tokio_util::task::TaskTracker;
 use uuid::Uuid;
 
-use crate::cluster::nodes::{ANSWER, Nodes, refuse_older};
+use crate::cluster::fate::{self, Found};
+use crate::cluster::nodes::{ANSWER, Nodes, judge};
 use crate::cluster::topology_file::{Snapshot, TopologyFile};
 use crate::deadline::in_time;
 use crate::error::{Error, ErrorKind, Result};
@@ -18,10 +21,12 @@ use crate::name::{TopicName, nearest};
 use crate::store::connect::refused;
 use crate::store::control;
 use crate::store::node::Node;
-use crate::topology::Topology;
+use crate::topology::{Topology, Version};
 
 /// How long the control database may take to answer at the start, when it has to be connected to.
 const START: Duration = Duration::from_secs(10);
+/// How often doubts are looked at without delay: one in so long a time.
+const DOUBTS: Duration = Duration::from_secs(1);
 
 /// What is known of the topology.
 pub(crate) struct Cache {
@@ -37,7 +42,17 @@ pub(crate) struct Cache {
     /// Topics as they were in the file at the start.
     kept: BTreeMap<TopicName, Topology>,
     /// The version of the topology that they are of, or an earlier one.
-    version: AtomicI64,
+    version: Mutex<Version>,
+    /// How often another version was taken over.
+    revision: AtomicU64,
+    /// Told when `topics` or the version have changed.
+    changed: watch::Sender<()>,
+    /// Somebody was told that a topic is gone: to be looked at, whatever the version.
+    doubted: AtomicBool,
+    doubted_at: Mutex<Option<Instant>>,
+    told: Notify,
+    /// Topics that the control database has lost, and the nodes have not.
+    lost: Mutex<BTreeSet<Uuid>>,
     file: Option<TopologyFile>,
     tasks: TaskTracker,
 }
@@ -55,7 +70,7 @@ pub(super) async fn start(
     match (now, kept) {
         (Ok(now), Some(kept)) if kept.cluster != now.cluster => Ok(now),
         (Ok(now), Some(kept)) => {
-            let Err(error) = refuse_older(now.version, kept.version) else {
+            let Err(error) = judge(&now.version, &kept.version) else {
                 return Ok(Snapshot { topics: kept.topics, ..now });
             };
             tracing::error!(alert = "topology", error = %error.chain(), "starting from the topology file");
@@ -89,10 +104,25 @@ impl Cache {
         file: Option<TopologyFile>,
         tasks: TaskTracker,
     ) -> Self {
-        let (version, topics) = (AtomicI64::new(start.version), Mutex::default());
-        let Snapshot { control: address, cluster, settings, topics: kept, .. } = start;
-        let settings = Mutex::new(settings);
-        Self { address, cluster, settings, control, nodes, topics, kept, version, file, tasks }
+        let Snapshot { control: address, cluster, version, settings, topics: kept, .. } = start;
+        Self {
+            address,
+            cluster,
+            settings: Mutex::new(settings),
+            control,
+            nodes,
+            topics: Mutex::default(),
+            kept,
+            version: Mutex::new(version),
+            revision: AtomicU64::new(0),
+            changed: watch::Sender::new(()),
+            doubted: AtomicBool::new(false),
+            doubted_at: Mutex::default(),
+            told: Notify::new(),
+            lost: Mutex::default(),
+            file,
+            tasks,
+        }
     }
 
     /// A topic as the control database has it now; while that can't be reached, as it was known last.
@@ -105,7 +135,10 @@ impl Cache {
                 Ok(found)
             }
             Err(error) if error.kind() == ErrorKind::NotFound => {
-                self.lock().remove(name);
+                let used = self.lock().get(name).map(|topology| topology.id);
+                if let Some(id) = used {
+                    self.doubt(id);
+                }
                 Err(error)
             }
             Err(error) if error.is_transient() => {
@@ -134,6 +167,7 @@ impl Cache {
         };
         Ok(Topology {
             topic: name.clone(),
+            id: found.id,
             generation: found.generation,
             partitions: found.partitions,
             slots: found.slots,
@@ -148,40 +182,109 @@ impl Cache {
 
     fn learn(self: &Arc<Self>, topology: &Topology) {
         let before = self.lock().insert(topology.topic.clone(), topology.clone());
+        lock(&self.lost).remove(&topology.id);
         if before.as_ref() != Some(topology) {
+            self.changed.send_replace(());
             self.keep();
         }
     }
 
-    /// The version of the topology that is known, or an earlier one.
-    pub(crate) fn version(&self) -> i64 {
-        self.version.load(Ordering::Acquire)
+    /// Another number for each version of the topology that was taken over.
+    pub(crate) fn revision(&self) -> u64 {
+        self.revision.load(Ordering::Acquire)
+    }
+
+    /// Returns when a topic that this process uses is gone, or another one has its name.
+    pub(crate) async fn ended(&self, topology: &Topology) -> Ended {
+        let mut changed = self.changed.subscribe();
+        loop {
+            match self.lock().get(&topology.topic) {
+                Some(now) if now.id == topology.id => {}
+                Some(now) => return Ended::Another(now.clone()),
+                None => return Ended::Deleted,
+            }
+            // The sender lives as long as this.
+            let _ = changed.changed().await;
+        }
+    }
+
+    /// Changes with each version of the topology that is taken over, and with each topic.
+    pub(crate) fn news(&self) -> watch::Receiver<()> {
+        self.changed.subscribe()
+    }
+
+    /// Somebody was told that a topic of this id is not there: to be looked at soon.
+    pub(crate) fn doubt(&self, id: Uuid) {
+        if lock(&self.lost).contains(&id) || self.doubted.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        // Where that was looked at just now, the next look that is due anyway will do.
+        let mut last = lock(&self.doubted_at);
+        if last.is_none_or(|last| last.elapsed() >= DOUBTS) {
+            *last = Some(Instant::now());
+            self.told.notify_one();
+        }
+    }
+
+    /// The topology may have changed.
+    pub(super) fn tell(&self) {
+        self.told.notify_one();
+    }
+
+    /// Returns when there is something to look at.
+    pub(super) async fn told(&self) {
+        self.told.notified().await;
     }
 
     /// Looks whether the topology has another version, and takes it over.
     pub(super) async fn look(self: &Arc<Self>) -> Result<()> {
         in_time(ANSWER, "look at the topology", self.nodes.look()).await?;
         let version = self.nodes.version();
-        if version == self.version.load(Ordering::Acquire) {
+        let doubted = self.doubted.load(Ordering::Acquire);
+        if version == *lock(&self.version) && !doubted {
             return Ok(());
         }
         // For who starts from the file: what this process was started with stays.
         let settings = in_time(ANSWER, "look at the settings", self.read_settings()).await?;
-        *self.settings.lock().unwrap_or_else(PoisonError::into_inner) = settings;
+        *lock(&self.settings) = settings;
         let names: Vec<TopicName> = self.lock().keys().cloned().collect();
         for name in names {
             let what = format!("look up topic {name}");
             match in_time(ANSWER, &what, Box::pin(self.read(&name, &what))).await {
                 Ok(found) => self.learn(&found),
-                Err(error) if error.kind() == ErrorKind::NotFound => {
-                    self.lock().remove(&name);
-                }
+                Err(error) if error.kind() == ErrorKind::NotFound => self.is_missing(&name).await?,
                 // Looked at again with the next look.
                 Err(error) => return Err(error),
             }
         }
-        self.version.store(version, Ordering::Release);
+        *lock(&self.version) = version;
+        self.doubted.store(false, Ordering::Release);
+        self.revision.fetch_add(1, Ordering::AcqRel);
+        self.changed.send_replace(());
         self.keep();
+        Ok(())
+    }
+
+    /// The control database does not have a topic that this process uses. A topic that was deleted is gone from
+    /// its nodes too; one that the control database has lost is not, and all goes on with what is known.
+    async fn is_missing(self: &Arc<Self>, name: &TopicName) -> Result<()> {
+        let Some(topology) = self.lock().get(name).cloned() else { return Ok(()) };
+        match fate::on_nodes(&self.nodes, &topology).await? {
+            Found::Nothing => {
+                self.lock().remove(name);
+                self.changed.send_replace(());
+                tracing::warn!(topic = %name, "the topic was deleted");
+            }
+            Found::Partitions(node) => {
+                if lock(&self.lost).insert(topology.id) {
+                    tracing::error!(
+                        alert = "topology", topic = %name, %node,
+                        "the control database has lost the topic, and its nodes have it: all goes on with what \
+                         is known; `shardmq repair` puts it back"
+                    );
+                }
+            }
+        }
         Ok(())
     }
 
@@ -199,13 +302,38 @@ impl Cache {
             cluster: self.cluster,
             version,
             nodes,
-            settings: self.settings.lock().unwrap_or_else(PoisonError::into_inner).clone(),
+            settings: lock(&self.settings).clone(),
             topics: self.lock().clone(),
         }
     }
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<TopicName, Topology>> {
-        self.topics.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.topics)
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// How a topic ended that is used.
+#[derive(Debug, Clone)]
+pub(crate) enum Ended {
+    Deleted,
+    /// It was deleted, and made again: this is another one.
+    Another(Topology),
+}
+
+impl Ended {
+    /// What those are told who use it.
+    pub(crate) fn error(&self, topic: &TopicName) -> Error {
+        let what = match self {
+            Self::Deleted => format!("topic {topic} was deleted"),
+            Self::Another(_) => {
+                format!("topic {topic} was deleted, and another one of this name was made")
+            }
+        };
+        Error::new(ErrorKind::NotFound, what)
     }
 }
 

@@ -12,7 +12,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::StreamExt;
-use tokio::sync::Notify;
 use tokio::time::{sleep, timeout};
 use tokio_postgres::AsyncMessage;
 
@@ -43,15 +42,14 @@ pub(super) async fn run(
     presence: Arc<Presence>,
     look_every: Duration,
 ) {
-    let told = Notify::new();
-    tokio::join!(look(&cache, &told, look_every), hear(&control, &told, &presence));
+    tokio::join!(look(&cache, look_every), hear(&control, &cache, &presence));
 }
 
-async fn look(cache: &Arc<Cache>, told: &Notify, every: Duration) {
+async fn look(cache: &Arc<Cache>, every: Duration) {
     let mut trouble = None;
     loop {
         // However it ends: it is time to look.
-        let _ = timeout(jitter(every), told.notified()).await;
+        let _ = timeout(jitter(every), cache.told()).await;
         let error = cache.look().await.err();
         let kind = error.as_ref().map(Error::kind);
         if let Some(error) = error.filter(|_| kind != trouble) {
@@ -66,9 +64,9 @@ async fn look(cache: &Arc<Cache>, told: &Notify, every: Duration) {
 }
 
 /// Listens, again after every failure.
-async fn hear(control: &Target, told: &Notify, presence: &Presence) {
+async fn hear(control: &Target, cache: &Cache, presence: &Presence) {
     loop {
-        let pause = match hear_once(control, told, presence).await {
+        let pause = match hear_once(control, cache, presence).await {
             Ok(End::Pooled) => POOLED,
             Ok(End::Closed) => LISTEN_AGAIN,
             Err(error) => {
@@ -87,7 +85,7 @@ enum End {
     Pooled,
 }
 
-async fn hear_once(control: &Target, told: &Notify, presence: &Presence) -> Result<End> {
+async fn hear_once(control: &Target, cache: &Cache, presence: &Presence) -> Result<End> {
     let what = "listen to the control database";
     let session = listen::open(control, what, false).await?;
     let Some(Session { client, mut messages, marker }) = session else {
@@ -105,14 +103,14 @@ async fn hear_once(control: &Target, told: &Notify, presence: &Presence) -> Resu
                 }
                 present = Some(presence.arrive(Place::Control));
                 // Listen first, look second: nothing can fall in between.
-                told.notify_one();
+                cache.tell();
                 presence.tell_groups(None);
             }
             message = messages.next() => match message {
                 Some(Ok(AsyncMessage::Notification(note))) if note.channel() == GROUPS => {
                     presence.tell_groups(Some(note.payload()));
                 }
-                Some(Ok(AsyncMessage::Notification(_))) => told.notify_one(),
+                Some(Ok(AsyncMessage::Notification(_))) => cache.tell(),
                 Some(Ok(_)) => {}
                 Some(Err(error)) => return Err(refused(error, what)),
                 None => return Ok(End::Closed),

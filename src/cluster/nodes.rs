@@ -2,7 +2,6 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
-use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -18,6 +17,7 @@ use crate::id::NodeId;
 use crate::store::connect::refused;
 use crate::store::control;
 use crate::store::node::{Connection, Node, PoolOptions};
+use crate::topology::{Relation, Version};
 
 /// How long the control database may take to answer.
 pub(super) const ANSWER: Duration = Duration::from_secs(5);
@@ -46,7 +46,7 @@ pub(crate) struct Nodes {
     control: Arc<Node>,
     known: Mutex<BTreeMap<NodeId, (String, Arc<Node>)>>,
     /// The version of the topology that `known` is of, or an earlier one.
-    version: AtomicI64,
+    version: Mutex<Version>,
     /// Some address is another now.
     changed: Notify,
     presence: Arc<Presence>,
@@ -57,13 +57,13 @@ pub(crate) struct Nodes {
 
 impl Nodes {
     pub(super) fn new(
-        cluster: Uuid,
+        (cluster, version): (Uuid, Version),
         pools: PoolOptions,
         listen_urls: HashMap<NodeId, String>,
         control: Arc<Node>,
         presence: Arc<Presence>,
     ) -> Self {
-        let (known, version) = (Mutex::default(), AtomicI64::new(0));
+        let (known, version) = (Mutex::default(), Mutex::new(version));
         let changed = Notify::new();
         let (turns, stuck) = (Mutex::default(), Stuck::default());
         Self {
@@ -155,19 +155,19 @@ impl Nodes {
     pub(crate) async fn refresh(&self) -> Result<Vec<(NodeId, String)>> {
         let what = "read the nodes";
         // Before it is asked for: another task may learn of a later version meanwhile.
-        let seen = self.version.load(Ordering::Acquire);
+        let seen = self.version();
         let connection = self.control.get().await?;
         let (_, version) = control::cluster(&connection).await.map_err(|e| refused(e, what))?;
-        refuse_older(version, seen)?;
+        judge(&version, &seen)?;
         let nodes = control::nodes(&connection).await.map_err(|e| refused(e, what))?;
-        self.learn(version, nodes.clone())?;
+        self.learn(version, nodes.clone());
         Ok(nodes)
     }
 
     /// Looks whether the topology has another version, and takes it over.
     pub(super) async fn look(&self) -> Result<()> {
         let what = "look at the topology";
-        let seen = self.version.load(Ordering::Acquire);
+        let seen = self.version();
         let connection = self.control.get().await?;
         let (cluster, version) =
             control::cluster(&connection).await.map_err(|e| refused(e, what))?;
@@ -175,20 +175,21 @@ impl Nodes {
             let what = format!("the control database is that of cluster {cluster} now");
             return Err(Error::new(ErrorKind::Conflict, what));
         }
-        refuse_older(version, seen)?;
-        if version == seen {
+        if judge(&version, &seen)? == Relation::Same {
             return Ok(());
         }
         let nodes = control::nodes(&connection).await.map_err(|e| refused(e, what))?;
-        self.learn(version, nodes)
+        self.learn(version, nodes);
+        Ok(())
     }
 
     /// Takes over the addresses of a version of the topology, unless a later one is known. A node whose
     /// address is another gets a new pool; one that is not there any more is forgotten.
-    pub(super) fn learn(&self, version: i64, nodes: Vec<(NodeId, String)>) -> Result<()> {
+    pub(super) fn learn(&self, version: Version, nodes: Vec<(NodeId, String)>) {
         let mut known = self.lock();
-        if version < self.version.load(Ordering::Acquire) {
-            return Ok(());
+        let mut current = self.version.lock().unwrap_or_else(PoisonError::into_inner);
+        if version.after(&current) == Relation::Earlier {
+            return;
         }
         let mut next = BTreeMap::new();
         for (id, url) in nodes {
@@ -204,10 +205,9 @@ impl Nodes {
             }
         }
         *known = next;
-        self.version.store(version, Ordering::Release);
-        drop(known);
+        *current = version;
+        drop((known, current));
         self.changed.notify_waiters();
-        Ok(())
     }
 
     /// A node that can't be used keeps nobody from the others.
@@ -222,12 +222,12 @@ impl Nodes {
     }
 
     /// The version of the topology that is known.
-    pub(super) fn version(&self) -> i64 {
-        self.version.load(Ordering::Acquire)
+    pub(super) fn version(&self) -> Version {
+        self.version.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// The same, with the nodes' addresses.
-    pub(super) fn snapshot(&self) -> (i64, BTreeMap<NodeId, String>) {
+    pub(super) fn snapshot(&self) -> (Version, BTreeMap<NodeId, String>) {
         let known = self.lock();
         let addresses = known.iter().map(|(id, (url, _))| (*id, url.clone())).collect();
         (self.version(), addresses)
@@ -265,17 +265,30 @@ impl Nodes {
     }
 }
 
-/// A version lower than one that was seen before it was asked for is that of a control database that was
-/// restored from a backup.
-pub(super) fn refuse_older(version: i64, seen: i64) -> Result<()> {
-    if version >= seen {
-        return Ok(());
+/// Refuses a version earlier than one that was seen before it was asked for: that of a control database that was
+/// restored from a backup, or promoted without its end. What was changed there since is taken over, and the loss
+/// is told.
+pub(super) fn judge(found: &Version, seen: &Version) -> Result<Relation> {
+    let (number, before) = (found.number, seen.number);
+    let relation = found.after(seen);
+    match relation {
+        Relation::Same | Relation::Later => Ok(relation),
+        Relation::Branched => {
+            tracing::error!(
+                alert = "topology",
+                "the control database has lost changes of the topology and has been changed since: version \
+                 {number} is taken over in the place of {before}; was it restored from a backup?"
+            );
+            Ok(relation)
+        }
+        Relation::Earlier => {
+            let what = format!(
+                "the control database has version {number} of the topology, and {before} was seen before: was \
+                 it restored from a backup?"
+            );
+            Err(Error::new(ErrorKind::Conflict, what))
+        }
     }
-    let what = format!(
-        "the control database has version {version} of the topology, and {seen} was seen before: was it \
-         restored from a backup?"
-    );
-    Err(Error::new(ErrorKind::Conflict, what))
 }
 
 impl fmt::Debug for Nodes {

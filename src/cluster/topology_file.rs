@@ -14,7 +14,7 @@ use uuid::Uuid;
 
 use crate::id::NodeId;
 use crate::name::TopicName;
-use crate::topology::Topology;
+use crate::topology::{Relation, Topology, Version};
 
 /// How long another writer is waited for.
 const LOCK_TRIES: u32 = 100;
@@ -26,7 +26,7 @@ pub(super) struct Snapshot {
     /// The control database that it was read from: `host:port/database`.
     pub(super) control: String,
     pub(super) cluster: Uuid,
-    pub(super) version: i64,
+    pub(super) version: Version,
     /// The nodes' addresses, without passwords.
     pub(super) nodes: BTreeMap<NodeId, String>,
     /// The settings of the cluster.
@@ -42,7 +42,7 @@ impl Snapshot {
         if (&before.control, before.cluster) != (&self.control, self.cluster) {
             return self;
         }
-        if before.version > self.version {
+        if before.version.after(&self.version) == Relation::Later {
             self.version = before.version;
             self.nodes = before.nodes;
             self.settings = before.settings;
@@ -154,6 +154,7 @@ mod tests {
     fn snapshot(version: i64, topics: &[&str]) -> Snapshot {
         let topology = |name: &str| Topology {
             topic: TopicName::new(name).unwrap(),
+            id: Uuid::nil(),
             generation: 1,
             partitions: Vec::new(),
             slots: Vec::new(),
@@ -162,7 +163,7 @@ mod tests {
         Snapshot {
             control: "db:5432/control".to_owned(),
             cluster: Uuid::nil(),
-            version,
+            version: Version { number: version, token: Uuid::nil(), history: Vec::new() },
             nodes: BTreeMap::from([(node, format!("postgresql://db/v{version}"))]),
             settings: BTreeMap::from([("notifier".to_owned(), format!("v{version}"))]),
             topics: topics

@@ -168,7 +168,7 @@ impl Shared {
                 continue;
             }
             left.extend(due.split_off(fitting(&due)));
-            match self.attempt_aside(node, due, &mut left).await {
+            match Box::pin(self.attempt_aside(node, due, &mut left)).await {
                 Ok(()) => _ = trouble.end(),
                 Err(error) if trouble.meet(Instant::now()) => tracing::warn!(
                     %node, group = %self.group, error = %error.chain(),
@@ -192,16 +192,16 @@ impl Shared {
         let (stuck, fresh): (Vec<Request>, Vec<Request>) =
             fresh.into_iter().partition(|request| request.locked >= PATIENCE);
         // What is dropped by the time limit is the statement, and none of the requests.
-        let put = self.in_time(node, &fresh, self.put(node, &fresh, false)).await;
+        let put = self.in_time(node, &fresh, Box::pin(self.put(node, &fresh, false))).await;
         let mut outcome = self.take_note(fresh, put, left);
         // One partition at a time, so that what is new elsewhere waits for one at most.
         let first = stuck.first().map(|request| request.delivery.partition());
         let (stuck, others): (Vec<Request>, Vec<Request>) =
             stuck.into_iter().partition(|request| Some(request.delivery.partition()) == first);
         left.extend(others);
-        let put = self.in_time(node, &stuck, self.put(node, &stuck, true)).await;
+        let put = self.in_time(node, &stuck, Box::pin(self.put(node, &stuck, true))).await;
         outcome = outcome.and(self.take_note(stuck, put, left));
-        let settled = self.in_time(node, &parked, self.settle(node, &parked)).await;
+        let settled = self.in_time(node, &parked, Box::pin(self.settle(node, &parked))).await;
         let settled = self.take_note(parked, settled, left);
         outcome.and(settled)
     }

@@ -71,6 +71,16 @@ impl Shared {
         self.ended_by.get().cloned().unwrap_or_else(|| Error::closed("the consumer"))
     }
 
+    /// A topic that was deleted ends its consumers, also where another one of its name was made.
+    pub(super) async fn end_with_the_topic(&self) {
+        tokio::select! {
+            ended = self.cluster.inner.topology.ended(&self.topology) => {
+                self.end_with(ended.error(&self.topology.topic));
+            }
+            () = self.left.cancelled() => {}
+        }
+    }
+
     /// A cluster that is shut down ends its streams at once, whatever its nodes still have to answer.
     pub(super) async fn close_with_the_cluster(&self) {
         tokio::select! {

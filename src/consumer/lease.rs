@@ -128,7 +128,7 @@ impl Member {
 
     /// Makes cursors one by one. One whose table can't be read is left out, and lacks until then.
     async fn make_each_cursor(&self, error: &Failed) -> Result<()> {
-        let (topic, group) = (&self.shared.topology.topic, &self.shared.group);
+        let (topic, group) = (self.shared.topology.identity(), &self.shared.group);
         tracing::debug!(node = %self.node, error = %crate::error::chain(error), "cursors are made one by one");
         for partition in &self.partitions {
             let connection = self.shared.connection(self.node).await?;
@@ -144,14 +144,14 @@ impl Member {
 
     async fn acquire(&mut self, lacking: &[i32]) -> Result<Vec<group::Acquired>> {
         let shared = Arc::clone(&self.shared);
-        let names = (&shared.topology.topic, &shared.group);
         let what = format!("take partitions on node {}", self.node);
         if !self.started {
             shared.start.tell(&shared.cluster, &shared.topology, &shared.group, self.node).await?;
             self.started = true;
         }
         let connection = shared.connection(self.node).await?;
-        match group::make_cursors(connection, names.0, names.1, None).await {
+        let identity = shared.topology.identity();
+        match group::make_cursors(connection, identity, &shared.group, None).await {
             Err(error) if is_of_a_table(&error) => self.make_each_cursor(&error).await?,
             made => made.map_err(|error| refused(error, &what))?,
         }
@@ -167,11 +167,15 @@ impl Member {
             dead: shared.journal.as_ref().map_or(&[], |journal| journal.former()),
         };
         let connection = shared.connection(self.node).await?;
-        let acquired = group::acquire(connection, names, &taker, lacking)
-            .await
-            .map_err(|error| refused(error, &what))?;
+        let acquired =
+            group::acquire(connection, (shared.topology.id, &shared.group), &taker, lacking)
+                .await
+                .map_err(|error| refused(error, &what))?;
         // Nothing may be free, or the node may have forgotten the group: it is told again.
         self.started = !acquired.is_empty();
+        if acquired.is_empty() {
+            self.look_for_lost(lacking).await?;
+        }
         Ok(acquired)
     }
 

@@ -27,6 +27,7 @@ use crate::consumer::commit::Pace;
 use crate::consumer::expiry::Expiry;
 use crate::consumer::holding::Holding;
 use crate::consumer::looks::Looks;
+use crate::consumer::lost::Lost;
 use crate::consumer::parked::{Expected, Fetched};
 use crate::consumer::waiting::Waiting;
 use crate::error::{Error, ErrorKind, Result};
@@ -96,6 +97,7 @@ pub(super) struct Member {
     pub(super) waiting: Waiting,
     pub(super) parked: Expected,
     pub(super) fetching: JoinSet<Result<Fetched>>,
+    pub(super) lost: Lost,
     /// Something that is wanted may be lacking: to be found out.
     pub(super) lacks: bool,
     /// Since when something is wanted that is not held.
@@ -146,6 +148,7 @@ async fn run(
         waiting: Waiting::default(),
         parked: Expected::default(),
         fetching: JoinSet::new(),
+        lost: Lost::new(REMIND),
         lacks: false,
         lacking_since: None,
         trouble: Trouble::new(REMIND),

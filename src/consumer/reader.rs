@@ -84,7 +84,7 @@ enum Fetched {
 /// committed cursor after a pause: by this member, or by whichever should have it then.
 pub(crate) async fn keep_reading(shared: Arc<Shared>, holding: Arc<Holding>) {
     let reading = read(Arc::clone(&shared), Arc::clone(&holding));
-    let Err(error) = caught("reader", reading).await else { return };
+    let Err(error) = Box::pin(caught("reader", reading)).await else { return };
     let (partition, owner) = (holding.partition, holding.owner());
     let what = format!("read partition {partition}: {error}; it is read anew");
     shared.send(Event::Error(Error::new(ErrorKind::Unavailable, what)));

@@ -11,8 +11,8 @@
 //!
 //! Everybody computes the same from what is recorded, so it does not matter who is first.
 //!
-//! A member is left out that was silent for two thirds of its lease, so that another one is ready on its
-//! nodes when the lease ends. Whoever was out of touch itself knows nothing of the silence of others.
+//! A member is left out that was [silent](Silence) for two thirds of its lease, so that another one is ready on
+//! its nodes when the lease ends. Whoever was out of touch itself knows nothing of the silence of others.
 //! Sooner, where the process has died: its listening session is missing in two looks, and no heartbeat
 //! came in between. Who was left out and lives is back with its next heartbeat.
 
@@ -29,6 +29,8 @@ use crate::cluster::Place;
 use crate::consumer::Shared;
 use crate::consumer::assignment::{Owners, Peer, assign};
 use crate::consumer::journal::Journal;
+use crate::consumer::pace::NewsPace;
+use crate::consumer::silence::Silence;
 use crate::consumer::wanted::Wanted;
 use crate::deadline::{in_time, jitter};
 use crate::error::{Error, ErrorKind, Result};
@@ -51,6 +53,9 @@ const GRACE: Duration = Duration::from_secs(3);
 const AGAIN: Duration = Duration::from_millis(500);
 /// How often to try to agree: each failure means that somebody else was first, and may know more.
 const ATTEMPTS: u32 = 5;
+/// How often a member looks for members and groups that are gone for good, give or take a fifth: one of all
+/// members does it.
+const SWEEP_EVERY: Duration = Duration::from_mins(1);
 
 const CRC: Crc<u64> = Crc::<u64>::new(&CRC_64_XZ);
 
@@ -61,6 +66,10 @@ pub(crate) struct Roster {
     known: Option<(i64, String)>,
     /// Members whose session was missing, and since when without a heartbeat.
     suspects: HashMap<Uuid, (SystemTime, Instant)>,
+    silence: Silence,
+    news: NewsPace,
+    /// When it looks next for members and groups that are gone for good.
+    sweep_at: Instant,
     /// When the control database last answered, and since when it does without a break.
     heard: Instant,
     in_touch_since: Option<Instant>,
@@ -75,6 +84,9 @@ impl Roster {
             shared,
             known: None,
             suspects: HashMap::new(),
+            silence: Silence::default(),
+            news: NewsPace::new(Instant::now()),
+            sweep_at: Instant::now() + jitter(SWEEP_EVERY),
             heard: Instant::now(),
             in_touch_since: None,
             away: false,
@@ -90,6 +102,8 @@ impl Roster {
         let (mut news, mut places) = (presence.group_news(), presence.changes());
         let ours = format!("{} {}", shared.topology.topic, shared.group);
         let mut due = self.next();
+        // When the news that has come is answered.
+        let mut answer_at = None;
         // It may have come since the first heartbeat.
         places.mark_changed();
         loop {
@@ -100,6 +114,9 @@ impl Roster {
                     Ok(_) | Err(RecvError::Lagged(_)) => {
                         // Cursors may have been moved.
                         shared.renew_all();
+                        let turn = *answer_at.get_or_insert_with(|| self.news.turn(Instant::now()));
+                        due = due.min(turn);
+                        continue;
                     }
                     Err(RecvError::Closed) => return,
                 },
@@ -113,8 +130,10 @@ impl Roster {
             }
             // What came meanwhile is answered by this heartbeat too.
             while news.try_recv().is_ok() {}
+            answer_at = None;
             let outcome = self.beat().await;
             due = self.note(outcome);
+            self.sweep().await;
         }
     }
 
@@ -123,8 +142,9 @@ impl Roster {
         let regular = Instant::now() + jitter(self.shared.options.lease * 27 / 100);
         // Not before this one may judge.
         let first = self.in_touch_since.map_or(regular, |since| since + GRACE);
-        let look = self.suspects.values().map(|(_, since)| first.max(*since + SECOND_LOOK)).min();
-        look.map_or(regular, |look| look.min(regular))
+        let missing = self.suspects.values().map(|(_, since)| *since + SECOND_LOOK);
+        let look = missing.chain(self.silence.look_at()).min();
+        look.map_or(regular, |look| look.max(first).min(regular))
     }
 
     /// Says once that the control database is away, and once that it is back.
@@ -152,7 +172,8 @@ impl Roster {
     /// conclusions.
     pub(crate) async fn beat(&mut self) -> Result<()> {
         for _ in 0..ATTEMPTS {
-            let Some((mut heard, told)) = self.send().await? else { return Ok(()) };
+            let Some((heard, told)) = self.send().await? else { return Ok(()) };
+            let Some(mut heard) = heard else { return Err(self.topic_is_gone()) };
             let now = Instant::now();
             let lapsed = now - self.heard > self.shared.options.lease / 2;
             let after_break = lapsed || self.in_touch_since.is_none();
@@ -161,6 +182,7 @@ impl Roster {
             }
             self.shared.reach.told(&told, after_break);
             self.heard = now;
+            self.silence.look(&mut heard.members, after_break, now);
             self.leave_out(&mut heard.members).await?;
             let died = heard.members.iter().filter(|seen| seen.standing == Standing::Died);
             self.shared.note_dead(died.map(|seen| seen.member).collect());
@@ -174,8 +196,9 @@ impl Roster {
         Err(Error::new(ErrorKind::Conflict, what))
     }
 
-    /// With the nodes that it told to be unreachable. None where the consumer has left meanwhile.
-    async fn send(&mut self) -> Result<Option<(Heard, Vec<i32>)>> {
+    /// The answer, none where the topic is gone, with the nodes that it told to be unreachable. Nothing where the
+    /// consumer has left meanwhile.
+    async fn send(&mut self) -> Result<Option<(Option<Heard>, Vec<i32>)>> {
         let shared = &self.shared;
         let _turn = shared.registering.lock().await;
         if shared.stopping.is_cancelled() {
@@ -193,7 +216,7 @@ impl Roster {
             avoid,
             session: shared.cluster.inner.nodes.presence().session(Place::Control),
         };
-        let names = (&shared.topology.topic, &shared.group);
+        let names = (shared.topology.identity(), &shared.group);
         let sent = async {
             let connection = shared.cluster.inner.control.get().await?;
             let heard = membership::heartbeat(connection, names, &sign).await;
@@ -212,8 +235,9 @@ impl Roster {
         let in_touch = self.in_touch_since.is_some_and(|since| since.elapsed() >= GRACE);
         for seen in members.iter_mut().filter(|seen| seen.standing != Standing::Died) {
             let missed_again = seen.missing && self.is_missed_again(seen);
-            let died = seen.missing && in_touch && (seen.silent || missed_again);
-            let silent = seen.silent && in_touch && seen.standing == Standing::Listed;
+            let silent = self.silence.is_silent(seen.member, Instant::now());
+            let died = seen.missing && in_touch && (silent || missed_again);
+            let silent = silent && in_touch && seen.standing == Standing::Listed;
             if !(died || silent) {
                 continue;
             }
@@ -230,6 +254,31 @@ impl Roster {
             }
         }
         Ok(())
+    }
+
+    /// The control database has no such topic, or another one of its name. If the nodes say so too, the consumer
+    /// ends.
+    fn topic_is_gone(&self) -> Error {
+        let Shared { topology, cluster, .. } = &*self.shared;
+        cluster.inner.topology.doubt(topology.id);
+        let what = format!("the control database does not have this topic {}", topology.topic);
+        Error::new(ErrorKind::NotFound, what)
+    }
+
+    /// Forgets what is gone for good, where that is due. What this fails at is left for the next time.
+    async fn sweep(&mut self) {
+        if Instant::now() < self.sweep_at || self.away {
+            return;
+        }
+        self.sweep_at = Instant::now() + jitter(SWEEP_EVERY);
+        let what = "look for members that are gone for good";
+        let swept = in_time(STATEMENT, what, async {
+            let connection = self.shared.cluster.inner.control.get().await?;
+            membership::sweep(connection).await.map_err(|error| refused(error, what))
+        });
+        if let Err(error) = swept.await {
+            tracing::debug!(error = %error.chain(), "what is gone for good stays for now");
+        }
     }
 
     /// Whether a session that is missing was so a while ago too, with no heartbeat since.
@@ -314,7 +363,7 @@ impl Roster {
         let what = format!("record the assignment of group {}", shared.group);
         in_time(STATEMENT, &what, async {
             let connection = shared.cluster.inner.control.get().await?;
-            let names = (&shared.topology.topic, &shared.group);
+            let names = (shared.topology.identity(), &shared.group);
             let recorded = membership::assign(connection, names, next).await;
             recorded.map_err(|error| refused(error, &what))
         })

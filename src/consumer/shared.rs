@@ -117,6 +117,8 @@ impl Shared {
         });
         let shared = Arc::clone(self);
         tasks.spawn(async move { shared.close_with_the_cluster().await });
+        let shared = Arc::clone(self);
+        tasks.spawn(async move { shared.end_with_the_topic().await });
     }
 
     /// Tells every node's member to give everything back; returns their answers to come. None where

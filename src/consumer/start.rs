@@ -50,7 +50,7 @@ pub(crate) async fn resolve(
         tracing::warn!(group = %name, error = %error.chain(), "a node hears of the group later");
     }
     let connection = cluster.inner.control.get().await?;
-    control::make_group(connection, &topology.topic, name, start)
+    control::make_group(connection, topology.identity(), name, start)
         .await
         .map_err(|error| refused(error, &format!("record where group {name} starts")))?;
     // As it is recorded: somebody else may have been first, and the clock is control's, not this
@@ -154,7 +154,7 @@ async fn tell(
     if group::start(&connection, &topology.topic, name).await.map_err(refused)?.is_some() {
         return Ok(());
     }
-    group::write_start(connection, &topology.topic, name, start).await.map_err(refused)
+    group::write_start(connection, topology.identity(), name, start).await.map_err(refused)
 }
 
 impl GroupStart {
@@ -169,7 +169,7 @@ impl GroupStart {
         let what = format!("record where group {name} starts");
         in_time(ANSWER, &what, async {
             let connection = cluster.inner.control.get().await?;
-            let made = control::make_group(connection, &topology.topic, name, self.0).await;
+            let made = control::make_group(connection, topology.identity(), name, self.0).await;
             made.map_err(|error| refused(error, &what))
         })
         .await

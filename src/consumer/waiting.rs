@@ -183,7 +183,9 @@ impl Member {
         let done: Vec<_> =
             holdings.iter().filter(|holding| all || !holding.is_pending()).cloned().collect();
         self.release(&done).await?;
-        done.iter().for_each(|holding| self.forget(holding));
+        for holding in &done {
+            self.forget(holding);
+        }
         Ok(())
     }
 

@@ -72,6 +72,11 @@ impl Own {
         Self { balancer: Arc::new(balancer), open: Arc::default() }
     }
 
+    /// The same, for other partitions.
+    pub(super) fn anew(&self) -> Self {
+        Self { balancer: Arc::clone(&self.balancer), open: Arc::default() }
+    }
+
     /// The index of the chosen lane; none for the default.
     pub(super) fn choose(&self, shared: &Shared, message: &Message) -> Result<Option<usize>> {
         let open = self.open(shared);

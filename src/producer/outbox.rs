@@ -2,6 +2,7 @@
 //! partition at once: a [relay](crate::relay) takes them there.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, SystemTime};
 
@@ -15,9 +16,9 @@ use crate::deadline::{after, in_time, spread, with_bytes};
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::{Day, NodeId, ScheduledId};
 use crate::message::Message;
+use crate::producer::Producer;
 use crate::producer::failover::is_of_node;
 use crate::producer::shared::Shared;
-use crate::producer::{Handle, Producer};
 use crate::store::append::Arrays;
 use crate::store::connect::{is_definite, kind_of, refused};
 use crate::store::failed::Failed;
@@ -103,8 +104,8 @@ impl Producer {
         C: GenericClient + Sync,
     {
         let shared = self.shared();
-        check_open(shared)?;
-        check(&message, shared)?;
+        check_open(&shared)?;
+        check(&message, &shared)?;
         let published = outbox::publish(transaction, self.topic(), &message, at).await;
         published.map_err(|error| explained(error, "publish a message in a transaction"))
     }
@@ -163,7 +164,7 @@ impl Producer {
     }
 
     async fn deliver(&self, due: Result<Due>, messages: Vec<Message>) -> Vec<Result<ScheduledId>> {
-        let shared = self.shared();
+        let shared = &self.shared();
         let due = match due.and_then(|due| check_all(shared, &messages).map(|()| due)) {
             Ok(due) => due,
             Err(error) => return messages.iter().map(|_| Err(error.clone())).collect(),
@@ -199,9 +200,8 @@ impl Producer {
         results
     }
 
-    fn shared(&self) -> &Shared {
-        let Handle { shared } = &*self.handle;
-        shared
+    fn shared(&self) -> Arc<Shared> {
+        self.handle.lines.current()
     }
 }
 

@@ -302,7 +302,10 @@ async fn step(shared: &Shared, lane: &Lane, answer: Again, what: &str) -> Result
         Again::WrongTopic => {
             lane.close(Closed::Sealed);
             shared.note_change();
-            Settled::Failed(refuse(ErrorKind::NotFound, "it is not this topic's any more"))
+            shared.cluster.inner.topology.doubt(shared.topology.id);
+            let why = "it is not this topic's any more: the topic was deleted, or the node has lost it and \
+                       `shardmq repair` makes it again";
+            Settled::Failed(refuse(ErrorKind::NotFound, why))
         }
         Again::Refused | Again::Overtaken => {
             Settled::Failed(refuse(ErrorKind::Timeout, "the batch was given up"))

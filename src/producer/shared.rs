@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::SystemTime;
 
 use tokio::sync::{Notify, Semaphore, SemaphorePermit};
@@ -15,6 +15,7 @@ use crate::events::Teller;
 use crate::id::{Day, MessageId, NodeId};
 use crate::message::Message;
 use crate::metrics as names;
+use crate::producer::balancer::Own;
 use crate::producer::batch::{self, Batch, Receipt};
 use crate::producer::health::NodeState;
 use crate::producer::lane::Lane;
@@ -45,7 +46,9 @@ pub(crate) struct Shared {
     moving: Mutex<()>,
     /// Some node's state is another now.
     pub(super) changed: Notify,
-    pub(super) events: Teller<ProducerEvent>,
+    pub(super) events: Arc<Teller<ProducerEvent>>,
+    /// Why nothing goes here any more: another topic has the name.
+    replaced: OnceLock<Error>,
     /// No message is left and none will come: the tasks end.
     pub(crate) ended: CancellationToken,
     /// A task was dropped before its end.
@@ -75,7 +78,8 @@ impl Shared {
             closed: AtomicBool::new(false),
             moving: Mutex::default(),
             changed: Notify::new(),
-            events: Teller::new(),
+            events: Arc::new(Teller::new()),
+            replaced: OnceLock::new(),
             ended: cluster.inner.shutdown.child_token(),
             deserted: AtomicBool::new(false),
             cluster,
@@ -84,6 +88,26 @@ impl Shared {
             lanes,
             writers,
         }
+    }
+
+    /// The same for another topic of the same name.
+    pub(super) fn for_another(&self, topology: Topology) -> Self {
+        let balancer = self.options.balancer.as_ref().map(Own::anew);
+        let options = Options { balancer, ..self.options.clone() };
+        let events = Arc::clone(&self.events);
+        Self { events, ..Self::new(self.cluster.clone(), topology, options) }
+    }
+
+    /// Another topic has the name: answers what is left, and ends then.
+    pub(super) fn end_with(&self, why: Error) {
+        let _ = self.replaced.set(why);
+        self.closed.store(true, Ordering::Release);
+        self.budget.close();
+        self.maybe_end();
+    }
+
+    pub(super) fn is_replaced(&self) -> bool {
+        self.replaced.get().is_some()
     }
 
     /// What this machine's clock shows.
@@ -127,16 +151,12 @@ impl Shared {
         let limit = self.options.send_timeout;
         let permit = timeout(limit, self.budget.acquire_many(cost)).await;
         drop(waiting);
-        match permit {
-            Ok(permit) => permit.map(SemaphorePermit::forget).map_err(|_| self.why_closed()),
-            Err(_) => {
-                let (bytes, seconds) = (self.options.buffer_bytes, limit.as_secs_f32());
-                let why = format!(
-                    "the producer's buffer of {bytes} bytes had no room within {seconds} s"
-                );
-                Err(Error::new(ErrorKind::Timeout, why))
-            }
+        if let Ok(permit) = permit {
+            return permit.map(SemaphorePermit::forget).map_err(|_| self.why_closed());
         }
+        let (bytes, seconds) = (self.options.buffer_bytes, limit.as_secs_f32());
+        let why = format!("the producer's buffer of {bytes} bytes had no room within {seconds} s");
+        Err(Error::new(ErrorKind::Timeout, why))
     }
 
     /// Puts a message that has room into the batch of its lane. Refused where its balancer chose what
@@ -322,7 +342,8 @@ impl Shared {
     pub(crate) fn abandon(&self, lane: &Lane) -> u64 {
         let abandoned = lane.abandon();
         for batch in &abandoned {
-            self.answer(batch, Err(self.why_closed()));
+            let why = self.replaced.get().cloned().unwrap_or_else(|| self.why_closed());
+            self.answer(batch, Err(why));
         }
         abandoned.iter().map(|batch| u64::from(batch.len())).sum()
     }

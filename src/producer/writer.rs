@@ -274,7 +274,7 @@ impl Lane {
         let (first_day, latest_day) = batch.named.unwrap_or((day, day));
         Append {
             partition: self.partition,
-            topic: &shared.topology.topic,
+            topic_id: shared.topology.id,
             generation: self.generation,
             day,
             first_day,

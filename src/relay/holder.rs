@@ -61,7 +61,7 @@ struct Holder {
     armed: Option<bool>,
     renewed: Instant,
     started: Option<f64>,
-    topology: i64,
+    topology: u64,
     pause: Duration,
 }
 
@@ -89,7 +89,7 @@ pub(super) async fn hold(outlet: &Arc<Outlet>) -> Result<()> {
         armed: None,
         renewed: now,
         started: None,
-        topology: outlet.context.topology.version(),
+        topology: outlet.context.topology.revision(),
         pause: BACKOFF.0,
         outlet: Arc::clone(outlet),
     };
@@ -315,7 +315,7 @@ impl Holder {
             Ok(News::Delivered(Outcome { frozen, end })) => self.delivered(frozen, end, now),
             Ok(News::Loaded(partition, batches)) => self.lanes.loaded(partition, batches?),
             Ok(News::Asked(names, Ok(existing))) => {
-                self.routes.unknown().answered(names, &existing)
+                self.routes.unknown().answered(names, &existing);
             }
             Ok(News::Asked(names, Err(error))) => self.go_on_without(names, &error, now),
             Ok(News::Topic(topic, found)) => {
@@ -401,7 +401,7 @@ impl Holder {
 
     /// What waits for something that may be there now is looked at again.
     fn release(&mut self) {
-        let version = self.outlet.context.topology.version();
+        let version = self.outlet.context.topology.revision();
         if std::mem::replace(&mut self.topology, version) != version {
             self.routes.forget_topics();
         }

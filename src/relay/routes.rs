@@ -361,6 +361,7 @@ impl Routes {
             filling.targets.push(Target {
                 partition,
                 topic: topology.topic.clone(),
+                topic_id: topology.id,
                 generation: topology.generation,
                 day: self.days.get(&partition).copied().unwrap_or(today),
                 messages: Vec::new(),

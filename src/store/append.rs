@@ -22,7 +22,6 @@ use uuid::Uuid;
 use crate::deadline::with_bytes;
 use crate::error::{Error, ErrorKind};
 use crate::id::{Day, MessageId, NodeId, PartitionId};
-use crate::name::TopicName;
 use crate::store::connect::{is_data_error, is_definite, refused};
 use crate::store::failed::Failed;
 use crate::store::node::{Connection, Durability, Unfinished, write};
@@ -64,7 +63,7 @@ pub(crate) struct Arrays {
 #[derive(Debug, Clone)]
 pub(crate) struct Append<'a> {
     pub(crate) partition: PartitionId,
-    pub(crate) topic: &'a TopicName,
+    pub(crate) topic_id: Uuid,
     pub(crate) generation: i32,
     pub(crate) day: Day,
     /// The earliest day that an attempt has named: where a repeat looks from.
@@ -280,7 +279,6 @@ async fn insert(
     statement: &Statement,
     batch: &Append<'_>,
 ) -> Result<Vec<Row>, Failed> {
-    let topic = batch.topic.as_str();
     let arrays = batch.arrays;
     connection
         .query_prepared(
@@ -293,7 +291,7 @@ async fn insert(
                 &arrays.keys,
                 &arrays.headers,
                 &arrays.payloads,
-                &topic,
+                &batch.topic_id,
                 &batch.generation,
             ],
         )
@@ -370,7 +368,7 @@ pub(crate) async fn append_again(
     };
     let connection = guard.connection();
     let (partitions, lock_timeout) = (vec![batch.partition.as_i32()], lock_timeout(deadline));
-    let (topic, arrays) = (batch.topic.as_str(), batch.arrays);
+    let arrays = batch.arrays;
     let (partition, day, first_day) =
         (batch.partition.as_i32(), batch.day.as_i32(), batch.first_day.as_i32());
     let pipeline = async {
@@ -381,7 +379,7 @@ pub(crate) async fn append_again(
                 again,
                 &[
                     &partition,
-                    &topic,
+                    &batch.topic_id,
                     &batch.generation,
                     &day,
                     &first_day,

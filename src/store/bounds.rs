@@ -17,6 +17,15 @@ const OPENS: &[&str] = &[
 /// Read alone, in the session's bounds, or in those of `begin_read` through a pooler; those of a change of the
 /// topology in its transaction. A look has those of `begin_look`.
 const READS: &[&str] = &[
+    "control_adopt",
+    "control_known",
+    "control_server",
+    "control_stand",
+    "identity_adopt",
+    "identity_here",
+    "origin",
+    "partitions_here",
+    "partitions_lost",
     "append_days",
     "control_live_broadcasts",
     "dead_letters_unread",
@@ -76,6 +85,9 @@ const READS: &[&str] = &[
 
 /// In a transaction that one of [`OPENS`] has opened.
 const WRITES: &[&str] = &[
+    "control_sweep",
+    "make_partition",
+    "unclaim_partitions",
     "acquire",
     "append_again",
     "append_function",
@@ -179,6 +191,7 @@ const SENDERS: &[&str] = &[
     "store/group.rs",
     "store/outbox.rs",
     // Connections of their own, whose bounds are set first.
+    "admin/copies.rs",
     "embedded/database.rs",
     "embedded/faults.rs",
     "embedded/password.rs",

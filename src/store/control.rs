@@ -14,11 +14,12 @@ use crate::store::group::StartAt;
 use crate::store::node::{Connection, Durability, query, query_one, write};
 use crate::store::param::Param;
 use crate::store::sql;
+use crate::topology::Version;
 
 /// The cluster's id and the version of its topology.
-pub(crate) async fn cluster(connection: &Connection) -> Result<(Uuid, i64), Failed> {
+pub(crate) async fn cluster(connection: &Connection) -> Result<(Uuid, Version), Failed> {
     let row = query_one(connection, sql::CONTROL_CLUSTER, &[]).await?;
-    Ok((row.get(0), row.get(1)))
+    Ok((row.get(0), Version { number: row.get(1), token: row.get(2), history: row.get(3) }))
 }
 
 /// All nodes with their addresses.
@@ -65,6 +66,11 @@ pub(crate) async fn add_outbox(connection: &Connection, dsn: &str) -> Result<(),
 pub(crate) async fn remove_outbox(connection: &Connection, dsn: &str) -> Result<bool, Failed> {
     let rows = query(connection, sql::CONTROL_REMOVE_OUTBOX, &[&dsn]).await?;
     Ok(!rows.is_empty())
+}
+
+/// Records on which server this control database is, inside a change.
+pub(crate) async fn stand(connection: &Connection, server: Option<String>) -> Result<(), Failed> {
+    query(connection, sql::CONTROL_STAND, &[&server]).await.map(drop)
 }
 
 /// Records a node's address, inside a change.
@@ -126,6 +132,7 @@ pub(crate) async fn topics(connection: &Connection) -> Result<Vec<TopicRow>, Fai
 /// A topic with its partitions and the map of its key slots.
 #[derive(Debug, Clone)]
 pub(crate) struct TopicDetail {
+    pub(crate) id: Uuid,
     pub(crate) generation: i32,
     pub(crate) created_at: SystemTime,
     pub(crate) partitions: Vec<PartitionId>,
@@ -148,6 +155,7 @@ pub(crate) async fn topic(
     let slots = query(connection, sql::CONTROL_SLOTS, &[&name, &generation]).await?;
     let slot = |row: &Row, column: usize| u16::try_from(row.get::<_, i32>(column)).unwrap_or(0);
     Ok(Some(TopicDetail {
+        id: row.get(2),
         generation,
         created_at: row.get(1),
         partitions: partitions
@@ -161,6 +169,18 @@ pub(crate) async fn topic(
             })
             .collect(),
     }))
+}
+
+/// The partitions that are given away, by node.
+pub(crate) async fn known_partitions(
+    connection: &Connection,
+) -> Result<BTreeMap<NodeId, Vec<PartitionId>>, Failed> {
+    let rows = query(connection, sql::CONTROL_KNOWN, &[]).await?;
+    let mut known: BTreeMap<NodeId, Vec<PartitionId>> = BTreeMap::new();
+    for partition in rows.iter().filter_map(|row| PartitionId::from_i32(row.get(0)).ok()) {
+        known.entry(partition.node()).or_default().push(partition);
+    }
+    Ok(known)
 }
 
 /// How many partitions each node has.
@@ -207,22 +227,23 @@ pub(crate) async fn give_change_up(connection: &Connection) -> Result<(), Failed
     connection.roll_back().await
 }
 
-/// Records a topic, inside a change.
+/// Records a topic of this id and generation, inside a change.
 pub(crate) async fn record_topic(
     connection: &Connection,
-    topic: &TopicName,
+    topic: (&TopicName, Uuid, i32),
     slots: &[(u16, u16, PartitionId)],
 ) -> Result<(), Failed> {
+    let (topic, id, generation) = topic;
     let partitions: Vec<i32> = slots.iter().map(|slot| slot.2.as_i32()).collect();
     let first: Vec<i32> = slots.iter().map(|slot| i32::from(slot.0)).collect();
     let last: Vec<i32> = slots.iter().map(|slot| i32::from(slot.1)).collect();
-    let params: [&dyn Param; 4] = [&topic.as_str(), &partitions, &first, &last];
+    let params: [&dyn Param; 6] = [&topic.as_str(), &partitions, &first, &last, &id, &generation];
     query(connection, sql::CONTROL_CREATE_TOPIC, &params).await.map(drop)
 }
 
 /// Removes a topic, inside a change.
-pub(crate) async fn forget_topic(connection: &Connection, topic: &TopicName) -> Result<(), Failed> {
-    query(connection, sql::CONTROL_DELETE_TOPIC, &[&topic.as_str()]).await.map(drop)
+pub(crate) async fn forget_topic(connection: &Connection, id: Uuid) -> Result<(), Failed> {
+    query(connection, sql::CONTROL_DELETE_TOPIC, &[&id]).await.map(drop)
 }
 
 /// A group's start as it was recorded first, and whether it is this database's clock.
@@ -242,12 +263,12 @@ pub(crate) async fn group_start(
 /// Records a group's start, unless somebody did.
 pub(crate) async fn make_group(
     connection: Connection,
-    topic: &TopicName,
+    (topic, id): (&TopicName, Uuid),
     group: &GroupName,
     start: StartAt,
 ) -> Result<(), Failed> {
     let (topic, group) = (topic.as_str(), group.as_str());
-    let params: [&dyn Param; 5] = [&topic, &group, &start.at, &start.id, &start.broadcast];
+    let params: [&dyn Param; 6] = [&topic, &group, &start.at, &start.id, &start.broadcast, &id];
     write(connection, Durability::Durable, sql::CONTROL_MAKE_GROUP, &params).await.map(drop)
 }
 

@@ -63,25 +63,25 @@ pub(crate) async fn start(
 /// Resolves a group's start on this node, unless somebody did.
 pub(crate) async fn write_start(
     connection: Connection,
-    topic: &TopicName,
+    (topic, id): (&TopicName, Uuid),
     group: &GroupName,
     start: StartAt,
 ) -> Result<(), Failed> {
     let (topic, group) = (topic.as_str(), group.as_str());
-    let params: [&dyn Param; 5] = [&topic, &group, &start.at, &start.id, &start.broadcast];
+    let params: [&dyn Param; 6] = [&topic, &group, &start.at, &start.id, &start.broadcast, &id];
     write(connection, Durability::Durable, sql::GROUP_START_WRITE, &params).await.map(drop)
 }
 
 /// Makes the cursors that a group lacks on this node.
 pub(crate) async fn make_cursors(
     connection: Connection,
-    topic: &TopicName,
+    (topic, id): (&TopicName, Uuid),
     group: &GroupName,
     partition: Option<PartitionId>,
 ) -> Result<(), Failed> {
     let (topic, group, partition) =
         (topic.as_str(), group.as_str(), partition.map(PartitionId::as_i32));
-    let params: [&dyn Param; 3] = [&topic, &group, &partition];
+    let params: [&dyn Param; 4] = [&topic, &group, &partition, &id];
     write(connection, Durability::Brief, sql::MAKE_CURSORS, &params).await.map(drop)
 }
 
@@ -143,14 +143,14 @@ pub(crate) struct Taker<'a> {
 /// Takes those of these partitions that are free, or a dead member's.
 pub(crate) async fn acquire(
     connection: Connection,
-    (topic, group): (&TopicName, &GroupName),
+    (topic_id, group): (Uuid, &GroupName),
     taker: &Taker<'_>,
     partitions: &[i32],
 ) -> Result<Vec<Acquired>, Failed> {
-    let (topic, group) = (topic.as_str(), group.as_str());
+    let group = group.as_str();
     let Taker { member, lease_secs, ended_too, gone, dead } = taker;
     let params: [&dyn Param; 8] =
-        [&topic, &group, member, &partitions, ended_too, gone, lease_secs, dead];
+        [&topic_id, &group, member, &partitions, ended_too, gone, lease_secs, dead];
     let rows = write(connection, Durability::Durable, sql::ACQUIRE, &params).await?;
     let acquired = rows.iter().filter_map(|row| {
         Some(Acquired {

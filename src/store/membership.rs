@@ -1,6 +1,6 @@
 //! Members of groups in the control database: signs of life, and who has which partition.
 
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use tokio_postgres::Row;
 use uuid::Uuid;
@@ -46,8 +46,11 @@ pub(crate) struct Seen {
     pub(crate) avoid: Vec<i32>,
     pub(crate) heartbeat_at: SystemTime,
     pub(crate) standing: Standing,
-    /// Nothing was heard of it for two thirds of its lease.
+    /// Nothing was heard of it for a third of its lease, by the control database's clock.
     pub(crate) silent: bool,
+    /// The same for so long that its leases are over.
+    pub(crate) long_silent: bool,
+    pub(crate) lease: Duration,
     /// Its process' session is not there.
     pub(crate) missing: bool,
 }
@@ -61,21 +64,23 @@ pub(crate) struct Heard {
     pub(crate) assignment: Option<(i64, String)>,
 }
 
-/// A consumer's sign of life.
+/// A consumer's sign of life. None where the control database does not have the topic, or has another one of
+/// its name: then the consumer is in no group.
 pub(crate) async fn heartbeat(
     connection: Connection,
-    (topic, group): (&TopicName, &GroupName),
+    ((topic, id), group): ((&TopicName, Uuid), &GroupName),
     sign: &Sign<'_>,
-) -> Result<Heard, Failed> {
+) -> Result<Option<Heard>, Failed> {
     let (topic, group) = (topic.as_str(), group.as_str());
     let pid = i32::try_from(std::process::id()).unwrap_or(0);
     let Sign { member, host, lease_secs, only, unreachable, avoid, session } = sign;
-    let params: [&dyn Param; 10] =
-        [member, &topic, &group, host, &pid, lease_secs, only, unreachable, avoid, session];
+    let params: [&dyn Param; 11] =
+        [member, &topic, &group, host, &pid, lease_secs, only, unreachable, avoid, session, &id];
     let rows = write(connection, Durability::Relaxed, sql::CONTROL_HEARTBEAT, &params).await?;
-    let version = rows.first().and_then(|row| row.get::<_, Option<i64>>(9));
-    let assignment = version.zip(rows.first().and_then(|row| row.get(10)));
-    Ok(Heard { members: rows.iter().map(read_member).collect(), assignment })
+    let Some(first) = rows.first() else { return Ok(None) };
+    let version = first.get::<_, Option<i64>>(9);
+    let assignment = version.zip(first.get(10));
+    Ok(Some(Heard { members: rows.iter().map(read_member).collect(), assignment }))
 }
 
 fn read_member(row: &Row) -> Seen {
@@ -92,6 +97,8 @@ fn read_member(row: &Row) -> Seen {
         },
         silent: row.get(7),
         missing: row.get(8),
+        long_silent: row.get(11),
+        lease: Duration::try_from_secs_f64(row.get(12)).unwrap_or_default(),
     }
 }
 
@@ -143,16 +150,23 @@ pub(crate) async fn assignment(
     Ok(rows.first().map(read))
 }
 
-/// Records an assignment in the place of the version before; false where another one was first.
+/// Forgets members and broadcast groups that are gone for good, if nobody has within a minute.
+pub(crate) async fn sweep(connection: Connection) -> Result<(), Failed> {
+    write(connection, Durability::Relaxed, sql::CONTROL_SWEEP, &[]).await.map(drop)
+}
+
+/// Records an assignment in the place of the version before; false where another one was first, or the topic
+/// is gone.
 pub(crate) async fn assign(
     connection: Connection,
-    (topic, group): (&TopicName, &GroupName),
+    ((topic, id), group): ((&TopicName, Uuid), &GroupName),
     next: &Assignment,
 ) -> Result<bool, Failed> {
     let (topic, group) = (topic.as_str(), group.as_str());
     let before = next.version - 1;
     let Assignment { basis, members, partitions, owners, .. } = next;
-    let params: [&dyn Param; 7] = [&topic, &group, &before, basis, members, partitions, owners];
+    let params: [&dyn Param; 8] =
+        [&topic, &group, &before, basis, members, partitions, owners, &id];
     let rows = write(connection, Durability::Durable, sql::CONTROL_ASSIGN, &params).await?;
     Ok(!rows.is_empty())
 }

@@ -20,6 +20,7 @@ use crate::store::connect::{self, refused};
 pub(crate) use crate::store::connection::Connection;
 use crate::store::failed::Failed;
 use crate::store::param::{Param, typed, values};
+use crate::store::place;
 use crate::store::places::{Place, Places};
 use crate::store::pool::{self, Check, Manager, Object, Pool};
 use crate::store::pooler::{PreparedStatements, Way};
@@ -67,7 +68,7 @@ impl Node {
 
     /// The control database's pool.
     pub(crate) fn control(url: &str, options: PoolOptions) -> Result<Self> {
-        let check: Check = Arc::new(|session| Box::pin(migrate::check(session, Schema::Control)));
+        let check: Check = Arc::new(|session| Box::pin(check_control(session)));
         Self::open(url, "the control database", options, check)
     }
 
@@ -101,18 +102,26 @@ impl Node {
 
     /// The same, to ask for a lease that every process asks for: that is no use of the node.
     pub(crate) async fn get_for_a_lease(&self) -> Result<Connection> {
-        let place = self.place(ACQUIRE_TIMEOUT).await?;
-        // The pool does not bound the making of a connection.
-        let got = timeout(self.patience, self.pool()?.get()).await;
-        self.opened(place, got.map_err(|_| self.silent())?).await
+        // Boxed to keep the caller's future small.
+        Box::pin(async {
+            let place = self.place(ACQUIRE_TIMEOUT).await?;
+            // The pool does not bound the making of a connection.
+            let got = timeout(self.patience, self.pool()?.get()).await;
+            self.opened(place, got.map_err(|_| self.silent())?).await
+        })
+        .await
     }
 
     /// The same, within a time for the wait and as much for the making.
     pub(crate) async fn get_within(&self, limit: Duration) -> Result<Connection> {
         self.uses.fetch_add(1, Ordering::Relaxed);
-        let place = self.place(limit).await?;
-        let timeouts = Timeouts { wait: Some(limit), create: Some(limit), recycle: None };
-        self.opened(place, self.pool()?.timeout_get(&timeouts).await).await
+        // Boxed to keep the caller's future small.
+        Box::pin(async {
+            let place = self.place(limit).await?;
+            let timeouts = Timeouts { wait: Some(limit), create: Some(limit), recycle: None };
+            self.opened(place, self.pool()?.timeout_get(&timeouts).await).await
+        })
+        .await
     }
 
     fn pool(&self) -> Result<&Pool> {
@@ -226,16 +235,24 @@ pub(crate) struct PoolOptions {
     pub(crate) prepared_statements: PreparedStatements,
 }
 
+/// Refuses a control database that is a copy of one.
+async fn check_control(session: Session<'_>) -> Result<()> {
+    migrate::check(session, Schema::Control).await?;
+    let found = place::of_control(session).await;
+    let found = found.map_err(|error| refused(error, "ask the control database which it is"))?;
+    found.map_or(Ok(()), |(_, place)| place.refuse_copy("the control database"))
+}
+
 /// Refuses a database that is not this cluster's node of this number.
 async fn check_node(session: Session<'_>, cluster: Uuid, id: NodeId) -> Result<()> {
     migrate::check(session, Schema::Node).await?;
     let what = format!("ask node {id} who it is");
-    let rows = session.query(sql::IDENTITY, &[]).await;
-    let rows = rows.map_err(|error| refused(error, &what))?;
-    let found: Option<(Uuid, i32)> = rows.first().map(|row| (row.get(0), row.get(1)));
+    let found = place::of_node(session).await.map_err(|error| refused(error, &what))?;
     match found {
-        Some((uuid, number)) if uuid == cluster && number == i32::from(id.number()) => Ok(()),
-        Some((uuid, number)) => Err(Error::new(
+        Some((uuid, number, place)) if uuid == cluster && number == i32::from(id.number()) => {
+            place.refuse_copy(&format!("node {id}"))
+        }
+        Some((uuid, number, _)) => Err(Error::new(
             ErrorKind::Conflict,
             format!(
                 "the address of node {id} of cluster {cluster} leads to node {number:02} of \

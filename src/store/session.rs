@@ -98,7 +98,6 @@ impl Single {
     }
 
     /// The client alone.
-    #[cfg(feature = "embedded")]
     pub(crate) fn into_client(self) -> Client {
         self.client
     }

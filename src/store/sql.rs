@@ -37,6 +37,7 @@ statements! {
     COMMIT_PARKED_IN = "commit_parked_in";
     CONTROL_ADD_NODE = "control_add_node";
     CONTROL_ADD_OUTBOX = "control_add_outbox";
+    CONTROL_ADOPT = "control_adopt";
     CONTROL_ASSIGN = "control_assign";
     CONTROL_ASSIGNMENT = "control_assignment";
     CONTROL_BUMP = "control_bump";
@@ -50,6 +51,7 @@ statements! {
     CONTROL_GROUP_START = "control_group_start";
     CONTROL_GROUPS = "control_groups";
     CONTROL_HEARTBEAT = "control_heartbeat";
+    CONTROL_KNOWN = "control_known";
     CONTROL_LEAVE = "control_leave";
     CONTROL_LIVE_BROADCASTS = "control_live_broadcasts";
     CONTROL_LOCK = "control_lock";
@@ -60,9 +62,12 @@ statements! {
     CONTROL_PARTITION_COUNTS = "control_partition_counts";
     CONTROL_PARTITIONS = "control_partitions";
     CONTROL_REMOVE_OUTBOX = "control_remove_outbox";
+    CONTROL_SERVER = "control_server";
     CONTROL_SET = "control_set";
     CONTROL_SETTINGS = "control_settings";
     CONTROL_SLOTS = "control_slots";
+    CONTROL_STAND = "control_stand";
+    CONTROL_SWEEP = "control_sweep";
     CONTROL_UNSET = "control_unset";
     CONTROL_TELL_GROUP = "control_tell_group";
     CONTROL_TOPIC = "control_topic";
@@ -95,6 +100,8 @@ statements! {
     GROUP_START_WRITE = "group_start_write";
     HEADS = "heads";
     IDENTITY = "identity";
+    IDENTITY_ADOPT = "identity_adopt";
+    IDENTITY_HERE = "identity_here";
     IS_DIRECT = "is_direct";
     KEEP_UP = "keep_up";
     LAG = "lag";
@@ -102,6 +109,7 @@ statements! {
     LOOK = "look";
     MAKE_CURSORS = "make_cursors";
     MAKE_DAYS_AHEAD = "make_days_ahead";
+    MAKE_PARTITION = "make_partition";
     MESSAGE = "message";
     MISSED = "missed";
     NODE_CLOCK = "node_clock";
@@ -133,6 +141,8 @@ statements! {
     OVERLAP = "overlap";
     PARKED = "parked";
     PARTITION_STATE = "partition_state";
+    PARTITIONS_HERE = "partitions_here";
+    PARTITIONS_LOST = "partitions_lost";
     PARTITIONS_OF_TOPIC = "partitions_of_topic";
     PEEK = "peek";
     PROBE = "probe";
@@ -145,11 +155,13 @@ statements! {
     RIGHTS = "rights";
     ROLL = "roll";
     SEEK = "seek";
+    ORIGIN = "origin";
     SERVER = "server";
     SETTLE_PARKED = "settle_parked";
     SET_RETENTION = "set_retention";
     SWEEP_BROADCASTS = "sweep_broadcasts";
     SWEEP_MEMBERS = "sweep_members";
+    UNCLAIM_PARTITIONS = "unclaim_partitions";
     UNFROZEN_DAYS = "unfrozen_days";
     UNREGISTER_NODE = "unregister_node";
     UPKEEP_PARTITIONS = "upkeep_partitions";

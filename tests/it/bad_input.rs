@@ -158,7 +158,7 @@ async fn headers_of_our_own_have_room_beside_a_senders_and_are_short() {
         let headers = format!("jsonb_build_object('h', repeat('v', 65535)) || '{{{own}}}'::jsonb");
         // As the library does: append() refuses them.
         format!(
-            "select shardmq.append_batch(p.partition, p.topic, p.generation, p.day, p.day,
+            "select shardmq.append_batch(p.partition, p.topic_id, p.generation, p.day, p.day,
                  gen_random_uuid(), 1, 1, null, array[{headers}], array['x'::bytea])
                from shardmq.partition p where p.partition = {partition}"
         )

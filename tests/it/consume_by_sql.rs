@@ -148,7 +148,7 @@ async fn a_message_comes_with_all_that_it_has() {
     let ready = Ready::new(1).await;
     let sql = &ready.sql;
     // With a header that the library alone sets.
-    let append = "select shardmq.append_batch(p.partition, p.topic, p.generation, p.day, p.day,
+    let append = "select shardmq.append_batch(p.partition, p.topic_id, p.generation, p.day, p.day,
                     gen_random_uuid(), 1, 50, array['k', null],
                     array[null, '{\"h\": \"v\", \"shardmq.uid\": \"first\"}']::jsonb[],
                     array['a', '\\x00ff']::bytea[]) from shardmq.partition p where p.partition = 10101";

@@ -123,7 +123,7 @@ async fn a_change_is_told_to_processes_that_run() {
     let sql = client(&setting.url).await;
     let listening = "select pid from pg_stat_activity
                       where datname = current_database() and application_name like 'shardmq topology %'
-                        and query like 'listen shardmq_topology%'";
+                        and query like '%; listen shardmq_topology%'";
     let listens = || async { sql.query(listening, &[]).await.unwrap().len() == 2 };
     eventually("both listen", SOON, listens).await;
     for (number, ended) in [(2, false), (3, true)] {

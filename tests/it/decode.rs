@@ -99,7 +99,7 @@ async fn headers_and_keys_that_sql_users_wrote_are_text() {
     let (test, sql, partition, mut messages) = ready().await;
     let uid = "018f3c1e-0000-7000-8000-000000000001:7:3";
     sql.execute(
-        "select shardmq.append_batch(p.partition, p.topic, p.generation, p.day, p.day, gen_random_uuid(), 1, 100,
+        "select shardmq.append_batch(p.partition, p.topic_id, p.generation, p.day, p.day, gen_random_uuid(), 1, 100,
             array['k', null, '', 'é'],
             array[jsonb_build_object('n', 1.5, 't', true, 'z', null, 'o', '{\"a\": [1]}'::jsonb, 's', 'text'),
                   null, '{}'::jsonb, jsonb_build_object('shardmq.uid', $2::text, 'x', 'y')],
@@ -128,7 +128,7 @@ async fn headers_and_keys_that_sql_users_wrote_are_text() {
     let of = |pairs: &[(&str, &str)]| -> BTreeMap<String, String> {
         pairs.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect()
     };
-    let first = [("n", "1.5"), ("t", "true"), ("z", "null"), ("o", "{\"a\":[1]}"), ("s", "text")];
+    let first = [("n", "1.5"), ("t", "true"), ("z", "null"), ("o", "{\"a\": [1]}"), ("s", "text")];
     assert_eq!(headers[0], of(&first));
     assert_eq!(headers[1..3], [of(&[]), of(&[])]);
     assert_eq!(headers[3], of(&[("x", "y")]));

@@ -294,7 +294,8 @@ async fn two_topics(upkeep: bool) {
     assert!(id.partition() == orders && id != order);
     assert_eq!(texts(&stored(&sql, orders).await), ["a"]);
     // Its creation that is taken up again keeps them.
-    let again = "select shardmq.claim_partitions('others', 1, 1, 1)";
+    let again = "select shardmq.claim_partitions('others', p.topic_id, 1, 1, 1, '{}')
+          from shardmq.partition p where p.topic = 'others' and p.state = 'open'";
     assert_eq!(sql.query_one(again, &[]).await.unwrap().get::<_, i32>(0), number(orders));
     assert_eq!((send("others").await, send("bills").await), (id, bill));
 }
@@ -311,8 +312,9 @@ async fn topics_do_not_share_keys_and_a_deleted_topics_are_forgotten_with_upkeep
 async fn another_topics_keys_are_not_taken_for_ones_own() {
     let (_test, sql, partition, producer) = ready().await;
     producer.send(once("a")).await.unwrap();
-    let change =
-        format!("update shardmq.partition set topic = 'bills' where partition = {partition}");
+    let change = format!(
+        "update shardmq.partition set topic = 'bills', topic_id = gen_random_uuid() where partition = {partition}"
+    );
     sql.batch_execute(&change).await.unwrap();
     let error = within(20 * SECOND, "an answer", producer.send(once("a"))).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::NotFound);

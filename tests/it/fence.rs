@@ -34,13 +34,24 @@ async fn ready(partitions: usize) -> (TestCluster, Client, Vec<shardmq::Partitio
     let made = topic(&test, "orders", partitions).await;
     let sql = test.sql(0).await;
     // None, as long as the node does not know where the group starts.
-    sql.execute(MAKE_CURSORS, &[&"orders", &"g"]).await.unwrap();
+    make_cursors(&sql).await;
     assert!(cursors(&sql, "g").await.is_empty());
     let start = "insert into shardmq.group_start (topic, group_name, start_at)
                  values ('orders', 'g', '-infinity')";
     sql.batch_execute(start).await.unwrap();
-    sql.execute(MAKE_CURSORS, &[&"orders", &"g"]).await.unwrap();
+    make_cursors(&sql).await;
     (test, sql, made)
+}
+
+/// The id of the one topic here.
+async fn topic_id(sql: &Client) -> Uuid {
+    let id = "select topic_id from shardmq.partition limit 1";
+    sql.query_one(id, &[]).await.unwrap().get(0)
+}
+
+async fn make_cursors(sql: &Client) {
+    let (all, id) = (Option::<i32>::None, topic_id(sql).await);
+    sql.execute(MAKE_CURSORS, &[&"orders", &"g", &all, &id]).await.unwrap();
 }
 
 async fn renew(sql: &Client, member: Uuid, seconds: f64) {
@@ -72,9 +83,9 @@ async fn take(
     ended_too: bool,
     gone: &[Uuid],
 ) -> Vec<Fence> {
-    let (lease, dead) = (10.0_f64, Vec::<Uuid>::new());
+    let (lease, dead, id) = (10.0_f64, Vec::<Uuid>::new(), topic_id(sql).await);
     let rows = sql
-        .query(ACQUIRE, &[&"orders", &"g", &member, &wanted, &ended_too, &gone, &lease, &dead])
+        .query(ACQUIRE, &[&id, &"g", &member, &wanted, &ended_too, &gone, &lease, &dead])
         .await
         .unwrap();
     rows.iter()

@@ -275,8 +275,8 @@ async fn flush(
 /// Gives a partition to a member with a lease; returns its fence.
 async fn own(sql: &Client, partition: PartitionId) -> (Uuid, i64, i64) {
     let member = Uuid::now_v7();
-    let lease = "insert into shardmq.member (member, group_name, leased_until)
-                 values ($1, 'g', now() + interval '1 hour')";
+    let lease = "insert into shardmq.member (member, group_name, leased_until, lease_secs)
+                 values ($1, 'g', now() + interval '1 hour', 3600)";
     sql.execute(lease, &[&member]).await.unwrap();
     let take = "update shardmq.cursor set member = $1, owner = gen_random_uuid(), epoch = epoch + 1
                  where partition = $2 returning owner, epoch, reset_epoch";

@@ -12,7 +12,7 @@ use tracing::Level;
 use crate::support::put_back::{put_back, snapshot};
 use crate::support::reading::cursor;
 use crate::support::said::said;
-use crate::support::{TestCluster, own_server, within};
+use crate::support::{TestCluster, eventually, own_server, within};
 
 const SECOND: Duration = Duration::from_secs(1);
 
@@ -213,11 +213,16 @@ async fn an_epoch_that_was_rolled_back_and_raised_again_by_another_lets_no_old_o
     let (test, producer) = start(&server).await;
     let partition = test.cluster.topic("orders").await.unwrap().partitions[0].partition;
     send(&producer, "kept", 3).await;
-    let before = snapshot(&server).await;
     let quiet = |cluster: &Cluster| {
         let consumer = cluster.consumer("orders", "g").partitions([partition]);
         consumer.lease(600 * SECOND).flush_interval(60 * SECOND)
     };
+    // The cursor is there already, so that both owners raise the same epoch.
+    let first = quiet(&test.cluster).stream().await.unwrap();
+    let holds = async || first.handle().held_partitions() == 1;
+    eventually("it is held", 20 * SECOND, holds).await;
+    first.shutdown(SECOND).await.unwrap();
+    let before = snapshot(&server).await;
     // The other takes it first, and that is kept for later: side by side either could be the faster one.
     let other = Cluster::builder(&test.control_url).upkeep(false).connect().await.unwrap();
     let mut new = quiet(&other).stream().await.unwrap();

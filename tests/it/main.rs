@@ -3,6 +3,8 @@
 #![allow(unreachable_pub, missing_docs, clippy::unwrap_used, clippy::expect_used)]
 // What is plain in a test: sequences searched until something is found, names of a pair alike.
 #![allow(clippy::maybe_infinite_iter, clippy::similar_names, clippy::needless_for_each)]
+// A test's future is on the heap of its runtime, and some tell a whole story.
+#![allow(clippy::large_futures, clippy::too_many_lines, clippy::format_push_string)]
 
 mod support;
 
@@ -28,6 +30,8 @@ mod consume_by_sql;
 mod control_away;
 /// Several partitions in one commit, without waiting for each other.
 mod convoy;
+/// A cluster that was restored from a dump is found out.
+mod copies;
 /// A server that crashes under load, again and again.
 mod crash;
 /// From day to day: no message is left behind, and lag is right.
@@ -62,6 +66,8 @@ mod groups;
 mod half_pipeline;
 /// Handlers: as many at a time as order allows, repeated where they fail.
 mod handlers;
+/// What consumers' signs of life cost.
+mod heartbeats;
 /// Partitions that are held back: paused by their consumer, or too far ahead of what is acknowledged.
 mod held_back;
 /// Addresses with several hosts: the one that takes writes is found, and followed.
@@ -78,6 +84,8 @@ mod late_commit;
 mod leaps;
 /// Who owns a partition, through joins, crashes, pauses and restarts.
 mod leases;
+/// A topic that is deleted and made again is another one, for all who use it.
+mod lives;
 /// A promoted standby that lacks only the roll to the next day.
 /// A table that is locked or broken stops its own partition and no other.
 mod locked_table;

@@ -102,7 +102,7 @@ async fn a_late_original_that_names_yesterday_is_turned_away() {
     night.clocks.set("1 day 00:00:05").await;
     let today = night.clocks.day(0).await;
     let call =
-        "select outcome from shardmq.append_batch($1, 'orders', 1, $2, $2, $3::text::uuid, 1, 1,
+        "select outcome from shardmq.append_batch($1, (select topic_id from shardmq.partition), 1, $2, $2, $3::text::uuid, 1, 1,
                     null, null, array['x'::bytea])";
     let uuid = "00000000-0000-4000-8000-000000000001";
     for rolled in [false, true] {

@@ -134,7 +134,7 @@ async fn an_original_that_comes_after_the_seal_is_turned_away_and_its_repeat_say
     for (change, kind) in [
         ("state = 'sealed'", ErrorKind::Unavailable),
         ("generation = 2", ErrorKind::Unavailable),
-        ("topic = 'other'", ErrorKind::NotFound),
+        ("topic = 'other', topic_id = gen_random_uuid()", ErrorKind::NotFound),
     ] {
         let way = Way::new(|builder| builder).await;
         let (send, original) = way.send_held().await;
@@ -225,7 +225,8 @@ async fn a_fence_is_kept_until_the_partition_has_left_every_day_that_was_named()
     way.clocks.set("1 day 00:10").await;
     way.roll().await;
     let original = format!(
-        "select outcome from shardmq.append_batch({partition}, 'orders', 1, {tomorrow}, {tomorrow},
+        "select outcome from shardmq.append_batch({partition},
+                    (select topic_id from shardmq.partition where partition = {partition}), 1, {tomorrow}, {tomorrow},
                     '{uuid}', 1, 1, null, null, array['x'::bytea])"
     );
     let outcome: String = way.sql.query_one(&original, &[]).await.unwrap().get(0);

@@ -214,7 +214,8 @@ async fn append_once_refuses_what_it_must() {
 #[tokio::test]
 async fn a_sequence_that_another_batch_has_is_not_taken_for_a_duplicate() {
     let (_test, sql, partition) = ready().await;
-    let append = "select outcome, ids is null from shardmq.append_batch_once($1, 'orders', 1,
+    let append = "select outcome, ids is null from shardmq.append_batch_once($1,
+        (select topic_id from shardmq.partition), 1,
         (select day from shardmq.partition), '00000000-0000-4000-8000-000000000001', $2,
         null, null, array['x'::bytea], array[$3])";
     let mut outcomes = Vec::new();

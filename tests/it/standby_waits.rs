@@ -11,7 +11,7 @@ use crate::support::proxy::{Rule, cluster_behind_proxy};
 use crate::support::reading::{cursors, next, text};
 use crate::support::relays::{Relay, publish, through};
 use crate::support::standby_away::StandbyAway;
-use crate::support::stored::{all_stored, topic};
+use crate::support::stored::{Stored, all_stored, topic};
 use crate::support::{TestCluster, client, database, own_server, prepared, shared_server, within};
 
 const SOON: Duration = Duration::from_secs(20);
@@ -49,7 +49,7 @@ async fn all_sends_outlast(server: &shardmq::embedded::Server, test: &TestCluste
         outlasts(away, sending(&producer, message)).await;
     }
     let stored = all_stored(&test.sql(0).await, &partitions).await;
-    let texts: Vec<&str> = stored.iter().map(|stored| stored.text()).collect();
+    let texts: Vec<&str> = stored.iter().map(Stored::text).collect();
     assert_eq!(texts, ["before", "plain", "once"]);
 }
 
@@ -103,7 +103,7 @@ async fn a_flush_is_confirmed_only_once_the_standby_has_the_cursors() {
     });
     let messages = outlasts(away, flushing).await;
     let moved = cursors(&test.sql(0).await, "g").await;
-    assert_eq!(moved[0].1.acked_id, i64::try_from(id.number()).unwrap());
+    assert_eq!(moved[0].1.acked_id, id.number());
     drop(messages);
 }
 

@@ -156,7 +156,7 @@ async fn a_partition_made_after_the_group_starts_at_its_first_message() {
     append_texts(&sql, first, ["old"]).await;
     drop(consume(&test, "g", Start::Latest).await);
     let made: i32 = sql
-        .query_one("select max(c) from shardmq.claim_partitions('orders', 1, 2, 2) c", &[])
+        .query_one("select max(c) from shardmq.partition p, shardmq.claim_partitions('orders', p.topic_id, 1, 2, 2, '{}') c", &[])
         .await
         .unwrap()
         .get(0);
@@ -270,8 +270,8 @@ async fn a_node_that_forgot_where_a_group_starts_is_told_again_by_who_waits() {
     eventually("it is held", 20 * SECOND, holds).await;
     // Somebody else has it, and lives.
     let taken = "with stranger as (
-                     insert into shardmq.member (member, group_name, leased_until)
-                     values (gen_random_uuid(), 'g', now() + interval '1 hour') returning member)
+                     insert into shardmq.member (member, group_name, leased_until, lease_secs)
+                     values (gen_random_uuid(), 'g', now() + interval '1 hour', 3600) returning member)
                  update shardmq.cursor c
                     set member = s.member, owner = gen_random_uuid(), epoch = epoch + 1
                    from stranger s";

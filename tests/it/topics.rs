@@ -115,7 +115,7 @@ async fn a_creation_that_was_cut_off_is_taken_up_again() {
     let test = TestCluster::new(2).await;
     let mut claimed = Vec::new();
     for n in 0..2 {
-        let claim = "select shardmq.claim_partitions('orders', 1, 2, 1)";
+        let claim = "select shardmq.claim_partitions('orders', gen_random_uuid(), 1, 2, 1, '{}')";
         let rows = test.sql(n).await.query(claim, &[]).await.unwrap();
         claimed.extend(rows.iter().map(|row| row.get::<_, i32>(0)));
     }

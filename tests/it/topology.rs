@@ -107,6 +107,34 @@ async fn an_older_topology_than_the_one_that_is_known_is_not_taken_over() {
     producer.send(Message::new("x")).await.unwrap();
 }
 
+/// The control database lost the last change, and gives its number to the next one.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_change_that_follows_one_that_was_lost_is_taken_over_and_the_loss_is_told() {
+    let (test, _proxy) = pair().await;
+    let before = control_state(&test.control_url).await;
+    topic(&test, "orders", 2).await;
+    let running = Cluster::connect(&test.control_url).await.unwrap();
+    let seen = control_state(&test.control_url).await;
+    let sql = client(&test.control_url).await;
+    let restore = "update shardmq_control.cluster set (version, token, history) = ($1, $2::text::uuid, $3::text::uuid[])";
+    sql.execute(restore, &[&before.0, &before.1, &before.2]).await.unwrap();
+    let error = running.nodes().await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Conflict, "{error}");
+    // Who starts now does not know what was lost.
+    let another = Cluster::connect(&test.control_url).await.unwrap();
+    another.replace_node(node(2), &test.node_urls[1]).await.unwrap();
+    assert_eq!(control_state(&test.control_url).await.0, seen.0, "the same number");
+    assert_eq!(running.nodes().await.unwrap()[1].url, test.node_urls[1]);
+    running.shutdown().await;
+    another.shutdown().await;
+}
+
+async fn control_state(url: &str) -> (i64, String, String) {
+    let read = "select version, token::text, history::text from shardmq_control.cluster";
+    let row = client(url).await.query_one(read, &[]).await.unwrap();
+    (row.get(0), row.get(1), row.get(2))
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn only_a_node_without_partitions_is_removed_and_can_be_used_again() {
     let (test, _proxy) = pair().await;

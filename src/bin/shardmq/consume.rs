@@ -83,6 +83,7 @@ pub(crate) async fn run(context: &Context, args: Args) -> Result<(), Failure> {
         rest: args.count.unwrap_or(u64::MAX),
         out: Out::new(),
         refused: 0,
+        ended: None,
         counter: counter(),
     };
     let outcome = session.print(&mut interrupt).await;
@@ -116,6 +117,8 @@ struct Session {
     rest: u64,
     out: Out,
     refused: u64,
+    /// Why the stream ends by itself.
+    ended: Option<shardmq::Error>,
     counter: ProgressBar,
 }
 
@@ -134,7 +137,9 @@ impl Session {
                     continue;
                 }
             };
-            let Some(first) = first else { return Ok(()) };
+            let Some(first) = first else {
+                return self.ended.take().map_or(Ok(()), |error| Err(error.into()));
+            };
             let batch = self.batch(first);
             self.print_batch(batch, interrupt).await?;
         }
@@ -152,6 +157,8 @@ impl Session {
                     bytes += delivery.payload().len();
                     batch.push(delivery);
                 }
+                // The last word of a stream whose topic is gone.
+                Err(error) if error.kind() == ErrorKind::NotFound => self.ended = Some(error),
                 Err(error) => note(&format!("warning: {}", error.chain())),
             }
             let full = batch.len() >= most || bytes >= MOST_BYTES;

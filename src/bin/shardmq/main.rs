@@ -5,6 +5,7 @@
 
 mod bench;
 mod caught_up;
+mod cluster;
 mod consume;
 mod context;
 mod dead;
@@ -79,6 +80,11 @@ enum Command {
     #[command(subcommand)]
     Node(node::Command),
     #[command(subcommand)]
+    Cluster(cluster::Command),
+    /// Make partitions again that a node has lost, and put topics back that the control database has lost. For a
+    /// database that was restored, or promoted without its end.
+    Repair,
+    #[command(subcommand)]
     Notifier(notifier::Command),
     #[command(subcommand)]
     Outbox(outbox::Command),
@@ -130,6 +136,8 @@ async fn run(command: Command, context: Context) -> Result<(), Failure> {
         Command::Dev(args) => dev::run(&context, args).await,
         Command::Migrate(args) => migrate::run(&context, args).await,
         Command::Node(command) => node::run(&context, command).await,
+        Command::Cluster(command) => cluster::run(&context, command).await,
+        Command::Repair => cluster::repair(&context).await,
         Command::Notifier(command) => notifier::run(&context, command).await,
         Command::Outbox(command) => outbox::run(&context, command).await,
         Command::Topic(command) => topic::run(&context, command).await,
@@ -140,8 +148,8 @@ async fn run(command: Command, context: Context) -> Result<(), Failure> {
         Command::Peek(args) => look::peek(&context, args).await,
         Command::Message(args) => look::message(&context, args).await,
         Command::Lag(args) => lag::run(&context, args).await,
-        Command::Bench(command) => bench::run(&context, command).await,
-        Command::Verify(args) => verify::run(&context, args).await,
+        Command::Bench(command) => Box::pin(bench::run(&context, command)).await,
+        Command::Verify(args) => Box::pin(verify::run(&context, args)).await,
         Command::DemoMember(args) => demo::member(&context, args).await,
         Command::VerifyMember(args) => verify::member(&context, args).await,
     }

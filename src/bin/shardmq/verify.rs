@@ -234,9 +234,9 @@ async fn verify(
     let run = Arc::new(Run::new(url, args)?);
     let topic = cluster.create_topic(&run.topic, topic_options(args)).await?;
     let partitions: Vec<_> = topic.partitions.iter().map(|p| p.partition).collect();
-    let (members, faults) = work(&cluster, &run, nodes, args, interrupt).await?;
+    let (members, faults) = Box::pin(work(&cluster, &run, nodes, args, interrupt)).await?;
     let read = tokio::select! {
-        read = look_back(&cluster, &run, members, &partitions, args) => read,
+        read = look_back(&cluster, &run, members, &partitions) => read,
         () = interrupt.caught() => return Err(interrupted()),
     };
     let report = match read {
@@ -327,7 +327,7 @@ async fn break_it(
     ));
     let (began, stop) = (Instant::now(), stop.clone());
     let stage = Stage { run, nodes, members: processes.pids(), stop, began };
-    stage.perform(&plan, seed, kinds).await.map(Some)
+    Box::pin(stage.perform(&plan, seed, kinds)).await.map(Some)
 }
 
 /// Makes the group. Processes are waited for until each has its share: as they start they take partitions
@@ -348,10 +348,9 @@ async fn look_back(
     run: &Run,
     members: Members,
     partitions: &[PartitionId],
-    args: &Args,
 ) -> Result<(), Failure> {
     note("- waiting until all nodes answer and the group has everything");
-    let settled = settle(cluster, run, partitions, args).await;
+    let settled = settle(cluster, run, partitions).await;
     // In any case, so that the history has its end.
     let left = members.leave().await;
     settled.and(left)?;
@@ -365,13 +364,8 @@ async fn look_back(
     reading::read_all(run).await
 }
 
-async fn settle(
-    cluster: &Cluster,
-    run: &Run,
-    partitions: &[PartitionId],
-    args: &Args,
-) -> Result<(), Failure> {
-    settling::topic_is_known(cluster, &run.topic, topic_options(args), partitions).await?;
+async fn settle(cluster: &Cluster, run: &Run, partitions: &[PartitionId]) -> Result<(), Failure> {
+    settling::topic_is_known(cluster, &run.topic, partitions).await?;
     settling::nodes_answer(cluster, &run.topic, run.patience).await?;
     Ok(settling::drain(cluster, &run.topic, partitions.len(), run.patience).await?)
 }

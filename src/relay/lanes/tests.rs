@@ -12,6 +12,7 @@ fn batch(id: i64, partition: u32) -> Frozen {
         id,
         partition: PartitionId::try_from(partition).unwrap(),
         topic: TopicName::new("orders").unwrap(),
+        topic_id: Uuid::nil(),
         generation: 1,
         producer: Uuid::nil(),
         first_day: day,

@@ -1,3 +1,5 @@
+use uuid::Uuid;
+
 use super::*;
 use crate::topology::even_slots;
 
@@ -25,7 +27,8 @@ fn partitions() -> Vec<PartitionId> {
 fn topology() -> Topology {
     let partitions = partitions();
     let slots = even_slots(&partitions);
-    Topology { topic: TopicName::new("orders").unwrap(), generation: 1, partitions, slots }
+    let topic = TopicName::new("orders").unwrap();
+    Topology { topic, id: Uuid::nil(), generation: 1, partitions, slots }
 }
 
 fn message(id: i64, topic: &str, key: Option<&str>) -> Waiting {

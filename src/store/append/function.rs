@@ -137,7 +137,6 @@ fn renumbered(text: &str, by: usize) -> String {
 /// A batch as parameters.
 struct Part<'a> {
     partition: i32,
-    topic: &'a str,
     day: i32,
     first_day: i32,
     waits: bool,
@@ -148,7 +147,6 @@ impl<'a> Part<'a> {
     fn new(batch: &'a Append<'a>, waits: bool) -> Self {
         Self {
             partition: batch.partition.as_i32(),
-            topic: batch.topic.as_str(),
             day: batch.day.as_i32(),
             first_day: batch.first_day.as_i32(),
             waits,
@@ -160,7 +158,7 @@ impl<'a> Part<'a> {
         let arrays = self.batch.arrays;
         [
             (&self.partition, Type::INT4),
-            (&self.topic, Type::TEXT),
+            (&self.batch.topic_id, Type::UUID),
             (&self.batch.generation, Type::INT4),
             (&self.day, Type::INT4),
             (&self.first_day, Type::INT4),

@@ -38,8 +38,7 @@ pub(crate) async fn append_once(
     let wait = lock_timeout(deadline);
     let opening = format!("{}; set local lock_timeout = '{wait}'", sql::BEGIN_DURABLE);
     let (partition, day) = (batch.partition.as_i32(), batch.day.as_i32());
-    let topic = batch.topic.as_str();
-    let params = params(batch, &partition, &topic, &day);
+    let params = params(batch, &partition, &day);
     let call = async {
         match &kept {
             Some(statement) => {
@@ -65,16 +64,11 @@ pub(crate) async fn append_once(
 
 type Value<'a> = (&'a (dyn ToSql + Sync), Type);
 
-fn params<'a>(
-    batch: &'a Append<'_>,
-    partition: &'a i32,
-    topic: &'a &str,
-    day: &'a i32,
-) -> [Value<'a>; 10] {
+fn params<'a>(batch: &'a Append<'_>, partition: &'a i32, day: &'a i32) -> [Value<'a>; 10] {
     let arrays = batch.arrays;
     [
         (partition, Type::INT4),
-        (topic, Type::TEXT),
+        (&batch.topic_id, Type::UUID),
         (&batch.generation, Type::INT4),
         (day, Type::INT4),
         (&batch.producer, Type::UUID),

@@ -39,6 +39,7 @@ pub(crate) struct Frozen {
     pub(crate) id: i64,
     pub(crate) partition: PartitionId,
     pub(crate) topic: TopicName,
+    pub(crate) topic_id: Uuid,
     pub(crate) generation: i32,
     pub(crate) producer: Uuid,
     pub(crate) first_day: Day,
@@ -69,6 +70,7 @@ impl Frozen {
             id: row.get(0),
             partition: PartitionId::from_i32(row.get(1)).ok()?,
             topic,
+            topic_id: row.get(15),
             generation: row.get(3),
             producer: row.get(4),
             first_day: Day::from_i32(row.get(5)).ok()?,
@@ -113,7 +115,7 @@ impl Frozen {
         let first = i64::try_from(first).unwrap_or(0);
         Append {
             partition: self.partition,
-            topic: &self.topic,
+            topic_id: self.topic_id,
             generation: self.generation,
             day: self.day,
             first_day: self.first_day,

@@ -24,6 +24,7 @@ pub(crate) const INLINE: usize = 4 << 20;
 pub(crate) struct Target {
     pub(crate) partition: PartitionId,
     pub(crate) topic: TopicName,
+    pub(crate) topic_id: Uuid,
     pub(crate) generation: i32,
     pub(crate) day: Day,
     /// Ids, and whether they are for later.
@@ -98,7 +99,8 @@ pub(crate) async fn step(
     let days: Vec<i32> = step.targets.iter().map(|t| t.day.as_i32()).collect();
     let first_days: Vec<i32> = step.targets.iter().map(|t| first_day(t.day).as_i32()).collect();
     let inline = i32::try_from(step.inline()).unwrap_or(i32::MAX);
-    let freeze: [&dyn Param; 13] = [
+    let topic_ids: Vec<Uuid> = step.targets.iter().map(|t| t.topic_id).collect();
+    let freeze: [&dyn Param; 14] = [
         &now.0,
         &now.1,
         &now.2,
@@ -112,6 +114,7 @@ pub(crate) async fn step(
         &days,
         &first_days,
         &inline,
+        &topic_ids,
     ];
     let of = |later: bool| -> Vec<i64> {
         step.dead.iter().filter(|dead| dead.1 == later).map(|dead| dead.0).collect()

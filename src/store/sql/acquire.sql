@@ -2,7 +2,7 @@
 -- those of members that have died, by what others saw of them: unless their session is seen here, or the
 -- server is not up for as long as a lease. Rows locked by others are passed over. Each acquisition draws
 -- a new owner and raises the epoch, so that what an earlier owner sends later is refused.
--- $1 topic  $2 group  $3 member  $4 partitions  $5 whether ended leases may be taken
+-- $1 id of the topic  $2 group  $3 member  $4 partitions  $5 whether ended leases may be taken
 -- $6 members that have died  $7 lease in seconds  $8 members that are dead for certain
 with live as (
     select m.member, m.session from shardmq.member m where shardmq.is_live(m)),
@@ -16,7 +16,7 @@ dead as (
 seen as materialized (
     select c.partition, c.epoch
       from shardmq.cursor c join shardmq.partition p using (partition)
-     where c.group_name = $2 and p.topic = $1 and p.state <> 'deleted'
+     where c.group_name = $2 and p.topic_id = $1 and p.state <> 'deleted'
        and c.partition = any ($4::int[])
        and (c.member is null
             or $5::bool and not exists (select from live where live.member = c.member)

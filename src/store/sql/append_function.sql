@@ -2,7 +2,7 @@
 -- a batch, or says why not. Parts for different partitions are joined by "union all", with their
 -- parameters numbered on, so that one commit serves all. The function is called under the lock only:
 -- no outcome says that another has it.
--- $1 partition  $2 topic  $3 generation  $4 day  $5 day of the first attempt  $6 producer
+-- $1 partition  $2 id of the topic  $3 generation  $4 day  $5 day of the first attempt  $6 producer
 -- $7 sequence  $8 bytes  $9 keys  $10 headers  $11 payloads  $12 whether to wait for the lock
 select done ->> 'outcome', (done ->> 'base_id')::bigint, (done ->> 'day')::int,
        (done ->> 'today')::int, partition

@@ -1,3 +1,3 @@
 -- One topic. Primary key.
 -- $1 topic
-select generation, created_at from shardmq_control.topic where topic = $1
+select generation, created_at, topic_id from shardmq_control.topic where topic = $1

@@ -5,7 +5,7 @@
 -- Of those for later: $4 ids  $5 batches  $6 places
 -- Batches: $7 partitions  $8 topics  $9 generations  $10 producers  $11 days
 -- $12 the first days on which they are looked for
--- $13 of how many bytes a batch is returned with its messages; a larger one without them
+-- $13 of how many bytes a batch is returned with its messages; a larger one without them  $14 ids of the topics
 with published as (
     delete from shardmq.outbox o
      where o.id = any($1::bigint[]) and current_setting('shardmq.relay', true) = 'true'
@@ -31,9 +31,9 @@ with published as (
      group by m.batch
 )
 insert into shardmq.outbox_batch as b
-       (id, partition, topic, generation, producer, first_day, day, count, bytes, ids, uids, keys, headers,
-        payloads)
-select nextval('shardmq.outbox_batch_id'), ($7::int[])[g.batch], ($8::text[])[g.batch],
+       (id, partition, topic, topic_id, generation, producer, first_day, day, count, bytes, ids, uids, keys,
+        headers, payloads)
+select nextval('shardmq.outbox_batch_id'), ($7::int[])[g.batch], ($8::text[])[g.batch], ($14::uuid[])[g.batch],
        ($9::int[])[g.batch], ($10::uuid[])[g.batch], ($12::int[])[g.batch], ($11::int[])[g.batch],
        g.count, coalesce(g.bytes, 0), g.ids, g.uids, g.keys, g.headers, g.payloads
   from gathered g
@@ -41,4 +41,4 @@ select nextval('shardmq.outbox_batch_id'), ($7::int[])[g.batch], ($8::text[])[g.
 returning b.id, b.partition, b.topic, b.generation, b.producer, b.first_day, b.day, b.state, b.count, b.bytes,
           case when b.bytes <= $13::int then b.ids end, case when b.bytes <= $13 then b.keys end,
           case when b.bytes <= $13 then b.headers end, case when b.bytes <= $13 then b.payloads end,
-          case when b.bytes <= $13 then b.uids end
+          case when b.bytes <= $13 then b.uids end, b.topic_id

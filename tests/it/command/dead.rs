@@ -72,7 +72,7 @@ async fn letters_are_sent_again_and_dropped_by_number_by_filter_or_all() {
     let moved = async |arguments: &str| {
         run(url, &format!("dead {arguments} --json")).await.good().json()[0].clone()
     };
-    let count = |moved: u64| json!({"moved": moved, "unreachable": []});
+    let count = |moved: u64| json!({"moved": moved, "unreachable": [], "unread": 0});
     assert_eq!(moved("retry 01-1 01-3 --group g").await, count(2));
     assert_eq!(moved("drop --error nothing").await, count(0));
     assert_eq!(moved("drop --group h").await, count(1));

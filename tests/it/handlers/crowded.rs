@@ -36,7 +36,8 @@ async fn what_waits_for_slow_handlers_is_not_read_over_and_over() {
     let (before, since) = (read(), Instant::now());
     eventually("some seconds", SOON, async || since.elapsed() > 5 * SECOND).await;
     let more = read() - before;
-    assert!(more < 600 << 10, "{more} bytes were read, and nothing of it handled");
+    // Each partition once more at most, and what else goes over the line.
+    assert!(more < 1 << 20, "{more} bytes were read, and nothing of it handled");
     gate.add_permits(1000);
     eventually("all is handled", SOON, async || done.load(Ordering::SeqCst) == 480).await;
     stop(running).await;

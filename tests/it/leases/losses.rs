@@ -109,7 +109,7 @@ async fn a_partition_lost_freed_and_taken_again_voids_what_was_in_hand() {
     eventually("it has both", SOON, async || messages.handle().held_partitions() == 2).await;
     let mut in_hand = next(&mut messages).await;
     sql.batch_execute(
-        "insert into shardmq.member select gen_random_uuid(), 'g', now() + interval '1 hour';
+        "insert into shardmq.member select gen_random_uuid(), 'g', now() + interval '1 hour', 3600;
          update shardmq.cursor set epoch = epoch + 1, owner = gen_random_uuid(),
                 member = (select member from shardmq.member order by leased_until desc limit 1)
           where partition = 10102",

@@ -28,7 +28,7 @@ fn later() -> Runner {
     runner.set_abort_missing(false)
 }
 
-/// As pg_dump does, and a consumer by SQL that holds what it has read.
+/// As `pg_dump` does, and a consumer by SQL that holds what it has read.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_migration_that_waits_for_a_dump_lets_appends_and_publishers_go_first() {
     let test = TestCluster::new(1).await;

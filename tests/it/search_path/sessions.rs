@@ -99,7 +99,7 @@ fn traps() -> String {
     all
 }
 
-/// A database whose search_path finds the traps first, and a superuser's session that does not use it.
+/// A database whose `search_path` finds the traps first, and a superuser's session that does not use it.
 async fn hostile(server: &Server, name: &str) -> (String, Client) {
     let name = format!("{name}_{}", std::process::id());
     server.create_database(&name).await.unwrap();

@@ -4,7 +4,7 @@
 use std::collections::{BTreeSet, HashMap};
 use std::time::Duration;
 
-use shardmq::{Cluster, ErrorKind, PartitionId, Result, TopicOptions};
+use shardmq::{Cluster, ErrorKind, PartitionId, Result};
 use tokio::time::{Instant, sleep};
 
 use super::GROUP;
@@ -56,12 +56,11 @@ fn is_even(shares: &[usize], members: usize, partitions: usize) -> bool {
         && least.zip(most).is_some_and(|(least, most)| most - least <= 1)
 }
 
-/// Makes the topic again where the control database has lost it, as one that was restored from a backup
-/// has: its partitions and messages are on the nodes.
+/// Takes the topic back from its nodes where the control database has lost it, as one that was restored from a
+/// backup has.
 pub(super) async fn topic_is_known(
     cluster: &Cluster,
     topic: &str,
-    options: TopicOptions,
     partitions: &[PartitionId],
 ) -> std::result::Result<(), Failure> {
     match cluster.topic(topic).await {
@@ -69,13 +68,16 @@ pub(super) async fn topic_is_known(
         // Nodes that are away are waited for later.
         _ => return Ok(()),
     }
-    note(&format!("warning: the control database has lost topic {topic}: it is made again"));
-    let made = cluster.create_topic(topic, options).await?;
+    note(&format!(
+        "warning: the control database has lost topic {topic}: it is taken back from its nodes"
+    ));
+    cluster.repair().await?;
+    let made = cluster.topic(topic).await?;
     let again: BTreeSet<_> = made.partitions.iter().map(|p| p.partition).collect();
     if again.iter().eq(partitions.iter().collect::<BTreeSet<_>>()) {
         return Ok(());
     }
-    let text = "the control database has lost the topic, and made again it has other partitions";
+    let text = "the control database has lost the topic, and taken back it has other partitions";
     Err(Failure::new(UNFINISHED, text))
 }
 

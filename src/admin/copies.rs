@@ -1,0 +1,191 @@
+//! Copies of a cluster: what was restored from a dump says of itself that it is the original. It becomes a cluster
+//! of its own, or takes the original's place.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+use tokio_postgres::{Client, Row};
+use uuid::Uuid;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::id::NodeId;
+use crate::migrate::{self, Schema};
+use crate::store::connect::{self, refused};
+use crate::store::param::{Param, typed};
+use crate::store::session::Session;
+use crate::store::{place, sql};
+
+/// The setting by which an adoption that was cut off goes on with the same id.
+const ADOPTING: &str = "adopting";
+const NAME: &str = "shardmq cluster";
+
+/// What [`moved`] has found on another server than before.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct Moved {
+    /// Whether it is the control database.
+    pub control: bool,
+    /// Nodes.
+    pub nodes: Vec<NodeId>,
+    /// Nodes that did not answer: to be called again, when they do.
+    pub away: Vec<NodeId>,
+}
+
+/// Makes a cluster of its own of a copy: of a control database that was restored from a dump, by its URL, and of
+/// copies of all its nodes, by number. It gets another id, which is returned, and its nodes get these addresses.
+/// The original is not touched. Its consumers, the outboxes that were registered with it, and its addresses for
+/// listening are forgotten in the copy. Where it is cut off, it is to be called again.
+///
+/// # Errors
+/// [`ErrorKind::Conflict`] where the control database, or a node, is no copy but the original, or is of another
+/// cluster or number; [`ErrorKind::Invalid`] where a node of the cluster is not named, or one that it does not
+/// have. Nothing is changed then.
+pub async fn adopt(url: &str, nodes: &[(NodeId, String)]) -> Result<Uuid> {
+    let what = "adopt a copy of a cluster";
+    let control = connect::connect_once(url, NAME).await?.into_client();
+    migrate::check(Session::direct(&control), Schema::Control).await?;
+    let (before, place) = which(&control, what).await?;
+    if !place.is_copy() {
+        return Err(Error::new(ErrorKind::Conflict, "this control database is no copy, and stays"));
+    }
+    let given: BTreeMap<NodeId, &str> = nodes.iter().map(|(id, url)| (*id, url.as_str())).collect();
+    let known = addresses(&control).await?;
+    if let Some(node) = known.keys().find(|node| !given.contains_key(node)) {
+        return Err(Error::invalid(format!(
+            "node {node} of the cluster needs the address of its copy"
+        )));
+    }
+    if let Some(node) = given.keys().find(|node| !known.contains_key(node)) {
+        return Err(Error::invalid(format!("the cluster has no node {node}")));
+    }
+    let adopted = begun(&control, what).await?;
+    let mut copies = Vec::new();
+    for (id, url) in &given {
+        copies.push((*id, *url, Copy::find(*id, url, &[before, adopted]).await?));
+    }
+    if let Some((id, ..)) =
+        copies.iter().find(|(.., copy)| copy.cluster == before && !copy.elsewhere)
+    {
+        let what = format!("the address of node {id} leads to the original, and not to a copy");
+        return Err(Error::new(ErrorKind::Conflict, what));
+    }
+    for (_, _, copy) in &copies {
+        copy.becomes(adopted).await?;
+    }
+    execute(&control, "begin", &[], what).await?;
+    for (id, url, _) in &copies {
+        let address = connect::without_password(url)?;
+        execute(&control, sql::CONTROL_ADD_NODE, &[&i32::from(id.number()), &address], what)
+            .await?;
+    }
+    execute(&control, sql::CONTROL_ADOPT, &[&adopted, &place.here], what).await?;
+    execute(&control, sql::CONTROL_BUMP, &[], what).await?;
+    execute(&control, "commit", &[], what).await?;
+    Ok(adopted)
+}
+
+/// Says that a cluster has moved: that what seems to be a copy, as of a dump that was restored or of an upgrade to
+/// another major version, is the cluster itself from now on, and the original is gone. Of the control database at
+/// this URL, and of the nodes where their addresses lead. Idempotent.
+///
+/// # Errors
+/// [`ErrorKind::Conflict`] where an address leads to another cluster's node, or one of another number.
+pub async fn moved(url: &str) -> Result<Moved> {
+    let what = "say that a cluster has moved";
+    let control = connect::connect_once(url, NAME).await?.into_client();
+    migrate::check(Session::direct(&control), Schema::Control).await?;
+    let (cluster, place) = which(&control, what).await?;
+    let mut moved = Moved { control: place.is_copy(), ..Moved::default() };
+    for (id, url) in addresses(&control).await? {
+        match Copy::find(id, &url, &[cluster]).await {
+            Ok(copy) if copy.elsewhere => {
+                copy.becomes(cluster).await?;
+                moved.nodes.push(id);
+            }
+            Ok(_) => {}
+            Err(error) if error.kind() == ErrorKind::Unavailable => moved.away.push(id),
+            Err(error) => return Err(error),
+        }
+    }
+    if moved.control {
+        execute(&control, sql::CONTROL_STAND, &[&place.here], what).await?;
+    }
+    Ok(moved)
+}
+
+/// The cluster of a control database, and where that was and is.
+async fn which(control: &Client, what: &str) -> Result<(Uuid, place::Place)> {
+    let found = place::of_control(Session::direct(control)).await;
+    let found = found.map_err(|error| refused(error, what))?;
+    found.ok_or_else(|| Error::new(ErrorKind::NotFound, format!("{what}: there is no cluster")))
+}
+
+/// A database that may be a copy of a node.
+struct Copy {
+    client: Client,
+    node: NodeId,
+    cluster: Uuid,
+    here: Option<String>,
+    elsewhere: bool,
+}
+
+impl Copy {
+    /// The node of this number, of one of these clusters.
+    async fn find(node: NodeId, url: &str, clusters: &[Uuid]) -> Result<Self> {
+        let client = connect::connect_once(url, NAME).await?.into_client();
+        migrate::check(Session::direct(&client), Schema::Node).await?;
+        let what = format!("ask node {node} who it is");
+        let found = place::of_node(Session::direct(&client))
+            .await
+            .map_err(|error| refused(error, &what))?;
+        let is_it = |number: i32, cluster| {
+            number == i32::from(node.number()) && clusters.contains(&cluster)
+        };
+        match found {
+            Some((cluster, number, place)) if is_it(number, cluster) => {
+                let elsewhere = place.is_copy();
+                Ok(Self { client, node, cluster, here: place.here, elsewhere })
+            }
+            _ => {
+                let what = format!("the address of node {node} leads to something else");
+                Err(Error::new(ErrorKind::Conflict, what))
+            }
+        }
+    }
+
+    /// It is this cluster's from now on, and where it is.
+    async fn becomes(&self, cluster: Uuid) -> Result<()> {
+        let number = i32::from(self.node.number());
+        let params: [&dyn Param; 4] = [&cluster, &number, &self.here, &self.cluster];
+        let what = format!("say which node {} is", self.node);
+        execute(&self.client, sql::IDENTITY_ADOPT, &params, &what).await.map(drop)
+    }
+}
+
+/// The id of an adoption, drawn with the first attempt.
+async fn begun(control: &Client, what: &str) -> Result<Uuid> {
+    let settings = execute(control, sql::CONTROL_SETTINGS, &[], what).await?;
+    let begun = settings.iter().find(|row| row.get::<_, &str>(0) == ADOPTING);
+    if let Some(id) = begun.and_then(|row| Uuid::parse_str(row.get(1)).ok()) {
+        return Ok(id);
+    }
+    let id = Uuid::new_v4();
+    execute(control, sql::CONTROL_SET, &[&ADOPTING, &id.to_string()], what).await?;
+    Ok(id)
+}
+
+async fn addresses(control: &Client) -> Result<BTreeMap<NodeId, String>> {
+    let rows = execute(control, sql::CONTROL_NODES, &[], "read the nodes").await?;
+    let node = |row: &Row| NodeId::new(u8::try_from(row.get::<_, i32>(0)).ok()?).ok();
+    Ok(rows.iter().filter_map(|row| Some((node(row)?, row.get(1)))).collect())
+}
+
+async fn execute(
+    client: &Client,
+    statement: &str,
+    params: &[&dyn Param],
+    what: &str,
+) -> Result<Vec<Row>> {
+    let rows = client.query_typed(statement, &typed(params)).await;
+    rows.map_err(|error| refused(error, what))
+}
