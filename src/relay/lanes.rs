@@ -25,9 +25,9 @@ const REMIND: Duration = Duration::from_mins(1);
 #[derive(Debug, Default)]
 struct Lane {
     queue: VecDeque<Frozen>,
-    /// Whether there is more in the table, behind the queue.
+    /// Whether there is more in the table, behind the queue and behind what is being read.
     more: bool,
-    /// Whether that is being read.
+    /// Whether the table is being read. What is frozen meanwhile may not be among what that brings.
     loading: bool,
     /// The last batch that was in the queue.
     last: i64,
@@ -93,7 +93,7 @@ impl Lanes {
         let is_away = self.is_away(frozen.partition.node());
         let lane = self.waiting.entry(frozen.partition).or_default();
         let fits = lane.queue.len() < LANE && (self.bytes < MEMORY || lane.queue.is_empty());
-        if lane.more || !fits || is_away {
+        if lane.more || lane.loading || !fits || is_away {
             lane.more = true;
             return;
         }
@@ -106,7 +106,7 @@ impl Lanes {
     pub(super) fn loaded(&mut self, partition: PartitionId, batches: Vec<Frozen>) {
         self.loading = false;
         let lane = self.waiting.entry(partition).or_default();
-        (lane.loading, lane.more) = (false, !batches.is_empty());
+        (lane.loading, lane.more) = (false, lane.more || !batches.is_empty());
         for frozen in batches {
             self.bytes += frozen.size();
             lane.last = lane.last.max(frozen.id);
@@ -134,7 +134,7 @@ impl Lanes {
         };
         let (partition, lane) = self.waiting.iter_mut().filter(is_ready).min_by_key(turn)?;
         let Some(frozen) = lane.queue.pop_front() else {
-            (self.loading, lane.loading) = (true, true);
+            (self.loading, lane.loading, lane.more) = (true, true, false);
             return Some(Next::Load(*partition, lane.last));
         };
         lane.busy = true;
