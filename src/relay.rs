@@ -14,7 +14,7 @@
 //! [`seen`] says why no transaction that stays open delays another, [`holder`] what happens in which order.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use futures_util::future::BoxFuture;
@@ -65,6 +65,8 @@ const ASK: Duration = Duration::from_secs(5);
 const REMIND: Duration = Duration::from_mins(1);
 /// Of so many messages that are set aside at once each is told.
 const TOLD: usize = 10;
+/// So many names are kept: more than there are attempts in the time of a lease.
+const MOST_NAMES: usize = 64;
 /// How long giving a lease up may take.
 const END: Duration = Duration::from_secs(1);
 
@@ -99,15 +101,31 @@ struct Outlet {
     name: String,
     /// Of a database that is no node.
     pool: Option<Node>,
-    /// Who it is, and who it was: each time that it begins anew it is another, so that nothing of before
-    /// that is under way yet has a part in what comes.
-    holder: Mutex<(Uuid, Uuid)>,
+    holder: Mutex<Names>,
     /// When the lease is over by this process's clock.
     until: Mutex<Instant>,
     /// Held by whoever takes the relay's lock: who has the lease does not find it taken by itself.
     working: tokio::sync::Mutex<()>,
     /// When to ask for the lease again, and how often the database had been used when it was asked for last.
     asking: Mutex<(Pace, u64)>,
+}
+
+/// Under which name the lease is asked for. Each time that it begins anew it is another one, so that nothing
+/// of before that is under way yet has a part in what comes.
+#[derive(Debug, Clone, Default)]
+struct Names {
+    current: Uuid,
+    /// Those since the lease was last known to be ours: it may have been taken under any of them, where the
+    /// answer was lost.
+    former: Vec<Uuid>,
+}
+
+impl Names {
+    fn begin_anew(&mut self) {
+        self.former.push(std::mem::replace(&mut self.current, Uuid::new_v4()));
+        let old = self.former.len().saturating_sub(MOST_NAMES);
+        self.former.drain(..old);
+    }
 }
 
 /// Relays until the cluster is shut down.
@@ -173,6 +191,7 @@ async fn keep(context: Arc<Context>, place: Place, end: CancellationToken) {
     let turns = async {
         let (mut trouble, mut backoff) = (Trouble::new(REMIND), AGAIN.0);
         loop {
+            let began = Instant::now();
             let pause = match outlet.turn().await {
                 Ok(pause) => {
                     backoff = AGAIN.0;
@@ -192,7 +211,9 @@ async fn keep(context: Arc<Context>, place: Place, end: CancellationToken) {
                             "relaying from an outbox failed, again soon"
                         );
                     }
-                    backoff = (backoff * 2).min(AGAIN.1);
+                    // A failure after a while of work has nothing to do with those before it.
+                    let worked = began.elapsed() > AGAIN.1;
+                    backoff = if worked { AGAIN.0 } else { (backoff * 2).min(AGAIN.1) };
                     backoff
                 }
             };
@@ -224,10 +245,7 @@ impl Outlet {
     /// Asks for the lease, and relays while it has it. Returns how long to wait before the next time.
     async fn turn(self: &Arc<Self>) -> Result<Duration> {
         let began = Instant::now();
-        {
-            let mut holder = self.holder.lock().unwrap_or_else(PoisonError::into_inner);
-            *holder = (Uuid::new_v4(), holder.0);
-        }
+        self.names().begin_anew();
         let connection = match self.node().await? {
             Some(node) => node.get_for_a_lease().await?,
             None => self.get().await?,
@@ -297,17 +315,23 @@ impl Outlet {
         }
     }
 
+    fn names(&self) -> MutexGuard<'_, Names> {
+        self.holder.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn holder(&self) -> Uuid {
-        self.holder.lock().unwrap_or_else(PoisonError::into_inner).0
+        self.names().current
     }
 
     fn keep(&self) -> Keep {
-        let (holder, before) = *self.holder.lock().unwrap_or_else(PoisonError::into_inner);
-        Keep { holder, before, cluster: self.context.cluster, lease_secs: LEASE.as_secs_f64() }
+        let Names { current, former } = self.names().clone();
+        let lease_secs = LEASE.as_secs_f64();
+        Keep { holder: current, former, cluster: self.context.cluster, lease_secs }
     }
 
     /// The lease was asked for at this time, and is ours.
     fn renew(&self, asked: Instant) {
+        self.names().former.clear();
         *self.until.lock().unwrap_or_else(PoisonError::into_inner) = asked + LEASE;
     }
 
@@ -357,5 +381,24 @@ impl Outlet {
         if let Some(hook) = &self.context.failpoint {
             hook(name).await;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_name_is_kept_under_that_the_lease_may_have_been_taken() {
+        let mut names = Names::default();
+        let mut all = Vec::new();
+        for _ in 0..MOST_NAMES + 3 {
+            names.begin_anew();
+            all.push(names.current);
+            assert!(!names.former.contains(&names.current));
+        }
+        let last = all.pop();
+        assert_eq!(Some(names.current), last);
+        assert_eq!(names.former, all[all.len() - MOST_NAMES..]);
     }
 }

@@ -120,10 +120,10 @@ begin
     return revived;
 end $$;
 
--- Takes or keeps the relaying from here, for some seconds, also from who the holder was before: ours,
+-- Takes or keeps the relaying from here, for some seconds, also under a name that the holder had before: ours,
 -- another, or other_cluster. A node belongs to its cluster, any other database to the first that relays
 -- from it. A time that no lease can have ended at is that of a clock that was wrong.
-create function shardmq.keep_relaying(p_holder uuid, p_before uuid, p_cluster uuid, p_lease_secs float8)
+create function shardmq.keep_relaying(p_holder uuid, p_former uuid[], p_cluster uuid, p_lease_secs float8)
     returns text
     language plpgsql volatile security definer
     set search_path = pg_catalog, pg_temp
@@ -143,7 +143,8 @@ begin
         return 'other_cluster';
     end if;
     update shardmq.outbox_relay x set cluster = p_cluster, holder = p_holder, until = now + lease
-     where x.holder is null or x.holder in (p_holder, p_before) or x.until < now or x.until > now + 2 * lease;
+     where x.holder is null or x.holder = p_holder or x.holder = any (p_former)
+        or x.until < now or x.until > now + 2 * lease;
     return case when found then 'ours' else 'another' end;
 end $$;
 

@@ -94,18 +94,18 @@ pub(crate) enum Standing {
 }
 
 /// Who asks to relay from a database.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub(crate) struct Keep {
     pub(crate) holder: Uuid,
-    /// Who it was before.
-    pub(crate) before: Uuid,
+    /// Names under which it may have the lease.
+    pub(crate) former: Vec<Uuid>,
     pub(crate) cluster: Uuid,
     pub(crate) lease_secs: f64,
 }
 
 impl Keep {
     fn params(&self) -> [&dyn Param; 4] {
-        [&self.holder, &self.before, &self.cluster, &self.lease_secs]
+        [&self.holder, &self.former, &self.cluster, &self.lease_secs]
     }
 }
 

@@ -24,7 +24,7 @@ async fn a_role_that_may_use_the_schema_publishes_and_does_nothing_else() {
     let refused = [
         &format!("select shardmq.cancel({id})"),
         "select shardmq.outbox_revive()",
-        "select shardmq.keep_relaying(gen_random_uuid(), gen_random_uuid(), gen_random_uuid(), 1e9)",
+        "select shardmq.keep_relaying(gen_random_uuid(), '{}', gen_random_uuid(), 1e9)",
         "select shardmq.end_relaying(gen_random_uuid())",
         "delete from shardmq.outbox",
     ];
