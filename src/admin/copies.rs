@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
-use tokio_postgres::{Client, Row};
+use tokio_postgres::Row;
 use uuid::Uuid;
 
 use crate::error::{Error, ErrorKind, Result};
@@ -12,7 +12,7 @@ use crate::id::NodeId;
 use crate::migrate::{self, Schema};
 use crate::store::connect::{self, refused};
 use crate::store::param::{Param, typed};
-use crate::store::session::Session;
+use crate::store::session::{Single, Value};
 use crate::store::{place, sql};
 
 /// The setting by which an adoption that was cut off goes on with the same id.
@@ -42,8 +42,8 @@ pub struct Moved {
 /// have. Nothing is changed then.
 pub async fn adopt(url: &str, nodes: &[(NodeId, String)]) -> Result<Uuid> {
     let what = "adopt a copy of a cluster";
-    let control = connect::connect_once(url, NAME).await?.into_client();
-    migrate::check(Session::direct(&control), Schema::Control).await?;
+    let control = connect::connect_once(url, NAME).await?;
+    migrate::check(control.session(), Schema::Control).await?;
     let (before, place) = which(&control, what).await?;
     if !place.is_copy() {
         return Err(Error::new(ErrorKind::Conflict, "this control database is no copy, and stays"));
@@ -72,16 +72,30 @@ pub async fn adopt(url: &str, nodes: &[(NodeId, String)]) -> Result<Uuid> {
     for (_, _, copy) in &copies {
         copy.becomes(adopted).await?;
     }
-    execute(&control, "begin", &[], what).await?;
+    let mut addresses = Vec::new();
     for (id, url, _) in &copies {
-        let address = connect::without_password(url)?;
-        execute(&control, sql::CONTROL_ADD_NODE, &[&i32::from(id.number()), &address], what)
-            .await?;
+        addresses.push((i32::from(id.number()), connect::without_password(url)?));
     }
-    execute(&control, sql::CONTROL_ADOPT, &[&adopted, &place.here], what).await?;
-    execute(&control, sql::CONTROL_BUMP, &[], what).await?;
-    execute(&control, "commit", &[], what).await?;
+    record(&control, adopted, &addresses, &place).await?;
     Ok(adopted)
+}
+
+/// The control database is that of this cluster from now on, with nodes at these addresses.
+async fn record(
+    control: &Single,
+    cluster: Uuid,
+    addresses: &[(i32, String)],
+    place: &place::Place,
+) -> Result<()> {
+    let nodes: Vec<[&dyn Param; 2]> = addresses
+        .iter()
+        .map(|(number, address)| -> [&dyn Param; 2] { [number, address] })
+        .collect();
+    let adopt: [&dyn Param; 2] = [&cluster, &place.here];
+    let mut changes: Vec<Change<'_>> =
+        nodes.iter().map(|node| (sql::CONTROL_ADD_NODE, &node[..])).collect();
+    changes.extend([(sql::CONTROL_ADOPT, &adopt[..]), (sql::CONTROL_BUMP, &[])]);
+    write(control, &changes, "adopt a copy of a cluster").await
 }
 
 /// Says that a cluster has moved: that what seems to be a copy, as of a dump that was restored or of an upgrade to
@@ -92,8 +106,8 @@ pub async fn adopt(url: &str, nodes: &[(NodeId, String)]) -> Result<Uuid> {
 /// [`ErrorKind::Conflict`] where an address leads to another cluster's node, or one of another number.
 pub async fn moved(url: &str) -> Result<Moved> {
     let what = "say that a cluster has moved";
-    let control = connect::connect_once(url, NAME).await?.into_client();
-    migrate::check(Session::direct(&control), Schema::Control).await?;
+    let control = connect::connect_once(url, NAME).await?;
+    migrate::check(control.session(), Schema::Control).await?;
     let (cluster, place) = which(&control, what).await?;
     let mut moved = Moved { control: place.is_copy(), ..Moved::default() };
     for (id, url) in addresses(&control).await? {
@@ -108,21 +122,21 @@ pub async fn moved(url: &str) -> Result<Moved> {
         }
     }
     if moved.control {
-        execute(&control, sql::CONTROL_STAND, &[&place.here], what).await?;
+        write(&control, &[(sql::CONTROL_STAND, &[&place.here])], what).await?;
     }
     Ok(moved)
 }
 
 /// The cluster of a control database, and where that was and is.
-async fn which(control: &Client, what: &str) -> Result<(Uuid, place::Place)> {
-    let found = place::of_control(Session::direct(control)).await;
+async fn which(control: &Single, what: &str) -> Result<(Uuid, place::Place)> {
+    let found = place::of_control(control.session()).await;
     let found = found.map_err(|error| refused(error, what))?;
     found.ok_or_else(|| Error::new(ErrorKind::NotFound, format!("{what}: there is no cluster")))
 }
 
 /// A database that may be a copy of a node.
 struct Copy {
-    client: Client,
+    single: Single,
     node: NodeId,
     cluster: Uuid,
     here: Option<String>,
@@ -132,19 +146,18 @@ struct Copy {
 impl Copy {
     /// The node of this number, of one of these clusters.
     async fn find(node: NodeId, url: &str, clusters: &[Uuid]) -> Result<Self> {
-        let client = connect::connect_once(url, NAME).await?.into_client();
-        migrate::check(Session::direct(&client), Schema::Node).await?;
+        let single = connect::connect_once(url, NAME).await?;
+        migrate::check(single.session(), Schema::Node).await?;
         let what = format!("ask node {node} who it is");
-        let found = place::of_node(Session::direct(&client))
-            .await
-            .map_err(|error| refused(error, &what))?;
+        let found =
+            place::of_node(single.session()).await.map_err(|error| refused(error, &what))?;
         let is_it = |number: i32, cluster| {
             number == i32::from(node.number()) && clusters.contains(&cluster)
         };
         match found {
             Some((cluster, number, place)) if is_it(number, cluster) => {
                 let elsewhere = place.is_copy();
-                Ok(Self { client, node, cluster, here: place.here, elsewhere })
+                Ok(Self { single, node, cluster, here: place.here, elsewhere })
             }
             _ => {
                 let what = format!("the address of node {node} leads to something else");
@@ -158,34 +171,40 @@ impl Copy {
         let number = i32::from(self.node.number());
         let params: [&dyn Param; 4] = [&cluster, &number, &self.here, &self.cluster];
         let what = format!("say which node {} is", self.node);
-        execute(&self.client, sql::IDENTITY_ADOPT, &params, &what).await.map(drop)
+        write(&self.single, &[(sql::IDENTITY_ADOPT, &params)], &what).await
     }
 }
 
 /// The id of an adoption, drawn with the first attempt.
-async fn begun(control: &Client, what: &str) -> Result<Uuid> {
-    let settings = execute(control, sql::CONTROL_SETTINGS, &[], what).await?;
+async fn begun(control: &Single, what: &str) -> Result<Uuid> {
+    let settings = read(control, sql::CONTROL_SETTINGS, what).await?;
     let begun = settings.iter().find(|row| row.get::<_, &str>(0) == ADOPTING);
     if let Some(id) = begun.and_then(|row| Uuid::parse_str(row.get(1)).ok()) {
         return Ok(id);
     }
     let id = Uuid::new_v4();
-    execute(control, sql::CONTROL_SET, &[&ADOPTING, &id.to_string()], what).await?;
+    write(control, &[(sql::CONTROL_SET, &[&ADOPTING, &id.to_string()])], what).await?;
     Ok(id)
 }
 
-async fn addresses(control: &Client) -> Result<BTreeMap<NodeId, String>> {
-    let rows = execute(control, sql::CONTROL_NODES, &[], "read the nodes").await?;
+async fn addresses(control: &Single) -> Result<BTreeMap<NodeId, String>> {
+    let rows = read(control, sql::CONTROL_NODES, "read the nodes").await?;
     let node = |row: &Row| NodeId::new(u8::try_from(row.get::<_, i32>(0)).ok()?).ok();
     Ok(rows.iter().filter_map(|row| Some((node(row)?, row.get(1)))).collect())
 }
 
-async fn execute(
-    client: &Client,
-    statement: &str,
-    params: &[&dyn Param],
-    what: &str,
-) -> Result<Vec<Row>> {
-    let rows = client.query_typed(statement, &typed(params)).await;
-    rows.map_err(|error| refused(error, what))
+/// A statement with its parameters.
+type Change<'a> = (&'a str, &'a [&'a dyn Param]);
+
+/// Makes changes in one transaction.
+async fn write(single: &Single, changes: &[Change<'_>], what: &str) -> Result<()> {
+    let changes: Vec<(&str, Vec<Value<'_>>)> =
+        changes.iter().map(|(text, params)| (*text, typed(params))).collect();
+    let changes: Vec<(&str, &[Value<'_>])> =
+        changes.iter().map(|(text, params)| (*text, &params[..])).collect();
+    single.write(&changes).await.map(drop).map_err(|error| refused(error, what))
+}
+
+async fn read(single: &Single, statement: &str, what: &str) -> Result<Vec<Row>> {
+    single.session().query(statement, &[]).await.map_err(|error| refused(error, what))
 }

@@ -125,9 +125,10 @@ pub(super) async fn connect_single(target: &Target) -> Result<Single> {
     let what = format!("connect to {}", describe(&target.config));
     let marker = Marker::new();
     let Opened { client, messages, marked } = target.connect(&what, Some(&marker)).await?;
-    tokio::spawn(target::drive(messages, CutWait::default()));
+    let cut = CutWait::default();
+    tokio::spawn(target::drive(messages, cut.clone()));
     let pinned = marked && marker.is_there(&client).await.map_err(|error| refused(error, &what))?;
-    Ok(Single { client, pinned, canceller: target.canceller().await? })
+    Ok(Single { client, pinned, canceller: target.canceller().await?, cut })
 }
 
 /// The same, to Postgres itself: for what needs a session of its own.

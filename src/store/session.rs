@@ -19,6 +19,7 @@ use tokio::time::timeout;
 use tokio_postgres::types::{ToSql, Type};
 use tokio_postgres::{Client, Error, Row};
 
+use crate::store::failed::{CutWait, Failed};
 use crate::store::sql;
 use crate::store::target::Canceller;
 
@@ -30,7 +31,7 @@ pub(super) const OPTIONS: &str =
     "-c search_path=pg_catalog,pg_temp -c statement_timeout=60s -c lock_timeout=100ms";
 
 /// A value with its type, as a parameter of a statement that is not kept.
-type Value<'a> = (&'a (dyn ToSql + Sync), Type);
+pub(crate) type Value<'a> = (&'a (dyn ToSql + Sync), Type);
 
 /// A client outside of a pool, or on its way into one.
 #[derive(Clone, Copy)]
@@ -84,11 +85,27 @@ pub(crate) struct Single {
     pub(super) client: Client,
     pub(super) pinned: bool,
     pub(super) canceller: Canceller,
+    /// Whether a commit on it ended before the standby had it.
+    pub(super) cut: CutWait,
 }
 
 impl Single {
     pub(crate) fn session(&self) -> Session<'_> {
         Session::new(&self.client, self.pinned)
+    }
+
+    /// Runs statements one after the other in one durable transaction. Returns the rows of the last one.
+    pub(crate) async fn write(
+        &self,
+        statements: &[(&str, &[Value<'_>])],
+    ) -> Result<Vec<Row>, Failed> {
+        self.client.batch_execute(sql::BEGIN_DURABLE).await?;
+        let mut rows = Vec::new();
+        for (text, params) in statements {
+            rows = self.client.query_typed(text, params).await?;
+        }
+        self.client.batch_execute("commit").await?;
+        if self.cut.is_noted() { Err(Failed::Unconfirmed) } else { Ok(rows) }
     }
 
     /// The client itself, for what can't be in a transaction.
