@@ -6,29 +6,26 @@ use std::path::PathBuf;
 use super::{payload, run, run_with};
 use crate::support::TestCluster;
 
-/// Text that people wrote: licences, lists of files, and this project's own sources, in at least so
-/// many lines; then lines that are awkward, the last one without a newline.
+/// Text that people wrote: licences, lists of files, and this project's own sources, in so many
+/// lines; then lines that are awkward, the last one without a newline.
 fn real_text(lines: usize) -> Vec<u8> {
     let mut files: Vec<PathBuf> = Vec::new();
     let own = concat!(env!("CARGO_MANIFEST_DIR"), "/src");
-    for folder in ["/usr/share/common-licenses", "/var/lib/dpkg/info", own] {
+    for folder in ["/usr/share/common-licenses", own, "/var/lib/dpkg/info"] {
         let entries = std::fs::read_dir(folder).into_iter().flatten();
         files.extend(entries.map(|entry| entry.unwrap().path()).filter(|path| path.is_file()));
     }
     files.sort();
     let text: Vec<u8> = files.iter().flat_map(|file| std::fs::read(file).unwrap()).collect();
-    let (mut all, mut count) = (Vec::new(), 0);
-    for round in 0.. {
-        if count >= lines {
-            break;
+    let mut all = Vec::new();
+    let rounds = (0..).flat_map(|round| {
+        text.split_inclusive(|byte| *byte == b'\n').map(move |line| (round, line))
+    });
+    for (round, line) in rounds.take(lines) {
+        if round > 0 {
+            all.extend(format!("{round} ").into_bytes());
         }
-        for line in text.split_inclusive(|byte| *byte == b'\n') {
-            if round > 0 {
-                all.extend(format!("{round} ").into_bytes());
-            }
-            all.extend(line);
-            count += 1;
-        }
+        all.extend(line);
     }
     all.extend(
         b"\nwith a carriage return\r\n\r\n\n\0\xff\xfe not UTF-8\xc3\n \t\xe2\x82\xac\nthe end",
