@@ -15,6 +15,7 @@ alter table shardmq_control.member
     add column avoid int[] not null default '{}',
     add column session text,
     add column gone_at timestamptz,
+    add column left_at timestamptz,
     add column died boolean not null default false;
 comment on table shardmq_control.member is
     'Consumers, among which the partitions of a topic are divided';
@@ -29,6 +30,9 @@ comment on column shardmq_control.member.session is
 comment on column shardmq_control.member.gone_at is
     'When others left it out, since it was silent for two thirds of its lease or has died; null again with
      its next heartbeat';
+comment on column shardmq_control.member.left_at is
+    'When it left by itself, for good: the row stays for an hour, so that no heartbeat which arrives late
+     makes the member again';
 comment on column shardmq_control.member.died is
     'Its session was gone too: its leases need not be waited for';
 
@@ -59,8 +63,12 @@ begin
     perform pg_notify('shardmq_group', changed.topic || ' ' || changed.group_name);
     return null;
 end $$;
-create trigger tell_group after insert or delete on shardmq_control.member
-    for each row execute function shardmq_control.tell_group();
+create trigger tell_group after insert on shardmq_control.member
+    for each row when (new.left_at is null)
+    execute function shardmq_control.tell_group();
+create trigger tell_group_of_swept after delete on shardmq_control.member
+    for each row when (old.left_at is null)
+    execute function shardmq_control.tell_group();
 create trigger tell_group_of_gone after update on shardmq_control.member
     for each row when (old.gone_at is distinct from new.gone_at)
     execute function shardmq_control.tell_group();

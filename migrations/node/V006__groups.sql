@@ -14,11 +14,18 @@ create table shardmq.member (
     member uuid primary key,
     group_name text not null,
     leased_until timestamptz not null,
-    lease_secs float8 not null default 10
+    lease_secs float8 not null default 10,
+    turn bigint not null default 0,
+    left_at timestamptz
 ) with (fillfactor = 50, autovacuum_vacuum_threshold = 200, autovacuum_vacuum_scale_factor = 0,
         vacuum_truncate = off);
 comment on table shardmq.member is
     'One row per consumer: the leases of all its partitions here end together';
+comment on column shardmq.member.turn is
+    'Counted by the consumer: a renewal that arrives after a later one, or after the lease was ended, is void';
+comment on column shardmq.member.left_at is
+    'When the consumer ended its lease here: the row stays for an hour, so that no renewal which arrives late
+     begins it again';
 
 create table shardmq.cursor (
     group_name text not null,

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::fmt;
 use std::path::PathBuf;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicI64};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
@@ -256,6 +256,7 @@ impl ConsumerBuilder {
             holdings: Mutex::default(),
             paused: Mutex::default(),
             failed_readers: Mutex::default(),
+            turns: AtomicI64::default(),
             flushes: Arc::default(),
             uncommitted: Mutex::default(),
             pressed: AtomicBool::new(false),

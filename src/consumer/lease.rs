@@ -36,7 +36,7 @@ impl Member {
         let session = shared.cluster.inner.nodes.presence().session(Place::Node(self.node));
         let renewed = group::renew(
             connection,
-            shared.member,
+            (shared.member, shared.turn()),
             &shared.group,
             secs,
             self.incarnation,

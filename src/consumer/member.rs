@@ -427,7 +427,8 @@ impl Member {
             let released = self.release(&left).await;
             let _ = group::sweep_members(self.shared.connection(self.node).await?).await;
             let connection = self.shared.connection(self.node).await?;
-            let left = group::leave(connection, self.shared.member).await;
+            let (member, group) = (self.shared.member, &self.shared.group);
+            let left = group::leave(connection, member, group, self.shared.turn()).await;
             flushed.and(released).and(left.map_err(|error| refused(error, "end the lease")))
         });
         let outcome = done.await.unwrap_or_else(|_| {

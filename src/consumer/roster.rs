@@ -376,7 +376,8 @@ pub(crate) async fn bury_former(shared: &Shared) {
     for member in shared.journal.iter().flat_map(Journal::former) {
         let left = async {
             let connection = shared.cluster.inner.control.get().await?;
-            let left = membership::leave(connection, *member).await;
+            let names = (shared.topology.identity(), &shared.group);
+            let left = membership::leave(connection, names, *member).await;
             left.map_err(|error| refused(error, "take a former process off the list"))
         };
         if let Ok(Err(error)) = timeout(STATEMENT, left).await {
@@ -391,7 +392,8 @@ pub(crate) async fn leave(shared: &Shared) {
     let left = async {
         let _turn = shared.registering.lock().await;
         let connection = shared.cluster.inner.control.get().await?;
-        membership::leave(connection, shared.member)
+        let names = (shared.topology.identity(), &shared.group);
+        membership::leave(connection, names, shared.member)
             .await
             .map_err(|error| refused(error, "leave the group"))
     };

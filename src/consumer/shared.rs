@@ -1,7 +1,7 @@
 //! What a consumer's tasks share.
 
 use std::collections::{BTreeSet, HashMap};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::time::Duration;
 
@@ -65,6 +65,8 @@ pub(crate) struct Shared {
     pub(super) paused: Mutex<BTreeSet<PartitionId>>,
     /// Partitions whose readers have failed.
     pub(super) failed_readers: Mutex<HashMap<PartitionId, Pauses>>,
+    /// How many renewals of leases and ends of them were sent.
+    pub(super) turns: AtomicI64,
     /// How many flushes have begun.
     pub(super) flushes: Arc<AtomicU64>,
     /// Why acknowledgements were not committed, and how many flushes had begun at the last of them.
@@ -311,6 +313,11 @@ impl Shared {
         if !self.pressed.swap(true, Ordering::AcqRel) {
             self.send(Event::Pressure);
         }
+    }
+
+    /// The number of the next renewal of a lease, or of its end: by it a node tells which was sent later.
+    pub(super) fn turn(&self) -> i64 {
+        self.turns.fetch_add(1, Ordering::AcqRel) + 1
     }
 
     /// Tells one node's member.

@@ -99,10 +99,11 @@ pub(crate) struct Renewed {
     pub(crate) parked_secs: Option<f64>,
 }
 
-/// Renews a member's lease, unless another server answers than the one that the member knows.
+/// Renews a member's lease, unless another server answers than the one that the member knows, or a later turn
+/// was there first.
 pub(crate) async fn renew(
     connection: Connection,
-    member: Uuid,
+    (member, turn): (Uuid, i64),
     group: &GroupName,
     lease_secs: f64,
     incarnation: Option<SystemTime>,
@@ -110,8 +111,8 @@ pub(crate) async fn renew(
     parked_since: Option<SystemTime>,
 ) -> Result<Renewed, Failed> {
     let group = group.as_str();
-    let params: [&dyn Param; 6] =
-        [&member, &group, &lease_secs, &incarnation, &session, &parked_since];
+    let params: [&dyn Param; 7] =
+        [&member, &group, &lease_secs, &incarnation, &session, &parked_since, &turn];
     let rows = write(connection, Durability::Relaxed, sql::RENEW, &params).await?;
     let owned = rows.iter().filter_map(|row| {
         let partition = PartitionId::from_i32(row.get::<_, Option<i32>>(2)?).ok()?;
@@ -333,9 +334,15 @@ pub(crate) async fn release(
         .map(drop)
 }
 
-/// Ends a member's lease.
-pub(crate) async fn leave(connection: Connection, member: Uuid) -> Result<(), Failed> {
-    write(connection, Durability::Relaxed, sql::LEAVE, &[&member]).await.map(drop)
+/// Ends a member's lease: no renewal of an earlier turn counts any more.
+pub(crate) async fn leave(
+    connection: Connection,
+    member: Uuid,
+    group: &GroupName,
+    turn: i64,
+) -> Result<(), Failed> {
+    let params: [&dyn Param; 3] = [&member, &group.as_str(), &turn];
+    write(connection, Durability::Relaxed, sql::LEAVE, &params).await.map(drop)
 }
 
 /// Removes the groups of broadcast consumers that are gone: by two clocks, and not those that are known to live.

@@ -114,9 +114,15 @@ pub(crate) async fn bury(
     Ok(!rows.is_empty())
 }
 
-/// A consumer that leaves.
-pub(crate) async fn leave(connection: Connection, member: Uuid) -> Result<(), Failed> {
-    write(connection, Durability::Relaxed, sql::CONTROL_LEAVE, &[&member]).await.map(drop)
+/// A consumer that leaves, for good: no heartbeat of it counts any more.
+pub(crate) async fn leave(
+    connection: Connection,
+    ((topic, id), group): ((&TopicName, Uuid), &GroupName),
+    member: Uuid,
+) -> Result<(), Failed> {
+    let (topic, group) = (topic.as_str(), group.as_str());
+    let params: [&dyn Param; 4] = [&member, &topic, &group, &id];
+    write(connection, Durability::Relaxed, sql::CONTROL_LEAVE, &params).await.map(drop)
 }
 
 /// Who has which partition, as it was agreed upon.

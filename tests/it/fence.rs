@@ -2,9 +2,11 @@
 //! why, also where rows change at the same time.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::{Duration, SystemTime};
 
 use tokio_postgres::Client;
+use tokio_postgres::types::ToSql;
 use uuid::Uuid;
 
 use crate::support::reading::{cursor, cursors, seek};
@@ -18,6 +20,9 @@ const ACQUIRE: &str = include_str!("../../src/store/sql/acquire.sql");
 const RENEW: &str = include_str!("../../src/store/sql/renew.sql");
 const RELEASE: &str = include_str!("../../src/store/sql/release.sql");
 const MAKE_CURSORS: &str = include_str!("../../src/store/sql/make_cursors.sql");
+
+/// The turn of the next renewal, of whichever member.
+static TURN: AtomicI64 = AtomicI64::new(1);
 
 /// What a commit names.
 #[derive(Debug, Clone, Copy)]
@@ -57,7 +62,8 @@ async fn make_cursors(sql: &Client) {
 async fn renew(sql: &Client, member: Uuid, seconds: f64) {
     let known: Option<SystemTime> = None;
     let session: Option<&str> = None;
-    sql.query(RENEW, &[&member, &"g", &seconds, &known, &session, &known]).await.unwrap();
+    let turn = TURN.fetch_add(1, Ordering::SeqCst);
+    sql.query(RENEW, &[&member, &"g", &seconds, &known, &session, &known, &turn]).await.unwrap();
 }
 
 /// Asks for all that there can be, or for the first so many that are free.
@@ -190,9 +196,9 @@ async fn a_dead_member_s_partitions_are_taken_before_its_lease_ends_unless_its_s
     let here = client(&format!("{}?application_name=shardmq_listen_here", test.node_urls[0])).await;
     for (member, session) in [(dead, "shardmq_listen_gone"), (well, "shardmq_listen_here")] {
         let known: Option<SystemTime> = None;
-        let renewed =
-            sql.query(RENEW, &[&member, &"g", &10.0_f64, &known, &Some(session), &known]).await;
-        renewed.unwrap();
+        let params: [&(dyn ToSql + Sync); 7] =
+            [&member, &"g", &10.0_f64, &known, &Some(session), &known, &1_i64];
+        sql.query(RENEW, &params).await.unwrap();
     }
     renew(&sql, taker, 10.0).await;
     assert_eq!(take(&sql, dead, &[10_101], false, &[]).await.len(), 1);
@@ -287,7 +293,7 @@ async fn no_flush_undoes_a_seek_however_they_meet() {
         let (client, stop) = (test.sql(0).await, Arc::clone(&stop));
         flushers.push(tokio::spawn(async move {
             let (mut moved, mut refused) = (0, 0);
-            while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+            while !stop.load(Ordering::Relaxed) {
                 let read: i64 = client
                     .query_one("select reset_epoch from shardmq.cursor", &[])
                     .await
@@ -314,7 +320,7 @@ async fn no_flush_undoes_a_seek_however_they_meet() {
         let allowed = [to, (now.reset_epoch + 1) * 1000];
         assert!(allowed.contains(&now.acked_id), "{now:?} after a seek to {to}");
     }
-    stop.store(true, std::sync::atomic::Ordering::Relaxed);
+    stop.store(true, Ordering::Relaxed);
     let mut totals = (0, 0);
     for flusher in flushers {
         let (moved, refused) = flusher.await.unwrap();

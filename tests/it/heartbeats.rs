@@ -92,4 +92,25 @@ async fn what_is_gone_is_swept_and_what_only_seems_so_after_a_leap_of_the_clock_
     let back = "update shardmq_control.member set heartbeat_at = now() where group_name = 'b2'";
     sql.batch_execute(back).await.unwrap();
     assert_eq!(sweep("1 minute").await, ["b2", "b3"]);
+    // Who has left is no member any more, and its row goes after an hour.
+    let leave =
+        "update shardmq_control.member set gone_at = now(), left_at = now() - $2::text::interval
+                  where group_name = $1";
+    let age = "update shardmq_control.consumer_group set created_at = now()";
+    sql.batch_execute(age).await.unwrap();
+    sql.execute(leave, &[&"b2", &"59 minutes"]).await.unwrap();
+    sql.execute(leave, &[&"b3", &"61 minutes"]).await.unwrap();
+    assert_eq!(sweep("1 minute").await, ["b2", "b3"]);
+    let rows = "select array_agg(group_name order by 1) from shardmq_control.member
+                 where left_at is not null";
+    let rows: Vec<String> = sql.query_one(rows, &[]).await.unwrap().get(0);
+    assert_eq!(rows, ["b2"]);
+    let age =
+        "update shardmq_control.consumer_group set created_at = now() - interval '11 minutes'";
+    sql.batch_execute(age).await.unwrap();
+    let left = "select count(*) from shardmq_control.consumer_group";
+    let due = "update shardmq_control.sweep set swept_at = clock_timestamp() - interval '1 minute'";
+    sql.batch_execute(due).await.unwrap();
+    sql.batch_execute(SWEEP).await.unwrap();
+    assert_eq!(sql.query_one(left, &[]).await.unwrap().get::<_, i64>(0), 0);
 }

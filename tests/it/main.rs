@@ -84,12 +84,13 @@ mod late_commit;
 mod leaps;
 /// Who owns a partition, through joins, crashes, pauses and restarts.
 mod leases;
+/// Who has left stays away, whatever of it arrives late.
+mod leaving;
 /// A topic that is deleted and made again is another one, for all who use it.
 mod lives;
-/// A promoted standby that lacks only the roll to the next day.
 /// A table that is locked or broken stops its own partition and no other.
 mod locked_table;
-/// A server that comes back without the end of its log.
+/// A promoted standby that lacks only the roll to the next day.
 mod lost_roll;
 /// A server that comes back without the end of its log.
 mod lost_tail;

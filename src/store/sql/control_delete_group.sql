@@ -1,5 +1,5 @@
 -- Forgets a group with its assignment and its silent consumers, unless one of them lives. Answers whether
--- one does, and whether the group was known. Primary key; index member_group.
+-- one does, and whether the group was known. Rows of consumers that have left stay until they are swept. Primary key; index member_group.
 -- $1 topic  $2 group
 with live as materialized (
     select m.member from shardmq_control.member m
@@ -11,5 +11,5 @@ forgotten as (
     returning g.group_name),
 members as (
     delete from shardmq_control.member m
-     where m.topic = $1 and m.group_name = $2 and not exists (select from live))
+     where m.topic = $1 and m.group_name = $2 and m.left_at is null and not exists (select from live))
 select exists (select from live), exists (select from forgotten)

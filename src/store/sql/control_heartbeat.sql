@@ -1,18 +1,19 @@
 -- A consumer's sign of life; answers with the members of its group, in order, itself among them, and
 -- with the assignment's version and basis; with nothing where the topic is gone, or another one has its name by
--- now. Silent: no heartbeat for a third of the lease, by this clock, which may have leapt. Long silent: for so
--- long that its leases are over. Missing: its process' session is not there, on a server that is up for longer
--- than a lease. Primary keys; index member_group.
+-- now. One that arrives when its member has left changes nothing. Silent: no heartbeat for a third of the lease,
+-- by this clock, which may have leapt. Long silent: for so long that its leases are over. Missing: its process'
+-- session is not there, on a server that is up for longer than a lease. Primary keys; index member_group.
 -- $1 member  $2 topic  $3 group  $4 host  $5 pid  $6 lease in seconds  $7 only these partitions, or null
 -- $8 nodes that it does not reach  $9 nodes to avoid  $10 session, or null  $11 id of the topic
 with topic as materialized (
     select t.topic from shardmq_control.topic t where t.topic = $2 and t.topic_id = $11),
 beat as (
-    insert into shardmq_control.member (member, topic, group_name, host, pid, lease_secs,
-                                        only_partitions, unreachable, avoid, session)
+    insert into shardmq_control.member as known (member, topic, group_name, host, pid,
+                                                 lease_secs, only_partitions, unreachable, avoid, session)
     select $1, topic.topic, $3, $4, $5, $6, $7, $8, $9, $10 from topic
     on conflict (member) do update set heartbeat_at = clock_timestamp(), gone_at = null, died = false,
-        unreachable = excluded.unreachable, avoid = excluded.avoid, session = excluded.session),
+        unreachable = excluded.unreachable, avoid = excluded.avoid, session = excluded.session
+     where known.left_at is null),
 sessions as materialized (
     select application_name from pg_stat_activity
      where datname = current_database() and application_name like 'shardmq topology %'),
@@ -27,7 +28,7 @@ peer as (
            m.heartbeat_at < clock_timestamp() - make_interval(secs => 60 + m.lease_secs * 2) as long_silent,
            m.lease_secs
       from shardmq_control.member m
-     where m.topic = $2 and m.group_name = $3 and m.member <> $1
+     where m.topic = $2 and m.group_name = $3 and m.member <> $1 and m.left_at is null
     union all
     select $1, $7, $8, $9, clock_timestamp(), false, false, false, false, false, $6)
 select p.member, p.only_partitions, p.unreachable, p.avoid, p.heartbeat_at, p.gone, p.died, p.silent, p.missing,

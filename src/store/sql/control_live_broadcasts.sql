@@ -3,4 +3,4 @@
 select distinct m.group_name
   from shardmq_control.member m
   join shardmq_control.consumer_group g using (topic, group_name)
- where g.broadcast and m.heartbeat_at > clock_timestamp() - interval '10 minutes'
+ where g.broadcast and m.left_at is null and m.heartbeat_at > clock_timestamp() - interval '10 minutes'
