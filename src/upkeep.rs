@@ -4,7 +4,8 @@
 //! One process at a time for each node, by a lease in a row of that node: it is renewed every 8 s and
 //! over after 20 s, so that another takes over within 30 s. Every step may be done twice. A process that
 //! finds the lease taken asks again the later, the more ask ([`Pace`]). What can't be undone is done only
-//! where the node's clock and this machine's agree that its time is over.
+//! where the node's clock and this machine's agree that its time is over. Each beat also looks for sessions that
+//! hold a lock for long which appends wait for ([`Locks`]).
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -26,6 +27,9 @@ use crate::store::connect::refused;
 use crate::store::node::Node;
 use crate::store::upkeep::{self, Dropped, Expired, Upkeep};
 use crate::store::{control, group};
+use crate::upkeep::locks::Locks;
+
+mod locks;
 
 /// How many days ahead tables are made.
 const DAYS_AHEAD: i32 = 3;
@@ -72,13 +76,15 @@ struct Keeper {
     /// When the next round is due; none while the lease is another's.
     due: Option<Instant>,
     pace: Pace,
+    locks: Locks,
     /// How often the node's pool had been used when the last beat was over.
     uses: u64,
 }
 
 impl Keeper {
     fn new(nodes: Arc<Nodes>, node: NodeId, holder: Uuid) -> Self {
-        Self { nodes, node, holder, due: None, pace: Pace::new(BEAT, LONGEST), uses: 0 }
+        let (pace, locks) = (Pace::new(BEAT, LONGEST), Locks::default());
+        Self { nodes, node, holder, due: None, pace, locks, uses: 0 }
     }
 
     /// Until the node is not known any more; returns its number.
@@ -116,6 +122,7 @@ impl Keeper {
             self.uses = pool.uses();
             return Ok(Beat::Anothers { is_used, sessions });
         }
+        self.look_for_locks(&pool).await;
         let now = Instant::now();
         if self.due.is_none_or(|due| now >= due) {
             let contended = round(&self.nodes, self.node, SystemTime::now).await?;
@@ -123,6 +130,23 @@ impl Keeper {
         }
         self.uses = pool.uses();
         Ok(Beat::Ours)
+    }
+}
+
+impl Keeper {
+    /// What this fails at is looked at with the next beat.
+    async fn look_for_locks(&mut self, pool: &Node) {
+        let looked = async {
+            let what = "look who holds locks";
+            let holders = upkeep::lock_holders(&pool.get_for_a_lease().await?).await;
+            holders.map_err(|error| refused(error, what))
+        };
+        match looked.await {
+            Ok(holders) => self.locks.tell(self.node, holders),
+            Err(error) => {
+                tracing::debug!(node = %self.node, error = %error.chain(), "locks are not looked at");
+            }
+        }
     }
 }
 

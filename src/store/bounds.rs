@@ -65,6 +65,7 @@ const READS: &[&str] = &[
     "identity",
     "is_direct",
     "lag",
+    "lock_holders",
     "look",
     "message",
     "missed",

@@ -106,6 +106,7 @@ statements! {
     KEEP_UP = "keep_up";
     LAG = "lag";
     LEAVE = "leave";
+    LOCK_HOLDERS = "lock_holders";
     LOOK = "look";
     MAKE_CURSORS = "make_cursors";
     MAKE_DAYS_AHEAD = "make_days_ahead";

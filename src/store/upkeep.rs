@@ -62,6 +62,40 @@ pub(crate) async fn open_functions(connection: &Connection) -> Result<usize, Fai
     query(connection, sql::RIGHTS, &[]).await.map(|rows| rows.len())
 }
 
+/// Who holds a lock that appends wait for. What this role may not see of it is empty.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Holder {
+    /// The partition or table, for people.
+    pub(crate) lock: String,
+    /// None where its transaction is prepared.
+    pub(crate) pid: Option<i32>,
+    /// Another one each time, but for a session that holds a lock outside of any.
+    pub(crate) transaction: String,
+    pub(crate) user: String,
+    pub(crate) application: String,
+    pub(crate) client: String,
+    /// When its transaction began, or its last statement ended.
+    pub(crate) since: String,
+}
+
+/// Who holds locks of partitions, or of tables so that no row gets in.
+pub(crate) async fn lock_holders(connection: &Connection) -> Result<Vec<Holder>, Failed> {
+    let rows = query(connection, sql::LOCK_HOLDERS, &[]).await?;
+    let text = |row: &tokio_postgres::Row, nth: usize| {
+        row.get::<_, Option<String>>(nth).unwrap_or_default()
+    };
+    let read = |row: &tokio_postgres::Row| Holder {
+        lock: text(row, 0),
+        pid: row.get(1),
+        transaction: text(row, 2),
+        user: text(row, 3),
+        application: text(row, 4),
+        client: text(row, 5),
+        since: text(row, 6),
+    };
+    Ok(rows.iter().map(read).collect())
+}
+
 /// What became of the oldest day of a partition.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Expired {

@@ -88,6 +88,8 @@ mod leases;
 mod leaving;
 /// A topic that is deleted and made again is another one, for all who use it.
 mod lives;
+/// Who holds a lock for long is told.
+mod lock_holders;
 /// A table that is locked or broken stops its own partition and no other.
 mod locked_table;
 /// A promoted standby that lacks only the roll to the next day.
