@@ -38,7 +38,7 @@ end $$;
 create function shardmq.append_batch_once(
     p_partition int, p_topic uuid, p_generation int, p_day int, p_producer uuid, p_sequence bigint,
     p_keys text[], p_headers jsonb[], p_payloads bytea[], p_dedup_keys text[],
-    out outcome text, out ids bigint[], out day int, out today int)
+    out outcome text, out ids bigint[], out day int, out today int, out base_id bigint)
     language plpgsql volatile security definer
     set search_path = pg_catalog, pg_temp
     as $$
@@ -83,6 +83,7 @@ begin
     if outcome <> 'appended' then
         return;
     end if;
+    base_id := appended.base_id;
     -- A key that is there is older than the window.
     insert into shardmq.sent_key (partition, dedup_key, id, sent_at)
     select p_partition, k.dedup_key, appended.base_id + k.nth - 1, now_at

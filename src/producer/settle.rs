@@ -30,7 +30,7 @@ use crate::producer::lane::{Closed, Lane};
 use crate::producer::shared::Shared;
 use crate::producer::status::ProducerEvent;
 use crate::producer::writer::{find_days, roll};
-use crate::store::append::{self, Again, Append, Failure, Rolled};
+use crate::store::append::{self, Again, Append, Each, Failure, Rolled};
 
 /// How long a node that is down is asked for a batch that may go elsewhere, beyond the time for its bytes.
 /// With the append timeout, after which a node that hangs is down, that is 3 s: the batch is to be stored
@@ -52,8 +52,8 @@ pub(crate) async fn settle(shared: &Arc<Shared>, lane: &Arc<Lane>, batch: Batch)
                 shared.stored(lane, &part, id);
                 shared.cluster.inner.notifier.publish(&[lane.partition]);
             }
-            Settled::Each(ids) => {
-                shared.answer_each(&part, &ids);
+            Settled::Each(each) => {
+                shared.stored_each(lane, &part, &each);
                 shared.cluster.inner.notifier.publish(&[lane.partition]);
             }
             Settled::Failed(error) => shared.answer(&part, Err(error)),
@@ -81,7 +81,7 @@ pub(crate) async fn settle(shared: &Arc<Shared>, lane: &Arc<Lane>, batch: Batch)
 
 enum Settled {
     At(MessageId),
-    Each(Vec<MessageId>),
+    Each(Each),
     Failed(Error),
     /// Certainly not stored, and this partition will not take it.
     Elsewhere(Error),
@@ -103,13 +103,15 @@ async fn settle_part(shared: &Shared, lane: &Lane, batch: &mut Batch) -> Settled
         if let Some(settled) = leave(shared, lane, batch).await {
             return settled;
         }
+        // All others had theirs in the transaction of their writer.
+        let is_first = batch.kind == Kind::Once && last.is_none();
         let turn = tokio::select! {
-            turn = turn(lane, batch.deadline) => turn,
+            turn = turn(lane, batch.deadline, is_first) => turn,
             // Some node is up or down now.
             () = changed => continue,
         };
         let Some(turn) = turn else { break };
-        let trouble = match again(shared, lane, batch).await {
+        let trouble = match again(shared, lane, batch, is_first).await {
             Ok(answer) => {
                 shared.node_worked(&lane.writer);
                 match step(shared, lane, answer, &what).await {
@@ -221,8 +223,8 @@ async fn leave(shared: &Shared, lane: &Lane, batch: &Batch) -> Option<Settled> {
 }
 
 /// Waits for the batch's turn; none where its deadline comes first.
-async fn turn(lane: &Lane, deadline: Instant) -> Option<SemaphorePermit<'_>> {
-    let turn = tokio::time::timeout_at(deadline, lane.writer.patience());
+async fn turn(lane: &Lane, deadline: Instant, is_first: bool) -> Option<SemaphorePermit<'_>> {
+    let turn = tokio::time::timeout_at(deadline, lane.writer.turn(is_first));
     turn.await.ok().flatten()
 }
 
@@ -239,7 +241,12 @@ enum Trouble {
     Unknown(Error),
 }
 
-async fn again(shared: &Shared, lane: &Lane, batch: &mut Batch) -> Result<Again, Trouble> {
+async fn again(
+    shared: &Shared,
+    lane: &Lane,
+    batch: &mut Batch,
+    is_first: bool,
+) -> Result<Again, Trouble> {
     let what = format!("append to partition {}", lane.partition);
     let limit = shared.options.append_timeout;
     let connection = shared.cluster.inner.nodes.connect(lane.partition.node(), limit).await;
@@ -260,7 +267,8 @@ async fn again(shared: &Shared, lane: &Lane, batch: &mut Batch) -> Result<Again,
     batch.attempted_on(day);
     let answer = if batch.kind == Kind::Once {
         batch.sequence = Some(lane.draw());
-        append::append_once(connection, &lane.append(shared, batch, day), limit).await
+        let batch = lane.append(shared, batch, day);
+        append::append_once(connection, &batch, limit, is_first).await
     } else {
         append::append_again(connection, &lane.append(shared, batch, day), limit).await
     };
@@ -279,7 +287,7 @@ async fn step(shared: &Shared, lane: &Lane, answer: Again, what: &str) -> Result
     let refuse = |kind, why: &str| Error::new(kind, format!("{what}: {why}"));
     let settled = match answer {
         Again::At(id) => Settled::At(id),
-        Again::Each(ids) => Settled::Each(ids),
+        Again::Each(each) => Settled::Each(each),
         Again::WrongDay { day, today } if Some(day) != lane.day() && today <= day => {
             lane.set_day(day);
             return Ok(());

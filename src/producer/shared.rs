@@ -22,6 +22,7 @@ use crate::producer::lane::Lane;
 use crate::producer::status::{ProducerEvent, Waiting};
 use crate::producer::writer::Writer;
 use crate::producer::{Options, WhenFull};
+use crate::store::append::Each;
 use crate::topology::{Topology, key_slot};
 
 /// How many open lanes are looked at for an idle one: where thousands are all busy, the search would cost
@@ -268,12 +269,6 @@ impl Shared {
         batch.tickets.complete(result);
     }
 
-    /// The same, where each message has an id of its own.
-    pub(super) fn answer_each(&self, batch: &Batch, ids: &[MessageId]) {
-        self.account(batch, true);
-        batch.tickets.complete_each(ids);
-    }
-
     /// Before the receipts are answered, so that whoever hears of it finds the room.
     fn account(&self, batch: &Batch, is_stored: bool) {
         let count = u64::from(batch.len());
@@ -309,7 +304,22 @@ impl Shared {
 
     /// A batch was stored, and its first message has this id.
     pub(super) fn stored(&self, lane: &Lane, batch: &Batch, first: MessageId) {
-        if let Some(last) = lane.acknowledge(first, batch.len()) {
+        self.look_for_a_lost_tail(lane, (first, batch.len()));
+        self.answer(batch, Ok(first));
+    }
+
+    /// A batch with dedup keys was stored, as far as it was not before.
+    pub(super) fn stored_each(&self, lane: &Lane, batch: &Batch, each: &Each) {
+        if let Some(given) = each.new_ids() {
+            self.look_for_a_lost_tail(lane, given);
+        }
+        self.account(batch, true);
+        batch.tickets.complete_each(&each.ids);
+    }
+
+    /// So many ids were given now, from this one on: tells where they had been given before.
+    fn look_for_a_lost_tail(&self, lane: &Lane, (first, count): (MessageId, u32)) {
+        if let Some(last) = lane.acknowledge(first, count) {
             let partition = lane.partition;
             tracing::error!(
                 %partition, topic = %self.topology.topic, alert = "lost_tail", %first, %last,
@@ -317,7 +327,6 @@ impl Shared {
             );
             self.tell(ProducerEvent::LostTail { partition, first, last });
         }
-        self.answer(batch, Ok(first));
     }
 
     /// A node's state is another now, or a lane's.

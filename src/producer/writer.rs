@@ -35,6 +35,9 @@ pub(crate) struct Writer {
     /// How many batches may be asked for at once after their first attempt: one less than there are
     /// connections, so that a partition that is locked for long does not hold up the others.
     patience: Semaphore,
+    /// The same for the first attempts of batches that go apart: they do not wait for those of partitions that
+    /// are locked.
+    apart: Semaphore,
     pub(crate) health: Health,
 }
 
@@ -48,13 +51,15 @@ impl Writer {
             wake: Notify::new(),
             slots,
             patience: Semaphore::new(connections.saturating_sub(1).max(1)),
+            apart: Semaphore::new(connections.saturating_sub(1).max(1)),
             health: Health::new(probes),
         }
     }
 
-    /// Waits for the turn of a batch whose first attempt did not store it.
-    pub(crate) async fn patience(&self) -> Option<SemaphorePermit<'_>> {
-        self.patience.acquire().await.ok()
+    /// Waits for the turn of a batch that goes apart: its first attempt of all, or one after it.
+    pub(crate) async fn turn(&self, is_first: bool) -> Option<SemaphorePermit<'_>> {
+        let turns = if is_first { &self.apart } else { &self.patience };
+        turns.acquire().await.ok()
     }
 
     /// Something waits in this lane.

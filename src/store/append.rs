@@ -323,13 +323,30 @@ fn is_large(batches: &[Append<'_>]) -> bool {
     batches.iter().any(|batch| batch.arrays.bytes > LARGE)
 }
 
+/// Where each message of a batch is that has dedup keys.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Each {
+    pub(crate) ids: Vec<MessageId>,
+    /// The first one of those that are stored now.
+    pub(crate) first_new: Option<MessageId>,
+}
+
+impl Each {
+    /// The first id that was given now, and how many were: what was stored before has lower ones.
+    pub(crate) fn new_ids(&self) -> Option<(MessageId, u32)> {
+        let (first, last) = (self.first_new?, self.ids.iter().max()?);
+        let count = last.sequence().checked_sub(first.sequence())?.checked_add(1)?;
+        Some((first, count))
+    }
+}
+
 /// What became of a batch that was looked for and, where it was missing, inserted.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Again {
     /// On disk, now or since an earlier attempt, with this first id.
     At(MessageId),
-    /// On disk, now or since an earlier send of the same dedup key: the id of each message.
-    Each(Vec<MessageId>),
+    /// On disk, now or since an earlier send of the same dedup key.
+    Each(Each),
     /// The partition takes another day, or must be rolled to `today` first.
     WrongDay {
         /// The partition's day.

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::time::Duration;
 
 use shardmq::{Cluster, Delivery, ErrorKind, Messages, NodeId, PartitionId};
-use tokio::time::Instant;
+use tokio::time::{Instant, MissedTickBehavior, interval};
 use tokio_postgres::Client;
 
 use crate::support::reading::text;
@@ -64,11 +64,12 @@ impl Most {
                        from pg_stat_activity
                       where datname = current_database() and application_name like 'shardmq%'
                         and application_name <> 'shardmq relay'";
+        let mut ticks = interval(SECOND / 10);
         while !self.over.load(Ordering::SeqCst) {
+            ticks.tick().await;
             let row = sql.query_one(count, &[]).await.unwrap();
             self.sessions.fetch_max(row.get(0), Ordering::SeqCst);
             self.waiting.fetch_max(row.get(1), Ordering::SeqCst);
-            tokio::time::sleep(SECOND / 10).await;
         }
     }
 }
@@ -82,7 +83,11 @@ async fn latency(
 ) -> Duration {
     let begun = Instant::now();
     let mut all = Vec::new();
+    let mut ticks = interval(SECOND / 100);
+    // One at a time, and no burst of what a slow one has missed.
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     for partition in partitions.iter().cycle() {
+        ticks.tick().await;
         let sent = Instant::now();
         append(sql, *partition, "m").await;
         for messages in &mut *groups {
@@ -94,7 +99,6 @@ async fn latency(
         if begun.elapsed() > time {
             break;
         }
-        tokio::time::sleep(SECOND / 100).await;
     }
     all.sort_unstable();
     all[all.len() * 99 / 100]

@@ -132,20 +132,43 @@ async fn a_flush_that_reaches_the_new_server_before_any_fetch_moves_no_cursor() 
     assert_eq!(test.cluster.lag("orders").await.unwrap()[0].lag, 0);
 }
 
-/// The same batch of the same producer comes to the same id again, before it another one: all but the
-/// time of appending is equal.
 /// A producer is told, once for each partition, when it sees that what it was acknowledged is gone.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_producer_that_gets_ids_again_is_told_once_for_each_partition() {
+    // Numbers that no other test has, since all share what is said.
+    told_of_ids_given_again(11, |_| None).await;
+}
+
+/// The same of messages with dedup keys, some of which were sent before.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_producer_of_dedup_keys_that_gets_ids_again_is_told_once_for_each_partition() {
+    told_of_ids_given_again(13, |text| Some(text.to_owned())).await;
+}
+
+/// So many are kept.
+async fn told_of_ids_given_again(kept: u32, dedup: fn(&str) -> Option<String>) {
     let server = own_server().await;
     let (_test, producer) = start(&server).await;
     let mut events = producer.events();
-    // Numbers that no other test has, since all share what is said.
-    send(&producer, "kept", 11).await;
+    let send = async |name: &str, count: u32| {
+        let texts: Vec<_> = (0..count).map(|n| format!("{name}{n}")).collect();
+        let message = |text: &String| {
+            let message = Message::new(text.clone());
+            dedup(text).map_or_else(|| message.clone(), |key| message.clone().dedup_key(key))
+        };
+        for text in &texts {
+            producer.send(message(text)).await.unwrap();
+        }
+        // Sends that store nothing tell nothing.
+        for text in texts.iter().filter(|text| dedup(text).is_some()) {
+            producer.send(message(text)).await.unwrap();
+        }
+    };
+    send("kept", kept).await;
     let snapshot = snapshot(&server).await;
-    send(&producer, "lost", 5).await;
+    send("lost", 5).await;
     put_back(&server, &snapshot).await;
-    send(&producer, "new", 8).await;
+    send("new", 8).await;
     let mut told = Vec::new();
     producer.shutdown(20 * SECOND).await.unwrap();
     drop(producer);
@@ -156,7 +179,7 @@ async fn a_producer_that_gets_ids_again_is_told_once_for_each_partition() {
         }
     }
     let [(first, last)] = told[..] else { panic!("{told:?}") };
-    assert_eq!((first.sequence(), last.sequence()), (12, 16));
+    assert_eq!((first.sequence(), last.sequence()), (kept + 1, kept + 5));
     let mut alerts = said(Level::ERROR, "alert", "lost_tail");
     alerts.retain(|said| {
         said.has("first", &first.to_string()) && said.has("last", &last.to_string())
@@ -164,6 +187,8 @@ async fn a_producer_that_gets_ids_again_is_told_once_for_each_partition() {
     assert_eq!(alerts.len(), 1);
 }
 
+/// The same batch of the same producer comes to the same id again, before it another one: all but the
+/// time of appending is equal.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_producer_that_repeats_its_batch_onto_the_same_id_hides_nothing() {
     let server = own_server().await;

@@ -92,6 +92,8 @@ mod lives;
 mod lock_holders;
 /// A table that is locked or broken stops its own partition and no other.
 mod locked_table;
+/// A day table that is locked under a producer delays its own partition alone.
+mod locked_under_producers;
 /// A promoted standby that lacks only the roll to the next day.
 mod lost_roll;
 /// A server that comes back without the end of its log.

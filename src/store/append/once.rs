@@ -14,18 +14,23 @@ use tokio::time::timeout;
 use tokio_postgres::Row;
 use tokio_postgres::types::{ToSql, Type};
 
-use super::{Again, Append, Failure, check_begun, lock_timeout, prepared, read_again, to_append};
+use super::{
+    Again, Append, Each, FIRST_WAIT, Failure, check_begun, lock_timeout, prepared, read_again,
+    to_append,
+};
 use crate::deadline::with_bytes;
 use crate::id::MessageId;
 use crate::store::node::Connection;
 use crate::store::sql;
 
 /// Appends the messages of a batch whose dedup keys are new, and says where all of them are. May be
-/// repeated, with another sequence, whatever became of it.
+/// repeated, with another sequence, whatever became of it. The first attempt waits for the partition's lock as
+/// long as those of other batches do.
 pub(crate) async fn append_once(
     connection: Connection,
     batch: &Append<'_>,
     deadline: Duration,
+    is_first: bool,
 ) -> Result<Again, Failure> {
     let (guard, kept) = if connection.keeps_statements() {
         let texts = [sql::APPEND_ONCE.to_owned()];
@@ -35,7 +40,7 @@ pub(crate) async fn append_once(
         (to_append(connection)?, None)
     };
     let connection = guard.connection();
-    let wait = lock_timeout(deadline);
+    let wait = lock_timeout(if is_first { deadline.min(FIRST_WAIT) } else { deadline });
     let opening = format!("{}; set local lock_timeout = '{wait}'", sql::BEGIN_DURABLE);
     let (partition, day) = (batch.partition.as_i32(), batch.day.as_i32());
     let params = params(batch, &partition, &day);
@@ -89,5 +94,9 @@ fn read(row: Option<&Row>, count: i32) -> Again {
     let ids = ids.into_iter().flatten().filter_map(|id| MessageId::try_from(id).ok());
     let ids: Vec<_> = ids.collect();
     // A message without an id is not known to be stored.
-    if ids.len() == count.unsigned_abs() as usize { Again::Each(ids) } else { Again::Refused }
+    if ids.len() != count.unsigned_abs() as usize {
+        return Again::Refused;
+    }
+    let base: Option<i64> = row.get(4);
+    Again::Each(Each { ids, first_new: base.and_then(|id| MessageId::try_from(id).ok()) })
 }
