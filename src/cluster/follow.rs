@@ -17,7 +17,7 @@ use tokio_postgres::AsyncMessage;
 
 use crate::cluster::cache::Cache;
 use crate::cluster::presence::{Place, Presence};
-use crate::deadline::jitter;
+use crate::deadline::{jitter, spread};
 use crate::error::{Error, Result};
 use crate::store::connect::refused;
 use crate::store::listen::{self, GROUPS, Session, TOPOLOGY};
@@ -25,7 +25,8 @@ use crate::store::target::Target;
 
 /// How often the version of the topology is looked at, give or take a fifth.
 pub(super) const LOOK_EVERY: Duration = Duration::from_secs(5);
-/// Between attempts to listen, give or take a fifth.
+/// Between attempts to listen, give or take a half: after a restart of the control database a whole fleet listens
+/// again, and looks.
 const LISTEN_AGAIN: Duration = Duration::from_secs(5);
 /// The same, where a pooler was met: there may be another address behind it by then.
 const POOLED: Duration = Duration::from_mins(1);
@@ -74,7 +75,7 @@ async fn hear(control: &Target, cache: &Cache, presence: &Presence) {
                 LISTEN_AGAIN
             }
         };
-        sleep(jitter(pause)).await;
+        sleep(pause / 2 + spread(pause)).await;
     }
 }
 

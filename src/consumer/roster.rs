@@ -32,7 +32,7 @@ use crate::consumer::journal::Journal;
 use crate::consumer::pace::NewsPace;
 use crate::consumer::silence::Silence;
 use crate::consumer::wanted::Wanted;
-use crate::deadline::{in_time, jitter};
+use crate::deadline::{in_time, jitter, spread};
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::{NodeId, PartitionId};
 use crate::metrics as names;
@@ -49,7 +49,8 @@ const SECOND_LOOK: Duration = Duration::from_secs(1);
 /// How long a member must have been in touch before it knows that another one is silent. After a restart
 /// of the database everybody seems silent: each has sent a heartbeat by then.
 const GRACE: Duration = Duration::from_secs(3);
-/// How soon a heartbeat that failed is tried again.
+/// How soon a heartbeat that failed is tried again, give or take a half: that of others failed in the same
+/// instant.
 const AGAIN: Duration = Duration::from_millis(500);
 /// How often to try to agree: each failure means that somebody else was first, and may know more.
 const ATTEMPTS: u32 = 5;
@@ -165,7 +166,8 @@ impl Roster {
             self.known = None;
             self.shared.want(Wanted::Anything);
         }
-        Instant::now() + AGAIN.min(self.shared.options.lease * 3 / 10)
+        let again = AGAIN.min(self.shared.options.lease * 3 / 10);
+        Instant::now() + again / 2 + spread(again)
     }
 
     /// A heartbeat, and what follows from the answer; again, where somebody else was first to draw
