@@ -98,7 +98,10 @@ impl Load {
                 first.push(tokio::spawn(self.send(0)));
             }
         }
-        (within(20 * SECOND, "the other partitions'", others.join_all()).await, first)
+        let mut sent = within(20 * SECOND, "the other partitions'", others.join_all()).await;
+        // In the order in which they were sent.
+        sent.sort_by_key(|(_, text, _)| text[1..].parse::<usize>().unwrap());
+        (sent, first)
     }
 }
 
@@ -106,6 +109,14 @@ fn p99(sent: &[Sent]) -> Duration {
     let mut all: Vec<_> = sent.iter().map(|(latency, ..)| *latency).collect();
     all.sort_unstable();
     all[all.len() * 99 / 100]
+}
+
+/// The p99 of the middle one of three parts of the time: a machine that halts once delays one of them, and a lock
+/// that others wait for all.
+fn p99_of_parts(sent: &[Sent]) -> Duration {
+    let mut parts: Vec<_> = sent.chunks(sent.len().div_ceil(3)).map(p99).collect();
+    parts.sort_unstable();
+    parts[parts.len() / 2]
 }
 
 /// A plain connection that does not count.
@@ -182,14 +193,16 @@ async fn a_locked_table_delays_its_own_partition_alone(way: Way) {
     for sent in stuck {
         acknowledged.push(within(5 * SECOND, "what was locked", sent).await.unwrap());
     }
-    let (quiet, beside, noisy) = (p99(&before), p99(&beside), p99(&during));
+    let (quiet, beside, noisy) = (p99(&before), p99(&beside), p99_of_parts(&during));
+    let whole = p99(&during);
     let worst = during.iter().map(|(latency, ..)| *latency).max().unwrap();
     println!(
-        "{way:?}: p99 before {quiet:?}, beside {beside:?}, during {noisy:?}, worst {worst:?}, \
-         released {:?}, {most:?}",
+        "{way:?}: p99 before {quiet:?}, beside {beside:?}, during {noisy:?} ({whole:?} of all), \
+         worst {worst:?}, released {:?}, {most:?}",
         released.elapsed()
     );
     assert!(noisy <= quiet.max(beside) + SECOND / 10, "{way:?}: {quiet:?} {beside:?} {noisy:?}");
+    assert!(worst <= SECOND + quiet.max(beside), "{way:?}: {worst:?}");
     assert!(most.sessions.load(Ordering::SeqCst) <= 3, "{most:?}");
     assert!(most.waiting.load(Ordering::SeqCst) <= 1, "{most:?}");
     acknowledged.extend(before.into_iter().chain(during));
