@@ -82,10 +82,10 @@ impl Load {
     }
 
     /// Fifty messages a second to all partitions but the first, for so long, and some to that one where it
-    /// is asked for: its sends are returned under way.
+    /// is asked for: its sends are returned under way. Twenty with dedup keys, which take a commit each.
     async fn run(&mut self, time: Duration, first_too: bool) -> (Vec<Sent>, Vec<JoinHandle<Sent>>) {
         let (begun, mut others, mut first) = (Instant::now(), JoinSet::new(), Vec::new());
-        let mut ticks = interval(SECOND / 50);
+        let mut ticks = interval(SECOND / if self.way.dedup { 20 } else { 50 });
         // A machine that was busy makes no burst of what it has missed.
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         for nth in 0.. {
