@@ -23,14 +23,19 @@ async fn broadcast_consumers(sql: &Client, count: i32) {
         .unwrap();
 }
 
-/// How many blocks the server looks at for a statement that was prepared.
+/// How many blocks the server looks at for a statement that was prepared: the fewest of some times, since it also
+/// looks for free room now and then.
 async fn blocks(sql: &Client, call: &str) -> i64 {
-    sql.batch_execute("begin").await.unwrap();
-    let explain = format!("explain (analyze, buffers, format json) execute {call}");
-    let plan: serde_json::Value = sql.query_one(&explain, &[]).await.unwrap().get(0);
-    sql.batch_execute("rollback").await.unwrap();
-    let of = |field: &str| plan[0]["Plan"][field].as_i64().unwrap();
-    of("Shared Hit Blocks") + of("Shared Read Blocks")
+    let mut fewest = i64::MAX;
+    for _ in 0..5 {
+        sql.batch_execute("begin").await.unwrap();
+        let explain = format!("explain (analyze, buffers, format json) execute {call}");
+        let plan: serde_json::Value = sql.query_one(&explain, &[]).await.unwrap().get(0);
+        sql.batch_execute("rollback").await.unwrap();
+        let of = |field: &str| plan[0]["Plan"][field].as_i64().unwrap();
+        fewest = fewest.min(of("Shared Hit Blocks") + of("Shared Read Blocks"));
+    }
+    fewest
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
