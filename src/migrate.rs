@@ -194,10 +194,11 @@ async fn apply(
     }
 }
 
-/// Settings of a role or database that migrations must not depend on.
+/// Settings of a role or database that migrations must not depend on. A statement may run for an hour, as to
+/// build an index.
 const SESSION: &str = "set default_transaction_read_only = off; \
      set default_transaction_isolation = 'read committed'; \
-     set statement_timeout = 0; set client_min_messages = warning";
+     set statement_timeout = '1h'; set client_min_messages = warning";
 
 /// Checks that a schema is there, is not older than this library needs, and admits it.
 pub(crate) async fn check(session: Session<'_>, schema: Schema) -> Result<()> {
