@@ -1,72 +1,18 @@
 //! A standby is promoted: what was acknowledged before is there, as far as it was to wait for the standby.
 
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use shardmq::Message;
 use shardmq::embedded::StopMode;
-use shardmq::{Message, MessageId, Producer};
-use tokio::task::JoinHandle;
-use tokio_util::sync::CancellationToken;
 
 use crate::support::reading::next;
+use crate::support::senders::Senders;
 use crate::support::signals::signal_all;
 use crate::support::standbys::{Replicated, caught_up};
 use crate::support::stored::{all_stored, topic};
 use crate::support::{TestCluster, eventually, within};
 
 const SOON: Duration = Duration::from_secs(20);
-
-/// Senders that never rest, and what was acknowledged to them.
-struct Senders {
-    acknowledged: Arc<Mutex<Vec<(MessageId, String)>>>,
-    stop: CancellationToken,
-    tasks: Vec<JoinHandle<()>>,
-}
-
-impl Senders {
-    fn start(producer: &Producer) -> Self {
-        let mut this = Self {
-            acknowledged: Arc::default(),
-            stop: CancellationToken::new(),
-            tasks: Vec::new(),
-        };
-        for sender in 0..8 {
-            let (producer, stop) = (producer.clone(), this.stop.clone());
-            let acknowledged = Arc::clone(&this.acknowledged);
-            this.tasks.push(tokio::spawn(async move {
-                for number in 0.. {
-                    let text = format!("{sender}-{number}");
-                    if let Ok(id) = producer.send(Message::new(text.clone())).await {
-                        acknowledged.lock().unwrap().push((id, text));
-                    }
-                    if stop.is_cancelled() {
-                        return;
-                    }
-                }
-            }));
-        }
-        this
-    }
-
-    fn count(&self) -> usize {
-        self.acknowledged.lock().unwrap().len()
-    }
-
-    /// Waits until so many more are acknowledged.
-    async fn go_on(&self, more: usize) {
-        let before = self.count();
-        eventually("messages are acknowledged", 2 * SOON, async || self.count() >= before + more)
-            .await;
-    }
-
-    async fn end(self) -> Vec<(MessageId, String)> {
-        self.stop.cancel();
-        for task in self.tasks {
-            within(SOON, "the end of a sender", task).await.unwrap();
-        }
-        self.acknowledged.lock().unwrap().clone()
-    }
-}
 
 /// Ends all waits for a standby by a function, as soon as there is one.
 async fn end_waits(sql: &tokio_postgres::Client, function: &str) {
@@ -81,7 +27,7 @@ async fn nothing_acknowledged_is_lost_with_synchronous_standbys_whatever_ends_a_
     let test = TestCluster::of(vec![servers.url.clone()]).await;
     let partitions = topic(&test, "orders", 4).await;
     let producer = test.cluster.producer("orders").build().await.unwrap();
-    let senders = Senders::start(&producer);
+    let senders = Senders::start(&producer, "a");
     senders.go_on(200).await;
     servers.stop_standbys().await;
     let sql = servers.sql(&servers.primary).await;

@@ -28,6 +28,7 @@ pub mod reading;
 pub mod redis;
 pub mod relays;
 pub mod said;
+pub mod senders;
 pub mod signals;
 pub mod small_disk;
 pub mod standby_away;
