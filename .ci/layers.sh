@@ -23,7 +23,7 @@ forbid 'SQL outside of the store' "\"[[:space:]]*($verbs)" \
 forbid 'a table or function by name outside of the store' \
     '"[^"]*\bshardmq(_control|_log)?\.[a-z_]+\b *(\(|where|set|from|for|order|limit)' \
     'src/store/|src/migrate\.rs|migrations/'
-notifying='src/store/sql/(notify|control_bump|control_tell_group)\.sql'
+notifying='src/store/sql/(notify|control_bump|control_tell_group|control_tell_primaries)\.sql'
 notifying+='|migrations/control/V003__assignment\.sql|migrations/outbox/V002__publish\.sql'
 forbid 'LISTEN or NOTIFY elsewhere' '"(un)?listen ([a-z_]+[";]|\{)|"notify [a-z_]+[",;]|pg_notify' \
     "src/store/listen\.rs|$notifying"

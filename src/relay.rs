@@ -33,6 +33,7 @@ use crate::pace::{Beat, Pace};
 use crate::store::connect::refused;
 use crate::store::node::{Connection, Node, PoolOptions};
 use crate::store::outbox::{self, Keep, Standing};
+use crate::store::timeline::Newest;
 use crate::store::{connect, control};
 use crate::supervise::supervised;
 use crate::trouble::Trouble;
@@ -304,14 +305,21 @@ impl Outlet {
         }
     }
 
-    /// Where to listen, and whether no pooler need be looked for there.
-    async fn listen_at(&self) -> Result<(String, bool)> {
+    /// Where to listen, whether no pooler need be looked for there, and which the newest primary is.
+    async fn listen_at(&self) -> Result<(String, bool, Arc<Newest>)> {
         match &self.place {
-            Place::Database(url) => Ok((url.clone(), false)),
-            Place::Node(node) => Ok(match self.context.nodes.listen_at(*node).await? {
-                ListenAt::Node(url) => (url, false),
-                ListenAt::Given(url) => (url, true),
-            }),
+            Place::Database(url) => {
+                let newest = self.pool.as_ref().map(|pool| Arc::clone(pool.newest()));
+                Ok((url.clone(), false, newest.unwrap_or_default()))
+            }
+            Place::Node(node) => {
+                let (at, node) = self.context.nodes.listen_at(*node).await?;
+                let newest = Arc::clone(node.newest());
+                Ok(match at {
+                    ListenAt::Node(url) => (url, false, newest),
+                    ListenAt::Given(url) => (url, true, newest),
+                })
+            }
         }
     }
 

@@ -34,6 +34,7 @@ pub(crate) mod pooler;
 pub(crate) mod session;
 pub(crate) mod sql;
 pub(crate) mod target;
+pub(crate) mod timeline;
 mod tls;
 pub(crate) mod unread;
 pub(crate) mod upkeep;

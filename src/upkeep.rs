@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use futures_util::stream::{FuturesUnordered, StreamExt};
+use tokio::sync::watch;
 use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
@@ -31,6 +32,8 @@ use crate::upkeep::locks::Locks;
 
 mod locks;
 
+mod primaries;
+
 /// How many days ahead tables are made.
 const DAYS_AHEAD: i32 = 3;
 /// Between two renewals of the lease, and between two attempts to take it.
@@ -39,7 +42,7 @@ const BEAT: Duration = Duration::from_secs(8);
 const LONGEST: Duration = Duration::from_mins(10);
 /// Between attempts to drop what was contended.
 const CONTENDED: Duration = Duration::from_secs(8);
-const LEASE_SECS: f64 = 20.0;
+const LEASE: Duration = Duration::from_secs(20);
 /// How many old dead letters one statement drops.
 const DEAD_AT_ONCE: i32 = 1_000;
 /// Between rounds over all partitions.
@@ -79,21 +82,32 @@ struct Keeper {
     locks: Locks,
     /// How often the node's pool had been used when the last beat was over.
     uses: u64,
+    /// Until when the lease may be ours.
+    until: watch::Sender<Instant>,
 }
 
 impl Keeper {
     fn new(nodes: Arc<Nodes>, node: NodeId, holder: Uuid) -> Self {
         let (pace, locks) = (Pace::new(BEAT, LONGEST), Locks::default());
-        Self { nodes, node, holder, due: None, pace, locks, uses: 0 }
+        let until = watch::Sender::new(Instant::now());
+        Self { nodes, node, holder, due: None, pace, locks, uses: 0, until }
     }
 
     /// Until the node is not known any more; returns its number.
     async fn run(mut self) -> NodeId {
+        let (nodes, node, until) = (Arc::clone(&self.nodes), self.node, self.until.subscribe());
+        tokio::select! {
+            () = self.beats() => {}
+            () = primaries::watch(&nodes, node, until) => {}
+        }
+        node
+    }
+
+    async fn beats(&mut self) {
         while self.nodes.known().contains(&self.node) {
             let next = self.beat().await;
             sleep(jitter(next)).await;
         }
-        self.node
     }
 
     /// Returns when the next beat is due.
@@ -111,9 +125,10 @@ impl Keeper {
         let pool = self.nodes.node(self.node).await?;
         let is_used = pool.uses() != self.uses;
         let connection = pool.get_for_a_lease().await?;
-        let kept = upkeep::keep_up(connection, self.holder, LEASE_SECS).await;
+        let kept = upkeep::keep_up(connection, self.holder, LEASE.as_secs_f64()).await;
         let kept = kept.map_err(|error| refused(error, &what))?;
         if let Upkeep::Anothers { sessions } = kept {
+            self.until.send_replace(Instant::now());
             self.due = None;
             if !is_used {
                 // Nobody else of this process has a use for it.
@@ -122,8 +137,9 @@ impl Keeper {
             self.uses = pool.uses();
             return Ok(Beat::Anothers { is_used, sessions });
         }
-        self.look_for_locks(&pool).await;
         let now = Instant::now();
+        self.until.send_replace(now + LEASE);
+        self.look_for_locks(&pool).await;
         if self.due.is_none_or(|due| now >= due) {
             let contended = round(&self.nodes, self.node, SystemTime::now).await?;
             self.due = Some(now + if contended { CONTENDED } else { ROUND });

@@ -28,9 +28,16 @@ insert into shardmq_control.cluster default values;
 create table shardmq_control.node (
     node int primary key check (node between 1 and 99),
     dsn text not null,
-    added_at timestamptz not null default clock_timestamp()
+    added_at timestamptz not null default clock_timestamp(),
+    registration uuid not null default gen_random_uuid(),
+    system_identifier bigint,
+    timeline bigint
 );
 comment on column shardmq_control.node.dsn is 'Without a password: that comes from each client';
+comment on column shardmq_control.node.registration is
+    'Drawn when an operator says which primary is the right one: what was known of its timeline before does not count';
+comment on column shardmq_control.node.timeline is
+    'The highest that was seen of this system identifier: a primary that has a lower one is an old one';
 
 create table shardmq_control.topic (
     topic text primary key check (topic ~ '^[a-z0-9][a-z0-9._-]{0,99}$'),

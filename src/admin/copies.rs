@@ -87,9 +87,11 @@ async fn record(
     addresses: &[(i32, String)],
     place: &place::Place,
 ) -> Result<()> {
-    let nodes: Vec<[&dyn Param; 2]> = addresses
+    // What their newest primaries are is found out.
+    let unknown: Option<i64> = None;
+    let nodes: Vec<[&dyn Param; 4]> = addresses
         .iter()
-        .map(|(number, address)| -> [&dyn Param; 2] { [number, address] })
+        .map(|(number, address)| -> [&dyn Param; 4] { [number, address, &unknown, &unknown] })
         .collect();
     let adopt: [&dyn Param; 2] = [&cluster, &place.here];
     let mut changes: Vec<Change<'_>> =
@@ -110,20 +112,31 @@ pub async fn moved(url: &str) -> Result<Moved> {
     migrate::check(control.session(), Schema::Control).await?;
     let (cluster, place) = which(&control, what).await?;
     let mut moved = Moved { control: place.is_copy(), ..Moved::default() };
+    let mut found = Vec::new();
     for (id, url) in addresses(&control).await? {
         match Copy::find(id, &url, &[cluster]).await {
-            Ok(copy) if copy.elsewhere => {
-                copy.becomes(cluster).await?;
-                moved.nodes.push(id);
+            Ok(copy) => {
+                if copy.elsewhere {
+                    copy.becomes(cluster).await?;
+                    moved.nodes.push(id);
+                }
+                found.push((i32::from(id.number()), copy.here));
             }
-            Ok(_) => {}
             Err(error) if error.kind() == ErrorKind::Unavailable => moved.away.push(id),
             Err(error) => return Err(error),
         }
     }
+    let stand: [&dyn Param; 1] = [&place.here];
+    // What is known of the timelines of nodes is of the servers before.
+    let nodes: Vec<[&dyn Param; 2]> =
+        found.iter().map(|(id, here)| -> [&dyn Param; 2] { [id, here] }).collect();
+    let mut changes: Vec<Change<'_>> =
+        nodes.iter().map(|node| (sql::CONTROL_MOVED_NODE, &node[..])).collect();
+    changes.push((sql::CONTROL_BUMP, &[]));
     if moved.control {
-        write(&control, &[(sql::CONTROL_STAND, &[&place.here])], what).await?;
+        changes.push((sql::CONTROL_STAND, &stand));
     }
+    write(&control, &changes, what).await?;
     Ok(moved)
 }
 

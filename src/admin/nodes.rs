@@ -26,6 +26,10 @@ impl Cluster {
     /// `PGPASSWORD` or its password file. Files that the address names are looked for by every process
     /// on its own machine.
     ///
+    /// The primary that answers counts as the right one from then on, also where it is an older one than was
+    /// known, as after a restore from a backup. Where the address has several hosts, the others must be no primary
+    /// of the same server then.
+    ///
     /// # Errors
     /// [`ErrorKind::Conflict`] where the database is another node already, or another cluster's, or
     /// where it is empty and there is a node of this number.
@@ -35,6 +39,7 @@ impl Cluster {
         let connection = candidate.get().await?;
         self.refuse_in_place_of(node, &connection).await?;
         let server = place::here_by(&connection).await.map_err(|error| refused(error, &what))?;
+        let primary = connection.primary();
         let params: [&dyn Param; 3] = [&self.id(), &i32::from(node.number()), &server];
         write(connection, Durability::Durable, sql::REGISTER_NODE, &params)
             .await
@@ -51,7 +56,8 @@ impl Cluster {
         let server = place::here_by(change.connection()).await.map_err(refused)?;
         control::begin_change(change.connection()).await.map_err(refused)?;
         control::stand(change.connection(), server).await.map_err(refused)?;
-        control::add_node(change.connection(), node, &address).await.map_err(refused)?;
+        let added = control::add_node(change.connection(), node, &address, primary).await;
+        added.map_err(refused)?;
         control::commit_change(change.connection()).await.map_err(refused)?;
         change.finished();
         self.inner.nodes.refresh().await.map(drop)

@@ -21,6 +21,7 @@ use crate::name::{TopicName, nearest};
 use crate::store::connect::refused;
 use crate::store::control;
 use crate::store::node::Node;
+use crate::store::timeline::Newest;
 use crate::topology::{Topology, Version};
 
 /// How long the control database may take to answer at the start, when it has to be connected to.
@@ -231,9 +232,23 @@ impl Cache {
         self.told.notify_one();
     }
 
-    /// Returns when there is something to look at.
+    /// The same, and newer primaries may be listed under the version that is known.
+    pub(super) fn warn(&self) {
+        self.nodes.warned();
+        self.tell();
+    }
+
+    /// Returns when there is something to look at, or to record.
     pub(super) async fn told(&self) {
-        self.told.notified().await;
+        tokio::select! {
+            () = self.told.notified() => {}
+            () = self.nodes.seen() => {}
+        }
+    }
+
+    /// The newest primary of the control database that is known.
+    pub(super) fn newest(&self) -> &Newest {
+        self.control.newest()
     }
 
     /// Looks whether the topology has another version, and takes it over.

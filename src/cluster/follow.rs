@@ -20,7 +20,7 @@ use crate::cluster::presence::{Place, Presence};
 use crate::deadline::{jitter, spread};
 use crate::error::{Error, Result};
 use crate::store::connect::refused;
-use crate::store::listen::{self, GROUPS, Session, TOPOLOGY};
+use crate::store::listen::{self, GROUPS, PRIMARIES, Session, TOPOLOGY};
 use crate::store::target::Target;
 
 /// How often the version of the topology is looked at, give or take a fifth.
@@ -88,34 +88,36 @@ enum End {
 
 async fn hear_once(control: &Target, cache: &Cache, presence: &Presence) -> Result<End> {
     let what = "listen to the control database";
-    let session = listen::open(control, what, false).await?;
-    let Some(Session { client, mut messages, marker }) = session else {
+    let session = listen::open(control, what, false, cache.newest()).await?;
+    let Some(Session { client, mut messages, primary }) = session else {
         return Ok(End::Pooled);
     };
     // The connection is driven while that is answered.
     let channels = [TOPOLOGY, GROUPS];
-    let mut asking = Box::pin(listen::begin(&client, marker.as_ref(), &channels));
+    let mut asking = Box::pin(listen::begin(&client, &channels));
     let mut present = None;
     loop {
         tokio::select! {
             answer = &mut asking, if present.is_none() => {
-                if !answer.map_err(|error| refused(error, what))? {
-                    return Ok(End::Pooled);
-                }
+                answer.map_err(|error| refused(error, what))?;
                 present = Some(presence.arrive(Place::Control));
                 // Listen first, look second: nothing can fall in between.
-                cache.tell();
+                cache.warn();
                 presence.tell_groups(None);
             }
             message = messages.next() => match message {
                 Some(Ok(AsyncMessage::Notification(note))) if note.channel() == GROUPS => {
                     presence.tell_groups(Some(note.payload()));
                 }
+                Some(Ok(AsyncMessage::Notification(note))) if note.payload() == PRIMARIES => {
+                    cache.warn();
+                }
                 Some(Ok(AsyncMessage::Notification(_))) => cache.tell(),
                 Some(Ok(_)) => {}
                 Some(Err(error)) => return Err(refused(error, what)),
                 None => return Ok(End::Closed),
             },
+            () = cache.newest().overtakes(primary) => return Ok(End::Closed),
         }
     }
 }

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -15,8 +16,9 @@ use crate::deadline::in_time;
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::NodeId;
 use crate::store::connect::refused;
-use crate::store::control;
-use crate::store::node::{Connection, Node, PoolOptions};
+use crate::store::control::{self, Listed};
+use crate::store::node::{Connection, Node, PoolOptions, Unfinished};
+use crate::store::timeline::{Newest, Primary};
 use crate::topology::{Relation, Version};
 
 /// How long the control database may take to answer.
@@ -44,11 +46,15 @@ pub(crate) struct Nodes {
     pools: PoolOptions,
     listen_urls: HashMap<NodeId, String>,
     control: Arc<Node>,
-    known: Mutex<BTreeMap<NodeId, (String, Arc<Node>)>>,
+    known: Mutex<BTreeMap<NodeId, (Listed, Arc<Node>)>>,
     /// The version of the topology that `known` is of, or an earlier one.
     version: Mutex<Version>,
     /// Some address is another now.
     changed: Notify,
+    /// A newer primary of some node was seen.
+    seen: Arc<Notify>,
+    /// Newer primaries may be listed under the version that is known.
+    warned: AtomicBool,
     presence: Arc<Presence>,
     /// Held by whoever of this process looks at a node for messages.
     turns: Mutex<HashMap<NodeId, Arc<tokio::sync::Mutex<()>>>>,
@@ -64,7 +70,7 @@ impl Nodes {
         presence: Arc<Presence>,
     ) -> Self {
         let (known, version) = (Mutex::default(), Mutex::new(version));
-        let changed = Notify::new();
+        let (changed, seen) = (Notify::new(), Arc::default());
         let (turns, stuck) = (Mutex::default(), Stuck::default());
         Self {
             cluster,
@@ -74,6 +80,8 @@ impl Nodes {
             known,
             version,
             changed,
+            seen,
+            warned: AtomicBool::new(false),
             presence,
             turns,
             stuck,
@@ -116,6 +124,11 @@ impl Nodes {
         self.find(id).await.map(|(_, node)| node)
     }
 
+    /// Returns when this process has seen a newer primary than before.
+    pub(super) async fn seen(&self) {
+        self.seen.notified().await;
+    }
+
     /// A connection to a node, within a time for a free one and as much for the making of one.
     pub(crate) async fn connect(&self, id: NodeId, limit: Duration) -> Result<Connection> {
         self.node(id).await?.get_within(limit).await
@@ -124,18 +137,19 @@ impl Nodes {
     /// A node's address.
     #[cfg(feature = "bench")]
     pub(crate) async fn url(&self, id: NodeId) -> Result<String> {
-        self.find(id).await.map(|(url, _)| url)
+        self.find(id).await.map(|(listed, _)| listed.url)
     }
 
-    /// Where to listen to a node: at an address that was given for that, or at its own.
-    pub(crate) async fn listen_at(&self, id: NodeId) -> Result<ListenAt> {
-        if let Some(url) = self.listen_urls.get(&id) {
-            return Ok(ListenAt::Given(url.clone()));
-        }
-        self.find(id).await.map(|(url, _)| ListenAt::Node(url))
+    /// Where to listen to a node, with its pool: at an address that was given for that, or at its own.
+    pub(crate) async fn listen_at(&self, id: NodeId) -> Result<(ListenAt, Arc<Node>)> {
+        let (listed, node) = self.find(id).await?;
+        Ok(match self.listen_urls.get(&id) {
+            Some(url) => (ListenAt::Given(url.clone()), node),
+            None => (ListenAt::Node(listed.url), node),
+        })
     }
 
-    async fn find(&self, id: NodeId) -> Result<(String, Arc<Node>)> {
+    async fn find(&self, id: NodeId) -> Result<(Listed, Arc<Node>)> {
         if let Some(found) = self.lock().get(&id).cloned() {
             return Ok(found);
         }
@@ -161,11 +175,81 @@ impl Nodes {
         judge(&version, &seen)?;
         let nodes = control::nodes(&connection).await.map_err(|e| refused(e, what))?;
         self.learn(version, nodes.clone());
-        Ok(nodes)
+        Ok(nodes.into_iter().map(|(id, listed)| (id, listed.url)).collect())
     }
 
-    /// Looks whether the topology has another version, and takes it over.
+    /// Looks whether the topology has another version, and takes it over. Records what it does not know.
     pub(super) async fn look(&self) -> Result<()> {
+        self.look_at_version().await?;
+        if let Err(error) = self.record().await {
+            // The next look tries again.
+            tracing::debug!(error = %error.chain(), "a newer primary is not recorded");
+        }
+        Ok(())
+    }
+
+    /// Records the newer primaries that this process has seen, so that all others leave the older ones, and who
+    /// starts never gets there.
+    async fn record(&self) -> Result<()> {
+        let newer = self.newer();
+        if newer.is_empty() {
+            return Ok(());
+        }
+        let refused = |error| refused(error, "record a newer primary of a node");
+        let change = Unfinished::new(self.control.get().await?);
+        control::begin_change(change.connection()).await.map_err(refused)?;
+        let mut any = false;
+        for (id, registration, primary) in newer {
+            let recorded =
+                control::record_newer(change.connection(), id, registration, primary).await;
+            any |= recorded.map_err(refused)?;
+        }
+        if any {
+            control::commit_change(change.connection()).await.map_err(refused)?;
+        } else {
+            control::give_change_up(change.connection()).await.map_err(refused)?;
+        }
+        change.finished();
+        self.look_at_version().await
+    }
+
+    /// The nodes of which a newer primary was seen than is listed, with their registrations.
+    fn newer(&self) -> Vec<(NodeId, Uuid, Primary)> {
+        let known = self.lock();
+        let newer = known.iter().filter_map(|(id, (listed, node))| {
+            let seen = node.newest().known()?;
+            let is_newer = listed.primary.is_none_or(|listed| listed.is_older_than(&seen));
+            is_newer.then_some((*id, listed.registration, seen))
+        });
+        newer.collect()
+    }
+
+    /// Says on old primaries of the control database which newer ones are known of the nodes. A process that listens
+    /// there, or that starts and finds it first, hears of nothing else. False: again.
+    pub(crate) async fn warn(&self) -> bool {
+        let Some(newest) = self.control.newest().known() else { return true };
+        let known: Vec<_> = {
+            let known = self.lock();
+            let newest = known.iter().filter_map(|(id, (listed, node))| {
+                Some((*id, listed.registration, node.newest().known()?))
+            });
+            newest.collect()
+        };
+        let mut all = true;
+        for found in self.control.primaries().await {
+            if found.primary.is_older_than(&newest) {
+                all &= control::warn(&found.client, &known).await.is_ok();
+            }
+        }
+        all
+    }
+
+    /// An old primary of the control database may have told of newer ones of nodes.
+    pub(super) fn warned(&self) {
+        self.warned.store(true, Ordering::Release);
+    }
+
+    async fn look_at_version(&self) -> Result<()> {
         let what = "look at the topology";
         let seen = self.version();
         let connection = self.control.get().await?;
@@ -175,7 +259,8 @@ impl Nodes {
             let what = format!("the control database is that of cluster {cluster} now");
             return Err(Error::new(ErrorKind::Conflict, what));
         }
-        if judge(&version, &seen)? == Relation::Same {
+        let is_warned = self.warned.swap(false, Ordering::AcqRel);
+        if judge(&version, &seen)? == Relation::Same && !is_warned {
             return Ok(());
         }
         let nodes = control::nodes(&connection).await.map_err(|e| refused(e, what))?;
@@ -184,20 +269,24 @@ impl Nodes {
     }
 
     /// Takes over the addresses of a version of the topology, unless a later one is known. A node whose
-    /// address is another gets a new pool; one that is not there any more is forgotten.
-    pub(super) fn learn(&self, version: Version, nodes: Vec<(NodeId, String)>) {
+    /// address is another, or that was registered anew, gets a new pool; one that is not there any more is
+    /// forgotten.
+    pub(super) fn learn(&self, version: Version, nodes: Vec<(NodeId, Listed)>) {
         let mut known = self.lock();
         let mut current = self.version.lock().unwrap_or_else(PoisonError::into_inner);
         if version.after(&current) == Relation::Earlier {
             return;
         }
         let mut next = BTreeMap::new();
-        for (id, url) in nodes {
+        for (id, listed) in nodes {
             let node = match known.get(&id) {
-                Some((before, node)) if *before == url => Arc::clone(node),
-                _ => Arc::new(self.open(id, &url)),
+                Some((before, node)) if is_the_same(before, &listed) => Arc::clone(node),
+                _ => Arc::new(self.open(id, &listed)),
             };
-            next.insert(id, (url, node));
+            if let Some(primary) = listed.primary {
+                node.newest().hear(primary);
+            }
+            next.insert(id, (listed, node));
         }
         for (id, (_, before)) in known.iter() {
             if next.get(id).is_none_or(|(_, node)| !Arc::ptr_eq(node, before)) {
@@ -211,8 +300,13 @@ impl Nodes {
     }
 
     /// A node that can't be used keeps nobody from the others.
-    fn open(&self, id: NodeId, url: &str) -> Node {
-        Node::new(url, self.cluster, id, self.pools).unwrap_or_else(|error| {
+    fn open(&self, id: NodeId, listed: &Listed) -> Node {
+        let is_beside = self.control.has_the_hosts_of(&listed.url);
+        let control = is_beside.then(|| Arc::clone(self.control.newest()));
+        let seen = Arc::clone(&self.seen);
+        let newest = Arc::new(Newest::of_node(listed.primary, seen, control));
+        let opened = Node::known(&listed.url, self.cluster, id, self.pools, newest);
+        opened.unwrap_or_else(|error| {
             tracing::error!(
                 node = %id, alert = "topology", error = %error.chain(),
                 "this build of the library can't use a node's address"
@@ -227,22 +321,28 @@ impl Nodes {
     }
 
     /// The same, with the nodes' addresses.
-    pub(super) fn snapshot(&self) -> (Version, BTreeMap<NodeId, String>) {
+    pub(super) fn snapshot(&self) -> (Version, BTreeMap<NodeId, Listed>) {
         let known = self.lock();
-        let addresses = known.iter().map(|(id, (url, _))| (*id, url.clone())).collect();
-        (self.version(), addresses)
+        let listed = known.iter().map(|(id, (listed, _))| (*id, listed.clone())).collect();
+        (self.version(), listed)
     }
 
-    /// Returns when a node has another address to listen at than this one.
-    pub(crate) async fn moved(&self, id: NodeId, from: &str) {
-        loop {
-            let changed = self.changed.notified();
-            let given = self.listen_urls.contains_key(&id);
-            let at = self.lock().get(&id).map(|(url, _)| url.clone());
-            if !given && at.is_some_and(|at| at != from) {
-                return;
+    /// Returns when a session on a primary of a node should not be there any more: another pool is the node's, since
+    /// it has another address or was registered anew, or a newer primary is known.
+    pub(crate) async fn leaves(&self, id: NodeId, from: &Arc<Node>, primary: Option<Primary>) {
+        let replaced = async {
+            loop {
+                let changed = self.changed.notified();
+                let now = self.lock().get(&id).map(|(_, node)| Arc::clone(node));
+                if now.is_some_and(|now| !Arc::ptr_eq(&now, from)) {
+                    return;
+                }
+                changed.await;
             }
-            changed.await;
+        };
+        tokio::select! {
+            () = replaced => {}
+            () = from.newest().overtakes(primary) => {}
         }
     }
 
@@ -260,9 +360,14 @@ impl Nodes {
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<NodeId, (String, Arc<Node>)>> {
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<NodeId, (Listed, Arc<Node>)>> {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Whether the same pool serves a node that is listed so now.
+fn is_the_same(before: &Listed, now: &Listed) -> bool {
+    (&before.url, before.registration) == (&now.url, now.registration)
 }
 
 /// Refuses a version earlier than one that was seen before it was asked for: that of a control database that was

@@ -14,6 +14,7 @@ use uuid::Uuid;
 
 use crate::id::NodeId;
 use crate::name::TopicName;
+use crate::store::control::Listed;
 use crate::topology::{Relation, Topology, Version};
 
 /// How long another writer is waited for.
@@ -27,8 +28,8 @@ pub(super) struct Snapshot {
     pub(super) control: String,
     pub(super) cluster: Uuid,
     pub(super) version: Version,
-    /// The nodes' addresses, without passwords.
-    pub(super) nodes: BTreeMap<NodeId, String>,
+    /// The nodes, with their addresses.
+    pub(super) nodes: BTreeMap<NodeId, Listed>,
     /// The settings of the cluster.
     #[serde(default)]
     pub(super) settings: BTreeMap<String, String>,
@@ -150,6 +151,7 @@ fn write(path: &Path, current: Snapshot) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::store::timeline::Primary;
 
     fn snapshot(version: i64, topics: &[&str]) -> Snapshot {
         let topology = |name: &str| Topology {
@@ -160,11 +162,16 @@ mod tests {
             slots: Vec::new(),
         };
         let node = NodeId::new(7).unwrap();
+        let listed = Listed {
+            url: format!("postgresql://db/v{version}"),
+            registration: Uuid::nil(),
+            primary: Some(Primary { system: 1, timeline: version }),
+        };
         Snapshot {
             control: "db:5432/control".to_owned(),
             cluster: Uuid::nil(),
             version: Version { number: version, token: Uuid::nil(), history: Vec::new() },
-            nodes: BTreeMap::from([(node, format!("postgresql://db/v{version}"))]),
+            nodes: BTreeMap::from([(node, listed)]),
             settings: BTreeMap::from([("notifier".to_owned(), format!("v{version}"))]),
             topics: topics
                 .iter()

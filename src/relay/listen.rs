@@ -46,22 +46,20 @@ pub(super) async fn run(outlet: Arc<Outlet>, woken: Arc<Notify>) {
 /// One life of the connection; false where a pooler answers.
 async fn hear(outlet: &Outlet, woken: &Notify, backoff: &mut Duration) -> Result<bool> {
     let what = "listen to an outbox";
-    let (url, trusted) = outlet.listen_at().await?;
+    let (url, trusted, newest) = outlet.listen_at().await?;
     let target = listen::target(&url, "shardmq relay")?;
-    let Some(Session { client, mut messages, marker }) =
-        listen::open(&target, what, trusted).await?
+    let Some(Session { client, mut messages, primary }) =
+        listen::open(&target, what, trusted, &newest).await?
     else {
         return Ok(false);
     };
     // The connection is driven while that is answered.
-    let mut asking = Box::pin(listen::begin(&client, marker.as_ref(), &[OUTBOX]));
+    let mut asking = Box::pin(listen::begin(&client, &[OUTBOX]));
     let mut listens = false;
     loop {
         tokio::select! {
             answer = &mut asking, if !listens => {
-                if !answer.map_err(|error| refused(error, what))? {
-                    return Ok(false);
-                }
+                answer.map_err(|error| refused(error, what))?;
                 listens = true;
                 *backoff = BACKOFF.0;
                 // Listen first, look second.
@@ -73,6 +71,7 @@ async fn hear(outlet: &Outlet, woken: &Notify, backoff: &mut Duration) -> Result
                 Some(Err(error)) => return Err(refused(error, what)),
                 None => return Ok(true),
             },
+            () = newest.overtakes(primary) => return Ok(true),
         }
     }
 }

@@ -124,7 +124,7 @@ pub(crate) async fn connect_once(url: &str, application: &str) -> Result<Single>
 pub(super) async fn connect_single(target: &Target) -> Result<Single> {
     let what = format!("connect to {}", describe(&target.config));
     let marker = Marker::new();
-    let Opened { client, messages, marked } = target.connect(&what, Some(&marker)).await?;
+    let Opened { client, messages, marked, .. } = target.connect(&what, Some(&marker), &[]).await?;
     let cut = CutWait::default();
     tokio::spawn(target::drive(messages, cut.clone()));
     let pinned = marked && marker.is_there(&client).await.map_err(|error| refused(error, &what))?;
@@ -164,7 +164,7 @@ pub(crate) fn is_data_error(error: &Failed) -> bool {
 
 /// What the caller should do about an error of the server or of the way to it.
 pub(crate) fn kind_of(error: &Failed) -> ErrorKind {
-    if matches!(error, Failed::Unconfirmed) {
+    if matches!(error, Failed::Unconfirmed | Failed::Outdated) {
         return ErrorKind::Unknown;
     }
     let Some(state) = error.code() else {

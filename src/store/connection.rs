@@ -13,6 +13,7 @@ use crate::store::param::Unseen;
 use crate::store::places::{Place, Places};
 use crate::store::pool::Object;
 use crate::store::sql;
+use crate::store::timeline::Primary;
 
 /// A connection of a pool. Statements go through this module, so that none is kept prepared where a
 /// pooler stands in between, and each is bounded.
@@ -55,6 +56,11 @@ impl Connection {
     /// Whether statements may be kept prepared on it.
     pub(crate) fn keeps_statements(&self) -> bool {
         self.keeps_statements
+    }
+
+    /// Which primary it leads to, where that is known.
+    pub(crate) fn primary(&self) -> Option<Primary> {
+        self.object().primary
     }
 
     /// Runs statements without parameters and rows, sent as one message.
@@ -180,14 +186,19 @@ impl Connection {
         answer
     }
 
-    /// An answer, where no commit on this connection ended before the standby had it. Each answer is looked
-    /// at, since a commit is a statement like others, and a statement alone commits itself.
+    /// An answer, where no commit on this connection ended before the standby had it, and it is not that of an
+    /// older primary than is known. Each answer is looked at, since a commit is a statement like others, and a
+    /// statement alone commits itself.
     async fn counted<T>(
         &self,
         sent: impl Future<Output = Result<T, tokio_postgres::Error>>,
     ) -> Result<T, Failed> {
         let answer = self.answered(sent).await?;
-        if self.object().cut.is_noted() { Err(Failed::Unconfirmed) } else { Ok(answer) }
+        match self.object() {
+            object if object.cut.is_noted() => Err(Failed::Unconfirmed),
+            object if object.is_outdated() => Err(Failed::Outdated),
+            _ => Ok(answer),
+        }
     }
 
     fn held(&self) -> &(Object, Place) {

@@ -3,8 +3,9 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::time::SystemTime;
 
-use tokio_postgres::Row;
+use serde::{Deserialize, Serialize};
 use tokio_postgres::error::SqlState;
+use tokio_postgres::{Client, Row};
 use uuid::Uuid;
 
 use crate::id::{NodeId, PartitionId};
@@ -12,8 +13,9 @@ use crate::name::{GroupName, TopicName};
 use crate::store::failed::Failed;
 use crate::store::group::StartAt;
 use crate::store::node::{Connection, Durability, query, query_one, write};
-use crate::store::param::Param;
+use crate::store::param::{Param, typed};
 use crate::store::sql;
+use crate::store::timeline::Primary;
 use crate::topology::Version;
 
 /// The cluster's id and the version of its topology.
@@ -22,10 +24,41 @@ pub(crate) async fn cluster(connection: &Connection) -> Result<(Uuid, Version), 
     Ok((row.get(0), Version { number: row.get(1), token: row.get(2), history: row.get(3) }))
 }
 
-/// All nodes with their addresses.
-pub(crate) async fn nodes(connection: &Connection) -> Result<Vec<(NodeId, String)>, Failed> {
+/// A node as the control database lists it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Listed {
+    /// Its address, without a password.
+    pub(crate) url: String,
+    /// Drawn when an operator says which primary is the right one.
+    pub(crate) registration: Uuid,
+    /// The newest primary that was seen.
+    pub(crate) primary: Option<Primary>,
+}
+
+/// All nodes.
+pub(crate) async fn nodes(connection: &Connection) -> Result<Vec<(NodeId, Listed)>, Failed> {
     let rows = query(connection, sql::CONTROL_NODES, &[]).await?;
-    Ok(rows.iter().filter_map(|row| Some((node_of(row, 0)?, row.get(1)))).collect())
+    let primary = |row: &Row| {
+        let (system, timeline) = (row.get::<_, Option<i64>>(3)?, row.get::<_, Option<i64>>(4)?);
+        Some(Primary { system, timeline })
+    };
+    let listed =
+        |row: &Row| Listed { url: row.get(1), registration: row.get(2), primary: primary(row) };
+    Ok(rows.iter().filter_map(|row| Some((node_of(row, 0)?, listed(row)))).collect())
+}
+
+/// Records a newer primary of a node, inside a change; false where one as new is known, or the node was registered
+/// anew.
+pub(crate) async fn record_newer(
+    connection: &Connection,
+    node: NodeId,
+    registration: Uuid,
+    primary: Primary,
+) -> Result<bool, Failed> {
+    let number = i32::from(node.number());
+    let params: [&dyn Param; 4] = [&number, &registration, &primary.system, &primary.timeline];
+    let rows = query(connection, sql::CONTROL_NEWER_PRIMARY, &params).await?;
+    Ok(!rows.is_empty())
 }
 
 fn node_of(row: &Row, column: usize) -> Option<NodeId> {
@@ -73,14 +106,34 @@ pub(crate) async fn stand(connection: &Connection, server: Option<String>) -> Re
     query(connection, sql::CONTROL_STAND, &[&server]).await.map(drop)
 }
 
-/// Records a node's address, inside a change.
+/// Says on an old primary of the control database, which some processes may take for the right one, which newer
+/// primaries are known of the nodes. The server may wait for standbys that it has lost: this does not.
+pub(crate) async fn warn(
+    old: &Client,
+    newest: &[(NodeId, Uuid, Primary)],
+) -> Result<(), tokio_postgres::Error> {
+    old.batch_execute(sql::BEGIN_RELAXED).await?;
+    for (node, registration, primary) in newest {
+        let number = i32::from(node.number());
+        let params: [&dyn Param; 4] = [&number, registration, &primary.system, &primary.timeline];
+        old.query_typed(sql::CONTROL_NEWER_PRIMARY, &typed(&params)).await?;
+    }
+    old.batch_execute("commit").await?;
+    old.batch_execute(sql::BEGIN_RELAXED).await?;
+    old.query_typed(sql::CONTROL_TELL_PRIMARIES, &[]).await?;
+    old.batch_execute("commit").await
+}
+
+/// Records a node's address and its primary, inside a change.
 pub(crate) async fn add_node(
     connection: &Connection,
     node: NodeId,
     dsn: &str,
+    primary: Option<Primary>,
 ) -> Result<(), Failed> {
     let number = i32::from(node.number());
-    query(connection, sql::CONTROL_ADD_NODE, &[&number, &dsn]).await.map(drop)
+    let (system, timeline) = (primary.map(|on| on.system), primary.map(|on| on.timeline));
+    query(connection, sql::CONTROL_ADD_NODE, &[&number, &dsn, &system, &timeline]).await.map(drop)
 }
 
 /// The topics that have partitions on a node.

@@ -15,6 +15,9 @@ pub(crate) enum Failed {
     /// commit, so nobody may count on it.
     #[error("the commit's wait for a standby was cancelled, so a failover may still lose it")]
     Unconfirmed,
+    /// The answer came from an older primary than is known: what it did there may be lost with it.
+    #[error("an older primary has answered, and a newer one is known: what it did may be lost")]
+    Outdated,
     /// Nothing was sent: the commits of all of this pool's connections hang.
     #[error(
         "all connections of this process wait for their commits, as where a standby is away that Postgres \
@@ -28,7 +31,7 @@ impl Failed {
     pub(crate) fn code(&self) -> Option<&SqlState> {
         match self {
             Self::Postgres(error) => error.code(),
-            Self::Unconfirmed | Self::NoPlace => None,
+            Self::Unconfirmed | Self::Outdated | Self::NoPlace => None,
         }
     }
 
@@ -36,7 +39,7 @@ impl Failed {
     pub(crate) fn as_db_error(&self) -> Option<&DbError> {
         match self {
             Self::Postgres(error) => error.as_db_error(),
-            Self::Unconfirmed | Self::NoPlace => None,
+            Self::Unconfirmed | Self::Outdated | Self::NoPlace => None,
         }
     }
 }

@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use deadpool::managed::{PoolError, TimeoutType, Timeouts};
@@ -22,10 +22,12 @@ use crate::store::failed::Failed;
 use crate::store::param::{Param, typed, values};
 use crate::store::place;
 use crate::store::places::{Place, Places};
+pub(crate) use crate::store::pool::Found;
 use crate::store::pool::{self, Check, Manager, Object, Pool};
 use crate::store::pooler::{PreparedStatements, Way};
 use crate::store::session::{Session, Single};
 use crate::store::sql;
+use crate::store::timeline::Newest;
 
 /// How long a wait for a free connection may take, and for a new one what comes after its making.
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(3);
@@ -40,6 +42,7 @@ pub(crate) struct Node {
     way: Arc<Way>,
     /// How long getting a connection may take.
     patience: Duration,
+    newest: Arc<Newest>,
     /// How often a connection was asked for, but for those of [`Self::get_for_a_lease`].
     uses: AtomicU64,
 }
@@ -47,14 +50,26 @@ pub(crate) struct Node {
 impl Node {
     /// A node's pool. Nothing is connected yet.
     pub(crate) fn new(url: &str, cluster: Uuid, id: NodeId, options: PoolOptions) -> Result<Self> {
-        let check: Check = Arc::new(move |session| Box::pin(check_node(session, cluster, id)));
-        Self::open(url, &format!("node {id}"), options, check)
+        Self::known(url, cluster, id, options, Arc::default())
+    }
+
+    /// The same, where something is known of its primaries.
+    pub(crate) fn known(
+        url: &str,
+        cluster: Uuid,
+        id: NodeId,
+        options: PoolOptions,
+        newest: Arc<Newest>,
+    ) -> Result<Self> {
+        let check: Check =
+            Arc::new(move |session| Box::pin(place::check_node(session, cluster, id)));
+        Self::open(url, &format!("node {id}"), options, check, newest)
     }
 
     /// A pool of a database that is to become a node.
     pub(crate) fn candidate(url: &str, options: PoolOptions) -> Result<Self> {
         let check: Check = Arc::new(|session| Box::pin(migrate::check(session, Schema::Node)));
-        Self::open(url, "a database that is to be a node", options, check)
+        Self::open(url, "a database that is to be a node", options, check, Arc::default())
     }
 
     /// A node whose address this build of the library can't use: whoever needs it gets the error.
@@ -63,22 +78,29 @@ impl Node {
         let why = Error::with_source(ErrorKind::Incompatible, what.clone(), error);
         let way = Arc::new(Way::new(PreparedStatements::default()));
         let (places, uses) = (Arc::new(Places::new(1)), AtomicU64::new(0));
-        Self { what, pool: Err(why), places, way, patience: ACQUIRE_TIMEOUT, uses }
+        let newest = Arc::default();
+        Self { what, pool: Err(why), places, way, patience: ACQUIRE_TIMEOUT, newest, uses }
     }
 
     /// The control database's pool.
     pub(crate) fn control(url: &str, options: PoolOptions) -> Result<Self> {
-        let check: Check = Arc::new(|session| Box::pin(check_control(session)));
-        Self::open(url, "the control database", options, check)
+        let check: Check = Arc::new(|session| Box::pin(place::check_control(session)));
+        Self::open(url, "the control database", options, check, Arc::default())
     }
 
     /// The pool of a database that has an outbox and is no node, or need not be.
     pub(crate) fn outbox(url: &str, options: PoolOptions) -> Result<Self> {
         let check: Check = Arc::new(|session| Box::pin(migrate::check(session, Schema::Outbox)));
-        Self::open(url, "a database with an outbox", options, check)
+        Self::open(url, "a database with an outbox", options, check, Arc::default())
     }
 
-    fn open(url: &str, name: &str, options: PoolOptions, check: Check) -> Result<Self> {
+    fn open(
+        url: &str,
+        name: &str,
+        options: PoolOptions,
+        check: Check,
+        newest: Arc<Newest>,
+    ) -> Result<Self> {
         let mut target = connect::parse(url)?;
         if target.config.get_application_name().is_none() {
             target.config.application_name("shardmq");
@@ -88,10 +110,17 @@ impl Node {
         let way = Arc::new(Way::new(options.prepared_statements));
         let places = Arc::new(Places::new(options.connections));
         let (of_pool, to_server) = (Arc::clone(&places), Arc::clone(&way));
-        let manager =
-            Manager { target, what: what.clone(), way: to_server, check, places: of_pool };
-        let pool = pool::build(manager, ACQUIRE_TIMEOUT)?;
-        Ok(Self { what, pool: Ok(pool), places, way, patience, uses: AtomicU64::new(0) })
+        let manager = Manager {
+            target,
+            what: what.clone(),
+            way: to_server,
+            check,
+            places: of_pool,
+            newest: Arc::clone(&newest),
+            untold: AtomicBool::new(false),
+        };
+        let pool = Ok(pool::build(manager, ACQUIRE_TIMEOUT)?);
+        Ok(Self { what, pool, places, way, patience, newest, uses: AtomicU64::new(0) })
     }
 
     /// A connection, opened where none is idle. Cancel safe.
@@ -157,6 +186,28 @@ impl Node {
     /// A connection of its own, outside of the pool: for what takes long.
     pub(crate) async fn single(&self) -> Result<Single> {
         connect::connect_single(&self.pool()?.manager().target).await
+    }
+
+    /// The newest primary that is known.
+    pub(crate) fn newest(&self) -> &Arc<Newest> {
+        &self.newest
+    }
+
+    /// Whether another address leads to the same hosts, in whatever order.
+    pub(crate) fn has_the_hosts_of(&self, url: &str) -> bool {
+        let (Ok(pool), Ok(other)) = (&self.pool, connect::parse(url)) else { return false };
+        pool.manager().target.places() == other.places()
+    }
+
+    /// Whether the address has several hosts.
+    pub(crate) fn has_several_hosts(&self) -> bool {
+        self.pool.as_ref().is_ok_and(|pool| pool.manager().target.hosts() > 1)
+    }
+
+    /// The primaries at all hosts of the address that answer in time.
+    pub(crate) async fn primaries(&self) -> Vec<Found> {
+        let Ok(pool) = &self.pool else { return Vec::new() };
+        pool::primaries(&pool.manager().target).await
     }
 
     async fn place(&self, limit: Duration) -> Result<Place> {
@@ -233,37 +284,6 @@ impl fmt::Debug for Node {
 pub(crate) struct PoolOptions {
     pub(crate) connections: usize,
     pub(crate) prepared_statements: PreparedStatements,
-}
-
-/// Refuses a control database that is a copy of one.
-async fn check_control(session: Session<'_>) -> Result<()> {
-    migrate::check(session, Schema::Control).await?;
-    let found = place::of_control(session).await;
-    let found = found.map_err(|error| refused(error, "ask the control database which it is"))?;
-    found.map_or(Ok(()), |(_, place)| place.refuse_copy("the control database"))
-}
-
-/// Refuses a database that is not this cluster's node of this number.
-async fn check_node(session: Session<'_>, cluster: Uuid, id: NodeId) -> Result<()> {
-    migrate::check(session, Schema::Node).await?;
-    let what = format!("ask node {id} who it is");
-    let found = place::of_node(session).await.map_err(|error| refused(error, &what))?;
-    match found {
-        Some((uuid, number, place)) if uuid == cluster && number == i32::from(id.number()) => {
-            place.refuse_copy(&format!("node {id}"))
-        }
-        Some((uuid, number, _)) => Err(Error::new(
-            ErrorKind::Conflict,
-            format!(
-                "the address of node {id} of cluster {cluster} leads to node {number:02} of \
-                 cluster {uuid}"
-            ),
-        )),
-        None => Err(Error::new(
-            ErrorKind::Conflict,
-            format!("the address of node {id} leads to a database that is not a node yet"),
-        )),
-    }
 }
 
 /// How a transaction of [`write`] is begun.

@@ -6,6 +6,9 @@ use tokio_postgres::{Error, Row};
 use uuid::Uuid;
 
 use crate::error::{self, ErrorKind};
+use crate::id::NodeId;
+use crate::migrate::{self, Schema};
+use crate::store::connect::refused;
 use crate::store::failed::Failed;
 use crate::store::node::{Connection, query_one};
 use crate::store::session::Session;
@@ -75,6 +78,41 @@ pub(crate) async fn here_by(connection: &Connection) -> Result<Option<String>, F
         Ok(row) => Ok(row.get(0)),
         Err(error) if error.code() == Some(&SqlState::INSUFFICIENT_PRIVILEGE) => Ok(None),
         Err(error) => Err(error),
+    }
+}
+
+/// Refuses a control database that is a copy of one.
+pub(super) async fn check_control(session: Session<'_>) -> error::Result<()> {
+    migrate::check(session, Schema::Control).await?;
+    let found = of_control(session).await;
+    let found = found.map_err(|error| refused(error, "ask the control database which it is"))?;
+    found.map_or(Ok(()), |(_, place)| place.refuse_copy("the control database"))
+}
+
+/// Refuses a database that is not this cluster's node of this number.
+pub(super) async fn check_node(
+    session: Session<'_>,
+    cluster: Uuid,
+    id: NodeId,
+) -> error::Result<()> {
+    migrate::check(session, Schema::Node).await?;
+    let what = format!("ask node {id} who it is");
+    let found = of_node(session).await.map_err(|error| refused(error, &what))?;
+    match found {
+        Some((uuid, number, place)) if uuid == cluster && number == i32::from(id.number()) => {
+            place.refuse_copy(&format!("node {id}"))
+        }
+        Some((uuid, number, _)) => Err(error::Error::new(
+            ErrorKind::Conflict,
+            format!(
+                "the address of node {id} of cluster {cluster} leads to node {number:02} of \
+                 cluster {uuid}"
+            ),
+        )),
+        None => Err(error::Error::new(
+            ErrorKind::Conflict,
+            format!("the address of node {id} leads to a database that is not a node yet"),
+        )),
     }
 }
 

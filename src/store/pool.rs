@@ -1,24 +1,29 @@
 //! Pools of connections to one target, each looked at before it is used.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use deadpool::Runtime;
 use deadpool::managed::{self, Metrics, QueueMode, RecycleError, RecycleResult};
 use deadpool_postgres::ClientWrapper;
-use futures_util::future::BoxFuture;
-use tokio::time::Instant;
-use tokio_postgres::Statement;
+use futures_util::future::{BoxFuture, join_all};
+use tokio::time::{Instant, timeout};
+use tokio_postgres::{Client, Statement};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::connect::refused;
 use crate::store::failed::CutWait;
 use crate::store::kept::Kept;
 use crate::store::places::{Backend, Places};
-use crate::store::pooler::Way;
+use crate::store::pooler::{Entered, Way};
 use crate::store::session::Session;
 use crate::store::sql;
-use crate::store::target::Target;
+use crate::store::target::{self, Older, Opened, Target};
+use crate::store::timeline::{self, Newest, Primary};
+
+/// How long a look at a host may take.
+const LOOK: Duration = Duration::from_secs(3);
 
 /// A pooled connection, given back when dropped.
 pub(super) type Object = managed::Object<Manager>;
@@ -34,10 +39,18 @@ pub(super) struct Pooled {
     pub(super) cut: CutWait,
     /// The server process behind it.
     pub(super) backend: Backend,
+    /// The primary that it leads to, where that is known.
+    pub(super) primary: Option<Primary>,
+    newest: Arc<Newest>,
     kept: Mutex<Kept<Statement>>,
 }
 
 impl Pooled {
+    /// Whether a newer primary is known than the one that it leads to.
+    pub(super) fn is_outdated(&self) -> bool {
+        self.newest.newer_than(self.primary).is_some()
+    }
+
     /// The statement with this text, if it is kept.
     pub(super) fn kept(&self, text: &str) -> Option<Statement> {
         self.lock().get(text, Instant::now())
@@ -62,15 +75,49 @@ pub(super) struct Manager {
     pub(super) way: Arc<Way>,
     pub(super) check: Check,
     pub(super) places: Arc<Places>,
+    pub(super) newest: Arc<Newest>,
+    /// The server does not tell which primary it is.
+    pub(super) untold: AtomicBool,
 }
 
 impl Manager {
-    /// Asks which server process serves a new session. A pooler may give the session another each time.
-    async fn backend(&self, session: Session<'_>) -> Result<Backend> {
-        let rows = session.query(sql::SERVER, &[]).await;
+    /// Asks which server process serves a new session, and of which primary. A pooler may give the session another
+    /// each time.
+    async fn backend(&self, session: Session<'_>) -> Result<(Backend, Option<Primary>)> {
+        let untold = self.untold.load(Ordering::Relaxed);
+        let text = if untold { sql::SERVER } else { sql::SERVER_PRIMARY };
+        let rows = match session.query(text, &[]).await {
+            Err(error) if !untold && timeline::is_untold(&error) => {
+                self.untold.store(true, Ordering::Relaxed);
+                session.query(sql::SERVER, &[]).await
+            }
+            rows => rows,
+        };
         let rows = rows.map_err(|error| refused(error, &self.what))?;
         let row = rows.first().ok_or_else(|| Error::new(ErrorKind::Unavailable, &*self.what))?;
-        Ok(Backend { server: row.get(0), pid: self.way.is_pinned().then(|| row.get(1)) })
+        let pid = self.way.is_pinned().then(|| row.get(1));
+        let primary = if row.len() > 2 { Primary::of(row, 2) } else { None };
+        Ok((Backend { server: row.get(0), pid }, primary))
+    }
+
+    /// Opens a connection to a host that is none of those with an older primary; or adds its host to these.
+    async fn open(&self, older: &mut Vec<Older>) -> Result<Option<Pooled>> {
+        let Entered { client, task, cut, host } =
+            self.way.connect(&self.target, &self.what, older).await?;
+        let client = ClientWrapper::new(client, task);
+        let session = Session::new(&client, self.way.is_pinned());
+        let (backend, primary) = self.backend(session).await?;
+        if let Some(newer) = self.newest.newer_than(primary) {
+            older.push(Older { host, why: self.newest.refusal(primary, newer) });
+            return Ok(None);
+        }
+        (self.check)(session).await?;
+        if let Some(primary) = primary {
+            self.newest.see(primary);
+        }
+        self.places.answered(backend.server);
+        let newest = Arc::clone(&self.newest);
+        Ok(Some(Pooled { client, cut, backend, primary, newest, kept: Mutex::default() }))
     }
 }
 
@@ -79,18 +126,21 @@ impl managed::Manager for Manager {
     type Error = Error;
 
     async fn create(&self) -> Result<Pooled> {
-        let (client, task, cut) = self.way.connect(&self.target, &self.what).await?;
-        let client = ClientWrapper::new(client, task);
-        let session = Session::new(&client, self.way.is_pinned());
-        (self.check)(session).await?;
-        let backend = self.backend(session).await?;
-        self.places.answered(backend.server);
-        Ok(Pooled { client, cut, backend, kept: Mutex::default() })
+        let mut older = Vec::new();
+        // Each time without one host more.
+        loop {
+            if let Some(pooled) = self.open(&mut older).await? {
+                return Ok(pooled);
+            }
+        }
     }
 
     async fn recycle(&self, pooled: &mut Pooled, _: &Metrics) -> RecycleResult<Error> {
         if pooled.client.is_closed() || pooled.cut.is_noted() {
             return Err(RecycleError::message("it is closed, or a commit on it did not wait"));
+        }
+        if pooled.is_outdated() {
+            return Err(RecycleError::message("it leads to an older primary"));
         }
         Ok(())
     }
@@ -107,4 +157,25 @@ pub(super) fn build(manager: Manager, wait: Duration) -> Result<Pool> {
         .wait_timeout(Some(wait))
         .build()
         .map_err(|error| Error::with_source(ErrorKind::Invalid, what, error))
+}
+
+/// A primary at one of the hosts of an address, on a connection of its own.
+pub(crate) struct Found {
+    /// The host with its port.
+    pub(crate) at: String,
+    pub(crate) primary: Primary,
+    pub(crate) client: Client,
+}
+
+/// The primaries at all hosts of an address that answer in time.
+pub(super) async fn primaries(target: &Target) -> Vec<Found> {
+    let at = async |host| timeout(LOOK, primary_at(target, host)).await.ok().flatten();
+    join_all((0..target.hosts()).map(at)).await.into_iter().flatten().collect()
+}
+
+async fn primary_at(target: &Target, host: usize) -> Option<Found> {
+    let Opened { client, messages, .. } = target.open_at(host).await.ok()?;
+    tokio::spawn(target::drive(messages, CutWait::default()));
+    let primary = timeline::primary(Session::new(&client, false)).await.ok()??;
+    Some(Found { at: target.place(host), primary, client })
 }

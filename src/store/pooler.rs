@@ -32,7 +32,7 @@ use crate::store::connect::{self, refused};
 use crate::store::failed::CutWait;
 use crate::store::session::{self, Session};
 use crate::store::sql;
-use crate::store::target::{Opened, Target, drive};
+use crate::store::target::{Older, Opened, Target, drive};
 
 /// Whether statements stay prepared on data connections, which makes each of them cheaper.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -93,6 +93,15 @@ pub(crate) struct Way {
     pooled: AtomicBool,
 }
 
+/// A connection that a task drives.
+pub(super) struct Entered {
+    pub(super) client: Client,
+    pub(super) task: JoinHandle<()>,
+    pub(super) cut: CutWait,
+    /// The number of its host in the address.
+    pub(super) host: usize,
+}
+
 impl Way {
     pub(crate) fn new(setting: PreparedStatements) -> Self {
         Self { setting, marker: Marker::new(), pooled: AtomicBool::new(false) }
@@ -112,14 +121,16 @@ impl Way {
         !self.pooled.load(Ordering::Acquire)
     }
 
-    /// A connection, driven by a task. Before it returns, it is known whether a pooler made its session.
+    /// A connection, driven by a task, to a host that is none of these. Before it returns, it is known whether a
+    /// pooler made its session.
     pub(super) async fn connect(
         &self,
         target: &Target,
         what: &str,
-    ) -> Result<(Client, JoinHandle<()>, CutWait)> {
+        older: &[Older],
+    ) -> Result<Entered> {
         let marker = self.is_pinned().then_some(&self.marker);
-        let Opened { client, messages, marked } = target.connect(what, marker).await?;
+        let Opened { client, messages, marked, host } = target.connect(what, marker, older).await?;
         let cut = CutWait::default();
         let task = tokio::spawn(drive(messages, cut.clone()));
         if let Some(marker) = marker
@@ -131,7 +142,7 @@ impl Way {
                 "a pooler stands before the server: settings go along with each statement"
             );
         }
-        Ok((client, task, cut))
+        Ok(Entered { client, task, cut, host })
     }
 }
 

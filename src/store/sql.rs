@@ -57,6 +57,8 @@ statements! {
     CONTROL_LOCK = "control_lock";
     CONTROL_MAKE_GROUP = "control_make_group";
     CONTROL_MEMBERS = "control_members";
+    CONTROL_MOVED_NODE = "control_moved_node";
+    CONTROL_NEWER_PRIMARY = "control_newer_primary";
     CONTROL_NODES = "control_nodes";
     CONTROL_OUTBOXES = "control_outboxes";
     CONTROL_PARTITION_COUNTS = "control_partition_counts";
@@ -70,6 +72,7 @@ statements! {
     CONTROL_SWEEP = "control_sweep";
     CONTROL_UNSET = "control_unset";
     CONTROL_TELL_GROUP = "control_tell_group";
+    CONTROL_TELL_PRIMARIES = "control_tell_primaries";
     CONTROL_TOPIC = "control_topic";
     CONTROL_TOPICS = "control_topics";
     CONTROL_TOPICS_ON = "control_topics_on";
@@ -157,7 +160,9 @@ statements! {
     ROLL = "roll";
     SEEK = "seek";
     ORIGIN = "origin";
+    PRIMARY = "primary";
     SERVER = "server";
+    SERVER_PRIMARY = "server_primary";
     SETTLE_PARKED = "settle_parked";
     SET_RETENTION = "set_retention";
     SWEEP_BROADCASTS = "sweep_broadcasts";

@@ -6,7 +6,7 @@
 //!   v
 //! ```
 
-use std::io;
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::pin::Pin;
@@ -22,11 +22,14 @@ use tokio_postgres::{AsyncMessage, Client, Config, Connection, NoTls, Socket};
 use uuid::Uuid;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::store::connect::refused;
 use crate::store::failed::CutWait;
 use crate::store::passfile::{self, Lines, Login};
 use crate::store::pooler::{Marker, refuses_options};
 use crate::store::tls::{Connector, Encryption, Tls};
+
+mod failure;
+
+use failure::{Failure, error_of};
 
 /// How long a server may take to let us in, once it was reached.
 const ENTRY_TIMEOUT: Duration = Duration::from_secs(1);
@@ -41,6 +44,16 @@ pub(crate) struct Opened {
     pub(crate) messages: Messages,
     /// Whether it was opened with the marker that was asked for.
     pub(crate) marked: bool,
+    /// The number of its host in the address.
+    pub(crate) host: usize,
+}
+
+/// A host that has an older primary than is known.
+#[derive(Debug)]
+pub(crate) struct Older {
+    /// Its number in the address.
+    pub(crate) host: usize,
+    pub(crate) why: String,
 }
 
 /// A parsed connection string.
@@ -70,25 +83,33 @@ impl Target {
         self.limit() * u32::try_from(self.config.get_hosts().len()).unwrap_or(u32::MAX)
     }
 
-    /// Opens a connection to the first host that takes us and whose session is as wanted, with a marker
-    /// where that is taken too. Passwords and certificates are read from their files each time, so that
-    /// they can be replaced. The error begins with `what`.
+    /// Opens a connection to the first host that takes us and whose session is as wanted, with a marker where that
+    /// is taken too. Hosts with an older primary are left out. Passwords and certificates are read from their files
+    /// each time, so that they can be replaced. The error begins with `what`.
     pub(crate) fn connect<'a>(
         &'a self,
         what: &'a str,
         marker: Option<&'a Marker>,
+        older: &'a [Older],
     ) -> BoxFuture<'a, Result<Opened>> {
         // Boxed: it is large, seldom, and deep inside of most futures of this library.
-        Box::pin(self.connect_to_any(what, marker))
+        Box::pin(self.connect_to_any(what, marker, older))
     }
 
-    async fn connect_to_any(&self, what: &str, marker: Option<&Marker>) -> Result<Opened> {
+    async fn connect_to_any(
+        &self,
+        what: &str,
+        marker: Option<&Marker>,
+        passed: &[Older],
+    ) -> Result<Opened> {
         let keys = self.keys(marker).await;
         let keys = keys.map_err(|error| Error::with_source(error.kind(), what, error))?;
-        let mut failures = Vec::new();
+        let refused = |older: &Older| (self.place(older.host), Failure::Older(older.why.clone()));
+        let mut failures: Vec<_> = passed.iter().map(refused).collect();
         let order = self.order();
         let hosts = order.len();
-        for index in order {
+        let is_older = |index: &usize| passed.iter().any(|older| older.host == *index);
+        for index in order.into_iter().filter(|index| !is_older(index)) {
             let attempt = Attempt { first: &self.first, index, next: (index + 1) % hosts };
             match self.connect_to_host(index, &keys).await {
                 Ok(opened) => {
@@ -113,7 +134,25 @@ impl Target {
         order
     }
 
-    fn place(&self, index: usize) -> String {
+    /// How many hosts the address has.
+    pub(super) fn hosts(&self) -> usize {
+        self.config.get_hosts().len()
+    }
+
+    /// Opens a connection to one host, whatever was found there before.
+    pub(super) async fn open_at(&self, index: usize) -> Result<Opened> {
+        let what = || format!("connect to {}", self.place(index));
+        let keys = self.keys(None).await?;
+        self.connect_to_host(index, &keys).await.map_err(|failure| failure.into_error(&what()))
+    }
+
+    /// All hosts with their ports.
+    pub(super) fn places(&self) -> BTreeSet<String> {
+        (0..self.hosts()).map(|index| self.place(index)).collect()
+    }
+
+    /// A host of the address with its port.
+    pub(super) fn place(&self, index: usize) -> String {
         let host = match self.config.get_hosts().get(index) {
             Some(Host::Tcp(name)) => name.clone(),
             Some(Host::Unix(path)) => path.display().to_string(),
@@ -131,7 +170,7 @@ impl Target {
                 config.hostaddr(address);
             }
             match timeout(self.limit(), self.enter(config, keys)).await {
-                Ok(Ok(opened)) => return Ok(opened),
+                Ok(Ok(opened)) => return Ok(Opened { host: index, ..opened }),
                 Ok(Err(error)) => failure = Failure::Refused(error),
                 Err(_) => failure = Failure::Silent,
             }
@@ -285,10 +324,10 @@ async fn open(
 ) -> Result<Opened, tokio_postgres::Error> {
     if let Some(connector) = connector {
         let (client, connection) = config.connect(Connector::clone(connector)).await?;
-        return Ok(Opened { client, messages: messages(connection), marked: false });
+        return Ok(Opened { client, messages: messages(connection), marked: false, host: 0 });
     }
     let (client, connection) = config.connect(NoTls).await?;
-    Ok(Opened { client, messages: messages(connection), marked: false })
+    Ok(Opened { client, messages: messages(connection), marked: false, host: 0 })
 }
 
 fn messages<S>(mut connection: Connection<Socket, S>) -> Messages
@@ -356,50 +395,6 @@ fn one_host(config: &Config, index: usize) -> Config {
     one
 }
 
-/// Why one host did not take us.
-#[derive(Debug)]
-enum Failure {
-    Unknown(io::Error),
-    Silent,
-    Refused(tokio_postgres::Error),
-}
-
-impl Failure {
-    fn text(&self) -> String {
-        match self {
-            Self::Unknown(error) => error.to_string(),
-            Self::Silent => "no answer in time".to_owned(),
-            Self::Refused(error) => crate::error::chain(error),
-        }
-    }
-
-    fn into_error(self, what: &str) -> Error {
-        match self {
-            Self::Unknown(error) => Error::with_source(ErrorKind::Unavailable, what, error),
-            Self::Silent => {
-                let source = io::Error::new(io::ErrorKind::TimedOut, self.text());
-                Error::with_source(ErrorKind::Unavailable, what, source)
-            }
-            Self::Refused(error) => refused(error, what),
-        }
-    }
-}
-
-/// The failures of all hosts. That of one alone is the cause itself, those of several are told in one
-/// text, of the kind of the last.
-fn error_of(mut failures: Vec<(String, Failure)>, what: &str) -> Error {
-    let texts: Vec<String> =
-        failures.iter().map(|(place, failure)| format!("{place}: {}", failure.text())).collect();
-    match failures.pop() {
-        Some((_, failure)) if failures.is_empty() => failure.into_error(what),
-        Some((_, failure)) => {
-            let kind = failure.into_error(what).kind();
-            Error::with_source(kind, what, texts.join("; "))
-        }
-        None => Error::invalid(format!("{what}: the database URL names no host")),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -455,7 +450,7 @@ mod tests {
             "postgresql://u@127.0.0.1:1,127.0.0.1:{port}/d?target_session_attrs=read-write"
         ));
         target.first.store(1, Ordering::Relaxed);
-        let mut attempt = target.connect("connect", None);
+        let mut attempt = target.connect("connect", None, &[]);
         tokio::select! {
             _ = &mut attempt => panic!("nobody answers"),
             accepted = silent.accept() => drop(accepted.unwrap()),
@@ -463,15 +458,5 @@ mod tests {
         assert_eq!(target.order(), [1, 0]);
         drop(attempt);
         assert_eq!(target.order(), [0, 1]);
-    }
-
-    #[test]
-    fn failures_of_several_hosts_are_all_told() {
-        let silent = |name: &str| (name.to_owned(), Failure::Silent);
-        let one = error_of(vec![silent("a:1")], "connect");
-        assert_eq!(one.chain(), "connect: no answer in time");
-        let two = error_of(vec![silent("a:1"), silent("b:2")], "connect");
-        assert_eq!(two.chain(), "connect: a:1: no answer in time; b:2: no answer in time");
-        assert!(two.is_transient());
     }
 }

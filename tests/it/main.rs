@@ -145,6 +145,8 @@ mod seeks;
 mod settings;
 /// The end of a consumer: nothing new, all that is answered is committed, nothing hangs.
 mod shutdown;
+/// An old primary that wakes up after its standby was promoted.
+mod split_brain;
 /// The functions for SQL users: append, message, messages.
 mod sql_functions;
 /// Commits whose wait for a standby is cancelled are not done.

@@ -111,25 +111,25 @@ enum End {
     Pooled,
 }
 
-/// What was found; false where a pooler answered, which was not asked to listen.
-type Answer<'a> = BoxFuture<'a, Result<bool>>;
+/// What was asked for.
+type Answer<'a> = BoxFuture<'a, Result<()>>;
 
 /// One life of a listening connection.
 async fn listen_once(nodes: &Nodes, channel: &Channel, backoff: &mut Duration) -> Result<End> {
     channel.begin();
-    let at = nodes.listen_at(channel.node).await?;
+    let (at, node) = nodes.listen_at(channel.node).await?;
     let (ListenAt::Node(from) | ListenAt::Given(from)) = &at;
     // At an address that was given for listening no pooler is looked for.
     let trusted = matches!(at, ListenAt::Given(_));
     let what = "connect to listen for hints";
     let place = Place::Node(channel.node);
     let target = listen::target(from, &nodes.presence().name(place))?;
-    let session = listen::open(&target, what, trusted).await?;
-    let Some(Session { client, mut messages, marker }) = session else {
+    let session = listen::open(&target, what, trusted, node.newest()).await?;
+    let Some(Session { client, mut messages, primary }) = session else {
         return Ok(End::Pooled);
     };
     // The connection is driven while statements are answered; what is heard meanwhile goes out too.
-    let begin = listen::begin(&client, marker.as_ref(), &[HINTS]);
+    let begin = listen::begin(&client, &[HINTS]);
     let begin = begin.map_err(|error| connect::refused(error, "listen for hints"));
     let mut under_way = OptionFuture::from(Some(Box::pin(begin) as Answer<'_>));
     let (mut answered, mut present, mut arrives) = (false, None, false);
@@ -140,8 +140,7 @@ async fn listen_once(nodes: &Nodes, channel: &Channel, backoff: &mut Duration) -
                 under_way = None.into();
                 answered = true;
                 match answer {
-                    Ok(true) => {}
-                    Ok(false) => return Ok(End::Pooled),
+                    Ok(()) => {}
                     Err(error) if present.is_none() => return Err(error),
                     // That is no fault of this connection; whether hints arrive is not known any more.
                     Err(error) => if pulse.not_sent() {
@@ -164,7 +163,7 @@ async fn listen_once(nodes: &Nodes, channel: &Channel, backoff: &mut Duration) -
                 }
             },
             // What it was may still be there, and send hints to nobody else.
-            () = nodes.moved(channel.node, from) => return Ok(End::Closed),
+            () = nodes.leaves(channel.node, &node, primary) => return Ok(End::Closed),
             () = pulse.due() => {
                 pulse.ask()?;
                 if std::mem::replace(&mut answered, false) {
@@ -177,8 +176,8 @@ async fn listen_once(nodes: &Nodes, channel: &Channel, backoff: &mut Duration) -
 }
 
 /// As hints are sent: where their way leads elsewhere than here, none comes back.
-async fn send(nodes: &Nodes, node: NodeId, canary: String) -> Result<bool> {
-    in_time(ANSWER / 2, "send a canary", notify(nodes, node, &canary)).await.map(|()| true)
+async fn send(nodes: &Nodes, node: NodeId, canary: String) -> Result<()> {
+    in_time(ANSWER / 2, "send a canary", notify(nodes, node, &canary)).await
 }
 
 /// Takes what the server says. True where it is this process' own canary: others' may be of another node.

@@ -1,0 +1,6 @@
+-- Which server a session is on, by the time of its start, which backend serves it, and which primary this is: the
+-- server's system identifier and the timeline, which is null on a standby.
+select pg_postmaster_start_time(), pg_backend_pid(),
+       (select s.system_identifier from pg_control_system() s),
+       case when not pg_is_in_recovery() then
+           ('x' || substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8))::bit(32)::bigint end
