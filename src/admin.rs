@@ -6,19 +6,16 @@ use std::time::SystemTime;
 
 use futures_util::future::join_all;
 use serde::{Deserialize, Serialize};
-use tokio_postgres::Row;
 use uuid::Uuid;
 
 use crate::admin::partitions::NewTopic;
 use crate::cluster::Cluster;
 use crate::error::{Error, ErrorKind, Result};
-use crate::headers;
 use crate::id::{MessageId, NodeId, PartitionId};
-use crate::message::{Headers, RESERVED_HEADER_PREFIX};
+use crate::message::Headers;
 use crate::name::TopicName;
 use crate::store::connect::refused;
 use crate::store::node::{Connection, Unfinished, query};
-use crate::store::packed::Json;
 use crate::store::{control, sql, upkeep};
 use crate::topology::{Topology, even_slots, interleave, spread};
 
@@ -29,6 +26,7 @@ mod nodes;
 mod notifier;
 mod partitions;
 mod repair;
+mod rows;
 mod seek;
 
 pub use copies::{Moved, adopt, moved};
@@ -37,6 +35,7 @@ pub use groups::{CursorState, GroupInfo, GroupPartition, GroupSummary, MemberInf
 pub use nodes::NodeInfo;
 pub use notifier::NotifierSetting;
 pub use repair::Repaired;
+use rows::{read_lag, read_message, read_partition};
 pub use seek::Sought;
 
 /// The most partitions of a cluster: 99 nodes of 99.
@@ -454,52 +453,5 @@ fn described(partition: PartitionId, known: Option<&[PartitionInfo]>) -> Partiti
         state: state.to_owned(),
         last_id: None,
         messages: 0,
-    })
-}
-
-fn read_partition(row: &Row, node: NodeId) -> Result<PartitionInfo> {
-    let partition = PartitionId::from_i32(row.get(0))?;
-    let day: i32 = row.get(3);
-    let last_id = MessageId::try_from(row.get::<_, i64>(4)).ok();
-    let closed = u64::try_from(row.get::<_, i64>(5)).unwrap_or(0);
-    let today = last_id.filter(|id| id.day().as_i32() == day).map_or(0, MessageId::sequence);
-    let messages = closed + u64::from(today);
-    Ok(PartitionInfo { partition, node, state: row.get(2), last_id, messages })
-}
-
-fn read_lag(row: &Row) -> Result<PartitionLag> {
-    let oldest: Option<SystemTime> = row.get(5);
-    let age = |at: SystemTime| at.elapsed().unwrap_or_default().as_secs_f64();
-    let member: Option<Uuid> = row.get(6);
-    Ok(PartitionLag {
-        group: row.get(0),
-        partition: PartitionId::from_i32(row.get(1))?,
-        acked_id: MessageId::try_from(row.get::<_, i64>(2)).ok(),
-        last_id: MessageId::try_from(row.get::<_, i64>(3)).ok(),
-        lag: u64::try_from(row.get::<_, i64>(4)).unwrap_or(0),
-        lag_secs: oldest.map(age),
-        member: member.map(|member| member.to_string()),
-    })
-}
-
-/// A message of a statement that has its columns first. Without payload it is one that could not be read.
-fn read_message(row: &Row) -> Result<StoredMessage> {
-    let what = "read a message";
-    let odd = |error| refused(error, what);
-    let id = MessageId::try_from(row.try_get::<_, i64>(0).map_err(odd)?)?;
-    let headers = row.try_get::<_, Option<Json<'_>>>(5).map_err(odd)?;
-    let headers = headers.map_or(Ok(Headers::new()), |Json(json)| headers::read(json));
-    let mut headers = headers.map_err(|error| {
-        Error::with_source(ErrorKind::Database, format!("read the headers of message {id}"), error)
-    })?;
-    headers.retain(|name, _| !name.starts_with(RESERVED_HEADER_PREFIX));
-    Ok(StoredMessage {
-        id,
-        uid: row.try_get(1).map_err(odd)?,
-        topic: TopicName::new(row.try_get(2).map_err(odd)?)?,
-        key: row.try_get(4).map_err(odd)?,
-        headers,
-        payload: row.try_get::<_, Option<_>>(6).map_err(odd)?.unwrap_or_default(),
-        appended_at: row.try_get(7).map_err(odd)?,
     })
 }

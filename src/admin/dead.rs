@@ -9,8 +9,9 @@ use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 use tokio_postgres::Row;
 
+use crate::admin::StoredMessage;
 use crate::admin::groups::ANSWER;
-use crate::admin::{StoredMessage, read_message};
+use crate::admin::rows::read_message;
 use crate::cluster::Cluster;
 use crate::deadline::in_time;
 use crate::error::{Error, ErrorKind, Result};

@@ -8,7 +8,8 @@ use futures_util::future::join_all;
 use serde::{Deserialize, Serialize};
 use tokio_postgres::Row;
 
-use crate::admin::{PartitionLag, read_lag};
+use crate::admin::PartitionLag;
+use crate::admin::rows::read_lag;
 use crate::cluster::Cluster;
 use crate::deadline::in_time;
 use crate::error::{Error, ErrorKind, Result};
