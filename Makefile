@@ -4,7 +4,7 @@
 
 ARGS ?=
 # Tests wait for servers more than they work. Many more at a time than processors, and some are late.
-export RUST_TEST_THREADS ?= 4
+export RUST_TEST_THREADS ?= 3
 # The versions of PostgreSQL that `make test-majors` runs the tests on.
 MAJORS ?= 14 15 16 17 18
 

@@ -111,7 +111,7 @@ fn seconds() -> u64 {
 async fn nodes_that_are_killed_and_suspended_at_random_cost_nothing() {
     let (servers, test) = two_servers().await;
     let seconds = seconds();
-    let arguments = format!("verify --seconds {seconds} --rate 4000 --keys 100 --json");
+    let arguments = format!("verify --seconds {seconds} --rate 1500 --keys 100 --json");
     let mut child = command(&test.control_url, &arguments).spawn().unwrap();
     let mut said = BufReader::new(child.stderr.take().unwrap()).lines();
     // It begins on nodes that are well, or not at all.

@@ -92,7 +92,7 @@ impl Fleet {
     ) -> Value {
         let partitions = PARTITIONS * 3;
         let arguments = format!(
-            "verify --seconds 300 --rate 800 --keys 100 --producers {PRODUCERS} --partitions {partitions} --json"
+            "verify --seconds 300 --rate 300 --keys 100 --producers {PRODUCERS} --partitions {partitions} --json"
         );
         let child = command(&self.first_url, &arguments).spawn().unwrap();
         let pid = child.id().unwrap();

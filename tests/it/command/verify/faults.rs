@@ -25,7 +25,7 @@ fn number(name: &str, otherwise: u64) -> u64 {
 async fn every_kind_of_fault_is_done_and_costs_nothing() {
     let (seconds, seed) = (number("SHARDMQ_VERIFY_SECONDS", 22), number("SHARDMQ_SEED", 3));
     let arguments = format!(
-        "verify --faults all --seed {seed} --seconds {seconds} --rate 800 --keys 50 --consumers 3 --json"
+        "verify --faults all --seed {seed} --seconds {seconds} --rate 300 --keys 50 --consumers 3 --json"
     );
     let mut child = command("", &arguments);
     let child = child.env_remove("SHARDMQ_URL").spawn().unwrap();

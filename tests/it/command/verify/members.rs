@@ -42,7 +42,7 @@ impl Workload {
     /// Returns when every partition is read.
     async fn start(test: &TestCluster, members: usize) -> Self {
         let arguments = format!(
-            "verify --seconds 300 --rate 800 --keys 100 --partitions {PARTITIONS} --consumers {members}
+            "verify --seconds 300 --rate 300 --keys 100 --partitions {PARTITIONS} --consumers {members}
              --member-processes --json"
         );
         let mut child = command(&test.control_url, &arguments).spawn().unwrap();

@@ -28,7 +28,7 @@ async fn goes_on(url: &str, more: i64) {
 }
 
 fn start(test: &TestCluster) -> Child {
-    let arguments = "verify --seconds 300 --rate 800 --keys 50 --partitions 2 --json";
+    let arguments = "verify --seconds 300 --rate 300 --keys 50 --partitions 2 --json";
     command(&test.control_url, arguments).spawn().unwrap()
 }
 
