@@ -168,6 +168,23 @@ async fn rows_written_past_the_checks_are_delivered_or_become_dead_letters() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn rows_of_no_time_that_cannot_be_read_become_dead_letters_too() {
+    let (test, sql, _, table) = ready().await;
+    without_checks(&sql, &table).await;
+    for (time, payload) in [("-infinity", "null"), ("infinity", "null"), ("now", "'last'")] {
+        let row = format!("null, null, array[{payload}]::bytea[]");
+        let id = write(&sql, &table, 1, &row).await.unwrap();
+        let set = format!("update {table} set appended_at = '{time}' where base_id = {id}");
+        sql.batch_execute(&set).await.unwrap();
+    }
+    let mut messages = test.cluster.consumer("orders", "g").stream().await.unwrap();
+    let (texts, news) = until(&mut messages, "last").await;
+    assert_eq!((texts, news.len()), (vec!["first".to_owned(), "last".to_owned()], 2));
+    let letters = test.cluster.dead_letters(&DeadLetterFilter::default(), None, 100).await.unwrap();
+    assert_eq!(letters.letters.len(), 2);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_dead_letter_without_payload_is_sent_again_once_its_row_can_be_read() {
     let (test, sql, partitions, table) = ready().await;
     without_checks(&sql, &table).await;
