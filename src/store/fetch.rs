@@ -129,10 +129,14 @@ struct Micros(i64);
 impl Micros {
     fn time(&self) -> SystemTime {
         const TO_2000: Duration = Duration::from_hours(262_968);
-        let distance = Duration::from_micros(self.0.unsigned_abs());
         let base = UNIX_EPOCH + TO_2000;
+        // Infinity is no time that could be sent back.
+        if [i64::MIN, i64::MAX].contains(&self.0) {
+            return base;
+        }
+        let distance = Duration::from_micros(self.0.unsigned_abs());
         let time = if self.0 < 0 { base.checked_sub(distance) } else { base.checked_add(distance) };
-        // Infinity, where the platform's times do not reach so far.
+        // Nor is what the platform's times do not reach.
         time.unwrap_or(base)
     }
 }

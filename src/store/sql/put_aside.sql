@@ -23,15 +23,14 @@ locked as (
      order by c.partition
        for no key update skip locked),
 due as (
-    select a.*, a.message_id <= l.acked_id or l.acked_ahead @> a.message_id as done,
-           case when isfinite(a.appended_at) then a.appended_at else shardmq.clock() end as appended
+    select a.*, a.message_id <= l.acked_id or l.acked_ahead @> a.message_id as done
       from asked a join locked l using (partition, owner, epoch, reset_epoch)
      where a.same_server),
 parked as (
     insert into shardmq.retry (group_name, topic, partition, message_id, producer, sequence, message_index,
                                key, headers, payload, appended_at, first_seen, attempts, failures, due_at)
     select $1, $2, partition, message_id, producer, sequence, message_index, key, headers::jsonb, payload,
-           appended, first_seen, attempts, failures::jsonb,
+           appended_at, first_seen, attempts, failures::jsonb,
            shardmq.clock() + make_interval(secs => due_secs)
       from due where not done and due_secs is not null),
 buried as (
@@ -39,7 +38,7 @@ buried as (
                                      message_index, key, headers, payload, appended_at, first_seen,
                                      attempts, failures, died_at)
     select $1, $2, partition, message_id, producer, sequence, message_index, key, headers::jsonb, payload,
-           appended, first_seen, attempts, failures::jsonb, shardmq.clock()
+           appended_at, first_seen, attempts, failures::jsonb, shardmq.clock()
       from due where not done and due_secs is null),
 moved as (
     update shardmq.cursor c set acked_ahead = c.acked_ahead + d.ids

@@ -21,8 +21,8 @@ due as (
 buried as (
     insert into shardmq.dead_letter (group_name, topic, partition, message_id, producer, sequence,
                                      message_index, appended_at, first_seen, attempts, failures, died_at)
-    select $1, $2, $3, d.id, $11::uuid, $12::bigint, (d.id - $10::bigint)::int,
-           case when isfinite($13::timestamptz) then $13 else shardmq.clock() end, shardmq.clock(), 0, $14::text::jsonb, shardmq.clock()
+    select $1, $2, $3, d.id, $11::uuid, $12::bigint, (d.id - $10::bigint)::int, $13::timestamptz,
+           shardmq.clock(), 0, $14::text::jsonb, shardmq.clock()
       from due d),
 moved as (
     update shardmq.cursor c
