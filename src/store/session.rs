@@ -115,6 +115,7 @@ impl Single {
     }
 
     /// The client alone.
+    #[cfg(feature = "embedded")]
     pub(crate) fn into_client(self) -> Client {
         self.client
     }

@@ -67,7 +67,7 @@ async fn put_back_while_its_cluster_ends() -> bool {
 #[test]
 fn a_producer_whose_runtime_has_ended_says_so_at_once() {
     let first = Runtime::new().unwrap();
-    let (cluster, producer, receipts) = first.block_on(async {
+    let (cluster, producer, receipts, holder) = first.block_on(async {
         let test = TestCluster::new(1).await;
         let partitions = topic(&test, "orders", 1).await;
         let producer = test.cluster.producer("orders").build().await.unwrap();
@@ -78,10 +78,11 @@ fn a_producer_whose_runtime_has_ended_says_so_at_once() {
         let waits = || async { waiting(&sql, partitions[0]).await == 1 };
         eventually("it waits for the lock", 20 * SECOND, waits).await;
         let waiting = producer.enqueue(Message::new("waiting")).await.unwrap();
-        drop(holder);
-        (test.cluster, producer, [under_way, waiting])
+        (test.cluster, producer, [under_way, waiting], holder)
     });
+    // The lock is held until then: what waits is not sent before.
     drop(first);
+    drop(holder);
     Runtime::new().unwrap().block_on(async {
         let [under_way, waiting] = receipts;
         let under_way = within(20 * SECOND, "the one under way", under_way).await;
