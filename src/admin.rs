@@ -1,5 +1,5 @@
-//! Looking after a cluster: nodes, topics, groups, lag, and messages for people. The command prints what is
-//! defined here.
+//! Looking after a cluster: nodes, topics, groups, lag, and messages for people. The command prints
+//! what is defined here.
 
 use std::collections::BTreeMap;
 use std::time::SystemTime;
@@ -56,8 +56,8 @@ pub struct TopicOptions {
 pub struct Retention {
     /// How many days a day is kept after its end, 1 to 3,650.
     pub days: u16,
-    /// Whether a day is dropped that some group has not finished. If not, it is kept, however old, and
-    /// an alert opens.
+    /// Whether a day is dropped that some group has not finished. If not, it is kept, however old,
+    /// and an alert opens.
     pub drop_unread: bool,
     /// How many days a dead letter is kept, 1 to 3,650.
     pub dead_letter_days: u16,
@@ -72,8 +72,8 @@ impl Default for Retention {
 
 impl TopicOptions {
     /// A topic of so many partitions, 1 to 9,801, spread evenly over all nodes. Each takes up to
-    /// 99,999,999 messages a day, is written by one commit at a time, and is consumed by one member of
-    /// a group.
+    /// 99,999,999 messages a day, is written by one commit at a time, and is consumed by one member
+    /// of a group.
     pub fn partitions(partitions: usize) -> Self {
         Self { partitions, nodes: None, if_missing: false, retention: Retention::default() }
     }
@@ -182,8 +182,8 @@ impl Cluster {
     ///
     /// # Errors
     /// [`ErrorKind::Conflict`] where the topic exists (but see [`TopicOptions::if_missing`]),
-    /// [`ErrorKind::Full`] where the nodes have no room, [`ErrorKind::Unavailable`] where one of them
-    /// can't be reached.
+    /// [`ErrorKind::Full`] where the nodes have no room, [`ErrorKind::Unavailable`] where one of
+    /// them can't be reached.
     pub async fn create_topic(&self, topic: &str, options: TopicOptions) -> Result<TopicInfo> {
         let topic = TopicName::new(topic)?;
         let count = options.partitions;
@@ -256,8 +256,8 @@ impl Cluster {
         join_all(told).await.into_iter().collect()
     }
 
-    /// Looks after the nodes at once, rather than when it is due: makes day tables ahead, drops days
-    /// whose time is over. Any client does so in the background; see [`Retention`].
+    /// Looks after the nodes at once, rather than when it is due: makes day tables ahead, drops
+    /// days whose time is over. Any client does so in the background; see [`Retention`].
     pub async fn look_after_nodes(&self) -> Result<()> {
         self.look_after_nodes_at(SystemTime::now).await
     }
@@ -332,7 +332,8 @@ impl Cluster {
         let change = Unfinished::new(self.inner.control.get().await?);
         let connection = change.connection();
         control::begin_change(connection).await.map_err(|error| refused(error, &what))?;
-        // As it is inside the change: another topic of that name may have been made since it was looked up.
+        // As it is inside the change: another topic of that name may have been made since it was
+        // looked up.
         let now = control::topic(connection, &name).await.map_err(|error| refused(error, &what))?;
         if now.is_none_or(|now| now.id != topology.id) {
             let what = format!("topic {topic} was deleted by somebody else meanwhile");
@@ -365,8 +366,8 @@ impl Cluster {
     /// How far all groups are in a topic's partitions, by arithmetic: no message is counted.
     ///
     /// # Errors
-    /// [`ErrorKind::NotFound`] where there is no such topic, or where a node has lost partitions of it: see
-    /// [`repair`](Self::repair). [`ErrorKind::Unavailable`] where a node does not answer.
+    /// [`ErrorKind::NotFound`] where there is no such topic, or where a node has lost partitions of
+    /// it: see [`repair`](Self::repair). [`ErrorKind::Unavailable`] where a node does not answer.
     pub async fn lag(&self, topic: &str) -> Result<Vec<PartitionLag>> {
         let name = TopicName::new(topic)?;
         let topology = self.topology(&name).await?;
@@ -404,8 +405,8 @@ impl Cluster {
         rows.first().map(read_message).transpose()
     }
 
-    /// Messages of a partition after an id (none: from the first), in order, at most so many. Moves no
-    /// cursor.
+    /// Messages of a partition after an id (none: from the first), in order, at most so many. Moves
+    /// no cursor.
     pub async fn peek(
         &self,
         partition: PartitionId,

@@ -46,9 +46,9 @@ pub(crate) use presence::{Place, Presence};
 pub(crate) use stuck::Stuck;
 use topology_file::TopologyFile;
 
-/// A cluster: makes producers and consumers, and looks after topics. Cheap to clone; all clones share
-/// their connections, at most three for each node: two for data, and one that listens where something
-/// is consumed.
+/// A cluster: makes producers and consumers, and looks after topics. Cheap to clone; all clones
+/// share their connections, at most three for each node: two for data, and one that listens where
+/// something is consumed.
 #[derive(Clone)]
 pub struct Cluster {
     pub(crate) inner: Arc<Inner>,
@@ -89,15 +89,15 @@ const CONNECTIONS: usize = 2;
 const IDLE_TIMEOUT: Duration = Duration::from_mins(1);
 
 impl ClusterBuilder {
-    /// Data connections to each node, shared by appending and fetching, and opened when first needed:
-    /// 2 by default, 1 to 64.
+    /// Data connections to each node, shared by appending and fetching, and opened when first
+    /// needed: 2 by default, 1 to 64.
     pub fn connections_per_node(mut self, connections: usize) -> Self {
         self.pools.connections = connections.clamp(1, 64);
         self
     }
 
-    /// How long a data connection may be idle before it is closed, or half as long again: a minute by
-    /// default, 100 ms to 1 h. It is opened again when it is needed.
+    /// How long a data connection may be idle before it is closed, or half as long again: a minute
+    /// by default, 100 ms to 1 h. It is opened again when it is needed.
     pub fn idle_timeout(mut self, timeout: Duration) -> Self {
         self.idle_timeout = timeout.clamp(Duration::from_millis(100), Duration::from_hours(1));
         self
@@ -111,26 +111,27 @@ impl ClusterBuilder {
         self
     }
 
-    /// Where to listen for a node's hints: at the node's own address by default. To be called for each
-    /// node whose address leads to a pooler in transaction mode, since `LISTEN` needs a session. The
-    /// URL must lead to the same database, through Postgres itself or a pooler in session mode.
-    /// The cluster may say so for all processes ([`Cluster::set_listen_url`]). Without it consumers of such
-    /// a node hear no hints, and find messages by looking.
+    /// Where to listen for a node's hints: at the node's own address by default. To be called for
+    /// each node whose address leads to a pooler in transaction mode, since `LISTEN` needs a
+    /// session. The URL must lead to the same database, through Postgres itself or a pooler in
+    /// session mode. The cluster may say so for all processes ([`Cluster::set_listen_url`]).
+    /// Without it consumers of such a node hear no hints, and find messages by looking.
     pub fn listen_url(mut self, node: NodeId, url: &str) -> Self {
         self.listen_urls.insert(node, url.to_owned());
         self
     }
 
-    /// Whether this process takes its turn in looking after the nodes, where it produces or consumes:
-    /// day tables ahead, retention. It does by default; some process must.
+    /// Whether this process takes its turn in looking after the nodes, where it produces or
+    /// consumes: day tables ahead, retention. It does by default; some process must.
     pub fn upkeep(mut self, upkeep: bool) -> Self {
         self.upkeep = upkeep;
         self
     }
 
-    /// A database with an outbox that is no node, to be relayed from by this process too, where it produces
-    /// or consumes and takes part in [`upkeep`](Self::upkeep). Its schema must be there
-    /// (`shardmq migrate --outbox URL`, which also tells all processes of it, so that this is not needed).
+    /// A database with an outbox that is no node, to be relayed from by this process too, where it
+    /// produces or consumes and takes part in [`upkeep`](Self::upkeep). Its schema must be there
+    /// (`shardmq migrate --outbox URL`, which also tells all processes of it, so that this is not
+    /// needed).
     pub fn outbox(mut self, url: &str) -> Self {
         self.outboxes.push(url.to_owned());
         self
@@ -152,55 +153,56 @@ impl ClusterBuilder {
         self
     }
 
-    /// Which notifier this process has, whatever the environment (`SHARDMQ_NOTIFIER`) or the cluster
-    /// ([`Cluster::set_notifier`]) say. Where none of them says, Postgres.
+    /// Which notifier this process has, whatever the environment (`SHARDMQ_NOTIFIER`) or the
+    /// cluster ([`Cluster::set_notifier`]) say. Where none of them says, Postgres.
     pub fn notifier_kind(mut self, kind: NotifierKind) -> Self {
         self.told.kind = Some(kind);
         self
     }
 
-    /// How long this process waits between two notifications of a node through `LISTEN/NOTIFY`, at least: 0 by
-    /// default, up to 500 ms. What is stored meanwhile goes with the next, and a lone message does not wait. For
-    /// nodes on which many processes send one message at a time: each notification is a transaction, and
-    /// wakes all that listen.
+    /// How long this process waits between two notifications of a node through `LISTEN/NOTIFY`, at
+    /// least: 0 by default, up to 500 ms. What is stored meanwhile goes with the next, and a lone
+    /// message does not wait. For nodes on which many processes send one message at a time: each
+    /// notification is a transaction, and wakes all that listen.
     pub fn hint_interval(mut self, interval: Duration) -> Self {
         self.hint_interval = interval.min(Duration::from_millis(500));
         self
     }
 
-    /// Where the Redis is through which hints go, whatever the environment (`SHARDMQ_REDIS_URL`) or the
-    /// cluster say: see `notifier::RedisNotifier::new`. That says where, and not whether: a process uses it
-    /// where its own setting or the cluster's has a notifier that needs one, or where neither has any, and then
-    /// both. Needs feature `redis`.
+    /// Where the Redis is through which hints go, whatever the environment (`SHARDMQ_REDIS_URL`) or
+    /// the cluster say: see `notifier::RedisNotifier::new`. That says where, and not whether: a
+    /// process uses it where its own setting or the cluster's has a notifier that needs one, or
+    /// where neither has any, and then both. Needs feature `redis`.
     pub fn redis_url(mut self, url: &str) -> Self {
         self.told.redis_url = Some(url.to_owned());
         self
     }
 
-    /// Keeps the topology in this file too, as JSON: the nodes' addresses (without passwords), and the
-    /// topics that are used here. Where the control database can't be reached at the start, the file is
-    /// what is known of the cluster, and producing and consuming begin all the same. Processes may share
-    /// it. It is replaced as a whole, in its folder, which must be there.
+    /// Keeps the topology in this file too, as JSON: the nodes' addresses (without passwords), and
+    /// the topics that are used here. Where the control database can't be reached at the start, the
+    /// file is what is known of the cluster, and producing and consuming begin all the same.
+    /// Processes may share it. It is replaced as a whole, in its folder, which must be there.
     pub fn topology_file(mut self, path: impl Into<PathBuf>) -> Self {
         self.topology_file = Some(path.into());
         self
     }
 
-    /// How often the control database is asked whether the topology has changed, where no notification
-    /// says so: for tests. 10 ms at least.
+    /// How often the control database is asked whether the topology has changed, where no
+    /// notification says so: for tests. 10 ms at least.
     #[doc(hidden)]
     pub fn look_interval(mut self, interval: Duration) -> Self {
         self.look_interval = interval.max(Duration::from_millis(10));
         self
     }
 
-    /// Connects to the control database and reads which nodes there are. Nodes are connected when they
-    /// are first used. Must be called within a tokio runtime. Cancel safe.
+    /// Connects to the control database and reads which nodes there are. Nodes are connected when
+    /// they are first used. Must be called within a tokio runtime. Cancel safe.
     ///
     /// # Errors
-    /// [`Unavailable`](crate::ErrorKind::Unavailable) where the control database can't be reached and no
-    /// [topology file](Self::topology_file) was kept before; [`Invalid`](crate::ErrorKind::Invalid) where the
-    /// notifier needs a Redis that nobody has named, or that is no address.
+    /// [`Unavailable`](crate::ErrorKind::Unavailable) where the control database can't be reached
+    /// and no [topology file](Self::topology_file) was kept before;
+    /// [`Invalid`](crate::ErrorKind::Invalid) where the notifier needs a Redis that nobody has
+    /// named, or that is no address.
     pub async fn connect(self) -> Result<Cluster> {
         for url in self.listen_urls.values().chain(&self.outboxes) {
             connect::parse(url)?;
@@ -334,15 +336,15 @@ impl Cluster {
         ConsumerBuilder::new(self.clone(), topic, group)
     }
 
-    /// A consumer of a topic that gets every message, whoever else consumes it: in a group of its own,
-    /// which begins with the messages that are sent from now on, and is removed when the consumer has
-    /// shut down. Of one that crashed it is removed after ten minutes.
+    /// A consumer of a topic that gets every message, whoever else consumes it: in a group of its
+    /// own, which begins with the messages that are sent from now on, and is removed when the
+    /// consumer has shut down. Of one that crashed it is removed after ten minutes.
     pub fn broadcast(&self, topic: &str) -> ConsumerBuilder {
         ConsumerBuilder::broadcast(self.clone(), topic)
     }
 
-    /// Ends the background tasks and connections that this cluster's clones share. Shut down producers
-    /// and consumers before. Idempotent; waits at most 5 s.
+    /// Ends the background tasks and connections that this cluster's clones share. Shut down
+    /// producers and consumers before. Idempotent; waits at most 5 s.
     pub async fn shutdown(&self) {
         self.inner.shutdown.cancel();
         self.inner.tasks.close();

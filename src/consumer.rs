@@ -62,8 +62,8 @@ use shared::Shared;
 pub use status::{ConsumerEvent, ConsumerEvents, ConsumerPartition, ConsumerStatus, NodeHints};
 pub use transaction::Acknowledged;
 
-/// Where a group starts that has not consumed the topic before, or where a [seek](crate::Cluster::seek) moves it
-/// to. In between it goes on from its cursor.
+/// Where a group starts that has not consumed the topic before, or where a
+/// [seek](crate::Cluster::seek) moves it to. In between it goes on from its cursor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Start {
     /// At the first message that is there.
@@ -73,16 +73,17 @@ pub enum Start {
     Latest,
     /// At the first message that was appended at this time or later.
     At(SystemTime),
-    /// At this message in its own partition, and at its time in the others: at their latest, where there is
-    /// no message from this one on yet.
+    /// At this message in its own partition, and at its time in the others: at their latest, where
+    /// there is no message from this one on yet.
     Id(MessageId),
 }
 
-/// What [`Messages::run`] never has in hand at the same time. A stream hands messages out in the order of
-/// their partitions whatever this says: what is done with them at a time is its reader's affair.
+/// What [`Messages::run`] never has in hand at the same time. A stream hands messages out in the
+/// order of their partitions whatever this says: what is done with them at a time is its reader's
+/// affair.
 ///
-/// A partition that is lost and taken again, after a seek say, begins anew: a message of before may still be
-/// in hand then, which [`Delivery::revoked`] has told.
+/// A partition that is lost and taken again, after a seek say, begins anew: a message of before may
+/// still be in hand then, which [`Delivery::revoked`] has told.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum Order {
@@ -91,20 +92,20 @@ pub enum Order {
     ByPartition,
     /// Two messages of one key. Those of different keys, and those without a key, go in parallel.
     ByKey,
-    /// Nothing: all go in parallel. What fails is parked: a copy waits beside the log until its time comes, and
-    /// delays nothing.
+    /// Nothing: all go in parallel. What fails is parked: a copy waits beside the log until its
+    /// time comes, and delays nothing.
     Unordered,
 }
 
-/// What becomes of messages that are stored and can't be read, since their row is damaged on the disk or was
-/// written past the checks of its table. None is passed over silently: each is told as an error in the stream
-/// or to [`run`](Messages::run)'s log, with an alert `unreadable`, and counted in
-/// [`metrics::UNREADABLE`](crate::metrics::UNREADABLE).
+/// What becomes of messages that are stored and can't be read, since their row is damaged on the
+/// disk or was written past the checks of its table. None is passed over silently: each is told as
+/// an error in the stream or to [`run`](Messages::run)'s log, with an alert `unreadable`, and
+/// counted in [`metrics::UNREADABLE`](crate::metrics::UNREADABLE).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum Unreadable {
-    /// They become dead letters of the group, with their ids and the reason, and without key, headers and
-    /// payload, in the transaction that moves the cursor over them. To
+    /// They become dead letters of the group, with their ids and the reason, and without key,
+    /// headers and payload, in the transaction that moves the cursor over them. To
     /// [retry](crate::Cluster::retry_dead_letters) one reads its row again.
     #[default]
     DeadLetter,

@@ -1,9 +1,10 @@
 //! Schemas: making them, bringing them up to date, and refusing what does not fit.
 //!
-//! Schemas with their own migrations and history table each: `shardmq` on every node, `shardmq_control` and
-//! `shardmq_log` in the control and log database (which may be one database, or a node's), and
-//! `shardmq_dedup` where a user wants it. The outbox is in `shardmq` too, with a history of its own: on each
-//! node, and in any other database that is to have one. Nothing outside of these schemas is touched.
+//! Schemas with their own migrations and history table each: `shardmq` on every node,
+//! `shardmq_control` and `shardmq_log` in the control and log database (which may be one database,
+//! or a node's), and `shardmq_dedup` where a user wants it. The outbox is in `shardmq` too, with a
+//! history of its own: on each node, and in any other database that is to have one. Nothing outside
+//! of these schemas is touched.
 //!
 //! Whoever runs refinery for a service's own tables can run these in the same place:
 //!
@@ -58,8 +59,8 @@ pub enum Schema {
     Log,
     /// `shardmq_dedup`: messages that were applied, in a database that has the effects of some.
     Dedup,
-    /// The outbox, in the schema `shardmq`: messages published in transactions, and delayed ones. Every
-    /// node has it too.
+    /// The outbox, in the schema `shardmq`: messages published in transactions, and delayed ones.
+    /// Every node has it too.
     Outbox,
 }
 
@@ -84,9 +85,9 @@ impl Schema {
         }
     }
 
-    /// refinery's runner of this schema's migrations. It takes no lock: use [`migrate`] where several
-    /// processes may start at once. A schema that a newer library has migrated further is left as it
-    /// is.
+    /// refinery's runner of this schema's migrations. It takes no lock: use [`migrate`] where
+    /// several processes may start at once. A schema that a newer library has migrated further is
+    /// left as it is.
     pub fn runner(self) -> Runner {
         let mut runner = match self {
             Self::Node => node::migrations::runner(),
@@ -112,19 +113,21 @@ impl Schema {
     }
 }
 
-/// Brings a schema up to date; that of a node with its outbox. Safe to call in any number of processes at
-/// once: they wait for each other. Returns what was done: the names of the migrations that were applied, and
-/// that execute was revoked from everybody where a restored dump had given it to them; none where all was done
-/// already.
+/// Brings a schema up to date; that of a node with its outbox. Safe to call in any number of
+/// processes at once: they wait for each other. Returns what was done: the names of the migrations
+/// that were applied, and that execute was revoked from everybody where a restored dump had given
+/// it to them; none where all was done already.
 ///
-/// It may run while the database is in use. A migration waits for a lock for a second at most, so that nobody
-/// waits longer behind it, and is tried again for ten minutes in all; who has the lock is logged as a warning.
-/// Each migration is a transaction of its own: what was applied stays, whatever fails after it.
+/// It may run while the database is in use. A migration waits for a lock for a second at most, so
+/// that nobody waits longer behind it, and is tried again for ten minutes in all; who has the lock
+/// is logged as a warning. Each migration is a transaction of its own: what was applied stays,
+/// whatever fails after it.
 ///
-/// The URL must lead to Postgres itself, since the wait is a session's lock: through a pooler it fails
-/// with [`ErrorKind::Invalid`], before anything is done. Fails with [`ErrorKind::Incompatible`] where
-/// the schema's oldest library is newer than this, or its functions are everybody's and belong to another
-/// role, and with [`ErrorKind::Unavailable`] where a lock was not to be had.
+/// The URL must lead to Postgres itself, since the wait is a session's lock: through a pooler it
+/// fails with [`ErrorKind::Invalid`], before anything is done. Fails with
+/// [`ErrorKind::Incompatible`] where the schema's oldest library is newer than this, or its
+/// functions are everybody's and belong to another role, and with [`ErrorKind::Unavailable`] where
+/// a lock was not to be had.
 pub async fn migrate(url: &str, schema: Schema) -> Result<Vec<String>> {
     migrate_by(url, schema, schema.runner()).await
 }
@@ -194,8 +197,8 @@ async fn apply(
     }
 }
 
-/// Settings of a role or database that migrations must not depend on. A statement may run for an hour, as to
-/// build an index.
+/// Settings of a role or database that migrations must not depend on. A statement may run for an
+/// hour, as to build an index.
 const SESSION: &str = "set default_transaction_read_only = off; \
      set default_transaction_isolation = 'read committed'; \
      set statement_timeout = '1h'; set client_min_messages = warning";

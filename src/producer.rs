@@ -48,20 +48,21 @@ pub enum WhenFull {
     Fail,
 }
 
-/// What a producer does with a message that has a key, or a [dedup key](Message::dedup_key), while the node of
-/// its partition is away.
+/// What a producer does with a message that has a key, or a [dedup key](Message::dedup_key), while
+/// the node of its partition is away.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum KeyFailover {
-    /// It waits for the node, up to the [send timeout](ProducerBuilder::send_timeout): the order by key
-    /// is kept.
+    /// It waits for the node, up to the [send timeout](ProducerBuilder::send_timeout): the order by
+    /// key is kept.
     #[default]
     Wait,
     /// It fails at once, with an error of the kind [`ErrorKind::Unavailable`], or
-    /// [`ErrorKind::Unknown`] where it was under way and the node does not say whether it was stored.
+    /// [`ErrorKind::Unknown`] where it was under way and the node does not say whether it was
+    /// stored.
     Fail,
-    /// It goes to a partition of another node, like a message without a key: the order by key is lost
-    /// where that happens. One with a dedup key waits all the same, since it is known on its own node
-    /// only.
+    /// It goes to a partition of another node, like a message without a key: the order by key is
+    /// lost where that happens. One with a dedup key waits all the same, since it is known on its
+    /// own node only.
     Divert,
 }
 
@@ -132,17 +133,18 @@ impl ProducerBuilder {
         self
     }
 
-    /// How long a message is tried before it fails: 30 s by default, 10 ms at least, [`Duration::MAX`] for
-    /// as long as it takes. It waits for as long at most before, where the buffer is full. The last attempt
-    /// may end an [append timeout](Self::append_timeout) later, and the question what became of it another one.
+    /// How long a message is tried before it fails: 30 s by default, 10 ms at least,
+    /// [`Duration::MAX`] for as long as it takes. It waits for as long at most before, where the
+    /// buffer is full. The last attempt may end an [append timeout](Self::append_timeout) later,
+    /// and the question what became of it another one.
     pub fn send_timeout(mut self, timeout: Duration) -> Self {
         self.options.send_timeout = timeout.max(LEAST);
         self
     }
 
-    /// How long one attempt may take before its connection is given up: 2 s by default, 10 ms to 1 h. To
-    /// wait for a free connection, and to make one, may take as long each; a second more is allowed for
-    /// each MiB that is sent.
+    /// How long one attempt may take before its connection is given up: 2 s by default, 10 ms to 1
+    /// h. To wait for a free connection, and to make one, may take as long each; a second more is
+    /// allowed for each MiB that is sent.
     pub fn append_timeout(mut self, timeout: Duration) -> Self {
         self.options.append_timeout = timeout.clamp(LEAST, LONGEST_APPEND);
         self
@@ -154,17 +156,17 @@ impl ProducerBuilder {
         self
     }
 
-    /// What to do with messages that have a key while the node of their partition is away: they wait
-    /// by default. Those without a key go to other nodes in any case.
+    /// What to do with messages that have a key while the node of their partition is away: they
+    /// wait by default. Those without a key go to other nodes in any case.
     pub fn key_failover(mut self, failover: KeyFailover) -> Self {
         self.options.key_failover = failover;
         self
     }
 
-    /// How long after its failure a node is probed at the latest, and how long at most between two probes,
-    /// which come less and less often: 1 s and 60 s by default, 10 ms at least. Each comes at a random time
-    /// within that, so that not all processes probe at once. A message that waits for the node is tried
-    /// each second besides.
+    /// How long after its failure a node is probed at the latest, and how long at most between two
+    /// probes, which come less and less often: 1 s and 60 s by default, 10 ms at least. Each comes
+    /// at a random time within that, so that not all processes probe at once. A message that waits
+    /// for the node is tried each second besides.
     pub fn probe_interval(mut self, first: Duration, longest: Duration) -> Self {
         let first = first.max(LEAST);
         self.options.probe_interval = (first, longest.max(first));
@@ -178,8 +180,8 @@ impl ProducerBuilder {
         self
     }
 
-    /// Looks the topic up and makes the producer. Partitions are contacted when they are first written
-    /// to. Cancel safe.
+    /// Looks the topic up and makes the producer. Partitions are contacted when they are first
+    /// written to. Cancel safe.
     pub async fn build(self) -> Result<Producer> {
         let topic = TopicName::new(&self.topic)?;
         let topology = self.cluster.topology(&topic).await?;
@@ -200,17 +202,17 @@ impl ProducerBuilder {
 
 /// Sends messages to a topic. Cheap to clone; clones share buffer and batches.
 ///
-/// Messages that are sent while a batch is under way fill the next one, so that one flush of the disk
-/// serves many: send from many tasks, [`enqueue`](Self::enqueue) from one, or
+/// Messages that are sent while a batch is under way fill the next one, so that one flush of the
+/// disk serves many: send from many tasks, [`enqueue`](Self::enqueue) from one, or
 /// [`send_all`](Self::send_all).
 ///
 /// Messages of one key that are sent one after the other are stored in that order.
 ///
-/// Where a node fails, messages without a key go on through the others at once; those with one do as
-/// [configured](ProducerBuilder::key_failover). A node that is back is used again by itself.
+/// Where a node fails, messages without a key go on through the others at once; those with one do
+/// as [configured](ProducerBuilder::key_failover). A node that is back is used again by itself.
 ///
-/// To drop the last clone without a [`shutdown`](Self::shutdown) drops what is not under way yet: the
-/// receipts fail, and an error is logged that says how many messages these were.
+/// To drop the last clone without a [`shutdown`](Self::shutdown) drops what is not under way yet:
+/// the receipts fail, and an error is logged that says how many messages these were.
 #[derive(Clone)]
 pub struct Producer {
     handle: Arc<Handle>,
@@ -224,15 +226,15 @@ struct Handle {
 impl Producer {
     /// Sends a message and waits until it is on disk. The id says where.
     ///
-    /// Not cancel safe in the sense that a dropped future does not take the message back: once it is in
-    /// the buffer it is sent.
+    /// Not cancel safe in the sense that a dropped future does not take the message back: once it
+    /// is in the buffer it is sent.
     ///
     /// # Errors
-    /// [`ErrorKind::Invalid`] where the message is outside of a limit, [`ErrorKind::Full`] where the
-    /// partition of its key is full until midnight UTC or the buffer is and was asked not to wait,
-    /// [`ErrorKind::Timeout`] where it was certainly not stored in time, [`ErrorKind::Unknown`] where it
-    /// may have been, [`ErrorKind::Closed`] where the producer or its cluster was shut down, or the runtime in
-    /// which they were made has ended.
+    /// [`ErrorKind::Invalid`] where the message is outside of a limit, [`ErrorKind::Full`] where
+    /// the partition of its key is full until midnight UTC or the buffer is and was asked not to
+    /// wait, [`ErrorKind::Timeout`] where it was certainly not stored in time,
+    /// [`ErrorKind::Unknown`] where it may have been, [`ErrorKind::Closed`] where the producer or
+    /// its cluster was shut down, or the runtime in which they were made has ended.
     pub async fn send(&self, message: Message) -> Result<MessageId> {
         let receipt = self.put(&message).await?;
         // Its batch has a copy: nothing is kept twice while it is under way.
@@ -240,8 +242,8 @@ impl Producer {
         receipt.await
     }
 
-    /// Puts a message into the buffer; the receipt waits until it is on disk. For one task that sends
-    /// many: no task or channel for each message.
+    /// Puts a message into the buffer; the receipt waits until it is on disk. For one task that
+    /// sends many: no task or channel for each message.
     ///
     /// Cancel safe: where the future is dropped before it is ready, nothing was sent.
     pub async fn enqueue(&self, message: Message) -> Result<Receipt> {
@@ -261,8 +263,8 @@ impl Producer {
         }
     }
 
-    /// Sends messages and waits for all. One result for each, in the order given; messages of one key
-    /// are stored in that order. Not atomic: some may fail alone.
+    /// Sends messages and waits for all. One result for each, in the order given; messages of one
+    /// key are stored in that order. Not atomic: some may fail alone.
     pub async fn send_all(
         &self,
         messages: impl IntoIterator<Item = Message>,
@@ -307,8 +309,8 @@ impl Producer {
         outcome
     }
 
-    /// Refuses new messages, and waits until all that were sent before are answered or the deadline is
-    /// over; what is still under way then goes on in the background. Idempotent.
+    /// Refuses new messages, and waits until all that were sent before are answered or the deadline
+    /// is over; what is still under way then goes on in the background. Idempotent.
     pub async fn shutdown(&self, deadline: Duration) -> Result<()> {
         let shared = self.handle.lines.current();
         shared.closed.store(true, Ordering::Release);
@@ -326,8 +328,8 @@ impl Producer {
         status::of(&self.handle.lines.current())
     }
 
-    /// What happens to the producer from now on. Who does not read misses what is older than the last
-    /// 256 events. Ends with the producer.
+    /// What happens to the producer from now on. Who does not read misses what is older than the
+    /// last 256 events. Ends with the producer.
     pub fn events(&self) -> ProducerEvents {
         self.handle.lines.current().events.listen()
     }

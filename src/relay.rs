@@ -1,5 +1,5 @@
-//! Moves what was published in transactions from outboxes into the log, and delayed messages when they are
-//! due: in any process that produces or consumes, in one at a time for each database.
+//! Moves what was published in transactions from outboxes into the log, and delayed messages when
+//! they are due: in any process that produces or consumes, in one at a time for each database.
 //!
 //! ```text
 //! publish ─> outbox ──┐                        ┌─> node 01
@@ -7,11 +7,12 @@
 //! deliver ─> delayed ─┘   (one transaction)    └─> ..        repeated until it is there
 //! ```
 //!
-//! A lease in a row of the database says who relays: renewed every 2 s, over after 6. What is right does not
-//! rest on it: a step that takes messages out has a lock, and finds that the lease is its own; what is frozen
-//! may be appended by anybody, any number of times.
+//! A lease in a row of the database says who relays: renewed every 2 s, over after 6. What is right
+//! does not rest on it: a step that takes messages out has a lock, and finds that the lease is its
+//! own; what is frozen may be appended by anybody, any number of times.
 //!
-//! [`seen`] says why no transaction that stays open delays another, [`holder`] what happens in which order.
+//! [`seen`] says why no transaction that stays open delays another, [`holder`] what happens in
+//! which order.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -107,17 +108,18 @@ struct Outlet {
     until: Mutex<Instant>,
     /// Held by whoever takes the relay's lock: who has the lease does not find it taken by itself.
     working: tokio::sync::Mutex<()>,
-    /// When to ask for the lease again, and how often the database had been used when it was asked for last.
+    /// When to ask for the lease again, and how often the database had been used when it was asked
+    /// for last.
     asking: Mutex<(Pace, u64)>,
 }
 
-/// Under which name the lease is asked for. Each time that it begins anew it is another one, so that nothing
-/// of before that is under way yet has a part in what comes.
+/// Under which name the lease is asked for. Each time that it begins anew it is another one, so
+/// that nothing of before that is under way yet has a part in what comes.
 #[derive(Debug, Clone, Default)]
 struct Names {
     current: Uuid,
-    /// Those since the lease was last known to be ours: it may have been taken under any of them, where the
-    /// answer was lost.
+    /// Those since the lease was last known to be ours: it may have been taken under any of them,
+    /// where the answer was lost.
     former: Vec<Uuid>,
 }
 
@@ -243,7 +245,8 @@ impl Outlet {
         Ok(Self { context, place, name, pool, holder, until, working, asking })
     }
 
-    /// Asks for the lease, and relays while it has it. Returns how long to wait before the next time.
+    /// Asks for the lease, and relays while it has it. Returns how long to wait before the next
+    /// time.
     async fn turn(self: &Arc<Self>) -> Result<Duration> {
         let began = Instant::now();
         self.names().begin_anew();
@@ -305,7 +308,8 @@ impl Outlet {
         }
     }
 
-    /// Where to listen, whether no pooler need be looked for there, and which the newest primary is.
+    /// Where to listen, whether no pooler need be looked for there, and which the newest primary
+    /// is.
     async fn listen_at(&self) -> Result<(String, bool, Arc<Newest>)> {
         match &self.place {
             Place::Database(url) => {
@@ -348,7 +352,8 @@ impl Outlet {
         Instant::now() < *self.until.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// There is no outbox. A node may not be migrated yet; any other database was named for having one.
+    /// There is no outbox. A node may not be migrated yet; any other database was named for having
+    /// one.
     fn has_none(&self, error: &Error) {
         let error = error.chain();
         match self.place {
@@ -361,7 +366,8 @@ impl Outlet {
         }
     }
 
-    /// Messages were set aside, each with its topic and why. Of many some are told, and how many there were.
+    /// Messages were set aside, each with its topic and why. Of many some are told, and how many
+    /// there were.
     fn buried(&self, messages: &[(Option<String>, String)]) {
         ::metrics::counter!(names::OUTBOX_DEAD).increment(messages.len() as u64);
         for (topic, why) in messages.iter().take(TOLD) {

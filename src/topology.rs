@@ -1,4 +1,5 @@
-//! Which partition a key belongs to, and where partitions are. Pure: the I/O is in [`crate::store`].
+//! Which partition a key belongs to, and where partitions are. Pure: the I/O is in
+//! [`crate::store`].
 
 use std::cmp::Ordering;
 use std::collections::{BTreeMap, HashMap};
@@ -16,8 +17,8 @@ pub const SLOTS: u16 = 16_384;
 
 const CRC: Crc<u16> = Crc::<u16>::new(&CRC_16_XMODEM);
 
-/// The key slot of a key, 0 to 16,383: CRC-16/XMODEM of its UTF-8 bytes, modulo 16,384. The same for
-/// ever, in every language.
+/// The key slot of a key, 0 to 16,383: CRC-16/XMODEM of its UTF-8 bytes, modulo 16,384. The same
+/// for ever, in every language.
 ///
 /// ```
 /// assert_eq!(shardmq::key_slot("123456789"), 0x31C3);
@@ -26,8 +27,9 @@ pub fn key_slot(key: &str) -> u16 {
     CRC.checksum(key.as_bytes()) % SLOTS
 }
 
-/// A version of the topology. The number alone does not tell two versions apart where the control database was
-/// restored, or promoted without its end: it gives the same number to another version then.
+/// A version of the topology. The number alone does not tell two versions apart where the control
+/// database was restored, or promoted without its end: it gives the same number to another version
+/// then.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Version {
     pub(crate) number: i64,
@@ -118,8 +120,8 @@ pub(crate) fn even_slots(partitions: &[PartitionId]) -> Vec<(u16, u16, Partition
         .collect()
 }
 
-/// How many of `count` new partitions each node gets, so that all nodes end with as equal numbers as
-/// can be; no node has more than 99.
+/// How many of `count` new partitions each node gets, so that all nodes end with as equal numbers
+/// as can be; no node has more than 99.
 pub(crate) fn spread(
     count: usize,
     nodes: &[NodeId],

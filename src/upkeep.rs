@@ -1,11 +1,11 @@
-//! Keeps nodes in order, from within any process that produces or consumes: day tables are made ahead,
-//! days whose time is over are dropped, finished ones frozen, old dedup keys forgotten.
+//! Keeps nodes in order, from within any process that produces or consumes: day tables are made
+//! ahead, days whose time is over are dropped, finished ones frozen, old dedup keys forgotten.
 //!
-//! One process at a time for each node, by a lease in a row of that node: it is renewed every 8 s and
-//! over after 20 s, so that another takes over within 30 s. Every step may be done twice. A process that
-//! finds the lease taken asks again the later, the more ask ([`Pace`]). What can't be undone is done only
-//! where the node's clock and this machine's agree that its time is over. Each beat also looks for sessions that
-//! hold a lock for long which appends wait for ([`Locks`]).
+//! One process at a time for each node, by a lease in a row of that node: it is renewed every 8 s
+//! and over after 20 s, so that another takes over within 30 s. Every step may be done twice. A
+//! process that finds the lease taken asks again the later, the more ask ([`Pace`]). What can't be
+//! undone is done only where the node's clock and this machine's agree that its time is over. Each
+//! beat also looks for sessions that hold a lock for long which appends wait for ([`Locks`]).
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -51,8 +51,8 @@ const ROUND: Duration = Duration::from_mins(5);
 /// Dedup keys that are forgotten in one transaction.
 const KEYS_AT_ONCE: i32 = 10_000;
 
-/// Looks after the nodes of a cluster until it is shut down. Each has its own beat: neither one that
-/// hangs nor one whose round takes long keeps the others waiting.
+/// Looks after the nodes of a cluster until it is shut down. Each has its own beat: neither one
+/// that hangs nor one whose round takes long keeps the others waiting.
 pub(crate) async fn run(nodes: Arc<Nodes>, shutdown: CancellationToken) {
     let holder = Uuid::new_v4();
     let mut kept: BTreeSet<NodeId> = BTreeSet::new();
@@ -166,7 +166,8 @@ impl Keeper {
     }
 }
 
-/// One round over all partitions of a node, by its clock and this one. True: a table could not be dropped yet.
+/// One round over all partitions of a node, by its clock and this one. True: a table could not be
+/// dropped yet.
 pub(crate) async fn round(
     nodes: &Nodes,
     node: NodeId,
@@ -199,8 +200,8 @@ pub(crate) async fn round(
     Ok(contended)
 }
 
-/// Removes the groups of broadcast consumers that have died. One that lives and can't reach this node is known
-/// to the control database; where that does not answer, none is removed.
+/// Removes the groups of broadcast consumers that have died. One that lives and can't reach this
+/// node is known to the control database; where that does not answer, none is removed.
 async fn sweep_broadcasts(nodes: &Nodes, pool: &Node, clock: SystemTime) {
     let swept = async {
         let what = "remove the groups of broadcast consumers that are gone";
@@ -234,7 +235,8 @@ async fn freeze(pool: &Node, what: &str) -> Result<()> {
     Ok(())
 }
 
-/// Forgets dedup keys that are older than their window, a part at a time: appends need the connection.
+/// Forgets dedup keys that are older than their window, a part at a time: appends need the
+/// connection.
 async fn forget_keys(pool: &Node, what: &str, clock: impl Fn() -> SystemTime) -> Result<()> {
     loop {
         let pruned = upkeep::prune_sent_keys(pool.get().await?, KEYS_AT_ONCE, clock()).await;

@@ -1,5 +1,5 @@
-//! Copies of a cluster: what was restored from a dump says of itself that it is the original. It becomes a cluster
-//! of its own, or takes the original's place.
+//! Copies of a cluster. A database that was restored from a dump carries the original's identity.
+//! The copy becomes a cluster of its own, or takes the original's place.
 
 use std::collections::BTreeMap;
 
@@ -31,15 +31,16 @@ pub struct Moved {
     pub away: Vec<NodeId>,
 }
 
-/// Makes a cluster of its own of a copy: of a control database that was restored from a dump, by its URL, and of
-/// copies of all its nodes, by number. It gets another id, which is returned, and its nodes get these addresses.
-/// The original is not touched. Its consumers, the outboxes that were registered with it, and its addresses for
-/// listening are forgotten in the copy. Where it is cut off, it is to be called again.
+/// Makes a cluster of its own of a copy: of a control database that was restored from a dump, by
+/// its URL, and of copies of all its nodes, by number. It gets another id, which is returned, and
+/// its nodes get these addresses. The original is not touched. Its consumers, the outboxes that
+/// were registered with it, and its addresses for listening are forgotten in the copy. Where it is
+/// cut off, it is to be called again.
 ///
 /// # Errors
-/// [`ErrorKind::Conflict`] where the control database, or a node, is no copy but the original, or is of another
-/// cluster or number; [`ErrorKind::Invalid`] where a node of the cluster is not named, or one that it does not
-/// have. Nothing is changed then.
+/// [`ErrorKind::Conflict`] where the control database, or a node, is no copy but the original, or
+/// is of another cluster or number; [`ErrorKind::Invalid`] where a node of the cluster is not
+/// named, or one that it does not have. Nothing is changed then.
 pub async fn adopt(url: &str, nodes: &[(NodeId, String)]) -> Result<Uuid> {
     let what = "adopt a copy of a cluster";
     let control = connect::connect_once(url, NAME).await?;
@@ -100,12 +101,14 @@ async fn record(
     write(control, &changes, "adopt a copy of a cluster").await
 }
 
-/// Says that a cluster has moved: that what seems to be a copy, as of a dump that was restored or of an upgrade to
-/// another major version, is the cluster itself from now on, and the original is gone. Of the control database at
-/// this URL, and of the nodes where their addresses lead. Idempotent.
+/// Says that a cluster has moved: that what seems to be a copy, as of a dump that was restored or
+/// of an upgrade to another major version, is the cluster itself from now on, and the original is
+/// gone. Of the control database at this URL, and of the nodes where their addresses lead.
+/// Idempotent.
 ///
 /// # Errors
-/// [`ErrorKind::Conflict`] where an address leads to another cluster's node, or one of another number.
+/// [`ErrorKind::Conflict`] where an address leads to another cluster's node, or one of another
+/// number.
 pub async fn moved(url: &str) -> Result<Moved> {
     let what = "say that a cluster has moved";
     let control = connect::connect_once(url, NAME).await?;
@@ -127,7 +130,7 @@ pub async fn moved(url: &str) -> Result<Moved> {
         }
     }
     let stand: [&dyn Param; 1] = [&place.here];
-    // What is known of the timelines of nodes is of the servers before.
+    // The timelines that are known belong to the servers before.
     let nodes: Vec<[&dyn Param; 2]> =
         found.iter().map(|(id, here)| -> [&dyn Param; 2] { [id, here] }).collect();
     let mut changes: Vec<Change<'_>> =

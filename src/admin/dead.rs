@@ -68,8 +68,8 @@ pub struct DeadLetter {
     pub group: GroupName,
     /// A copy of the message; the original may be dropped by now.
     pub message: StoredMessage,
-    /// The message could not be read where it is stored: this has no key, headers and payload of it. The
-    /// last failure says why.
+    /// The message could not be read where it is stored: this has no key, headers and payload of
+    /// it. The last failure says why.
     pub unread: bool,
     /// When the group got it for the first time.
     pub first_seen: SystemTime,
@@ -77,8 +77,8 @@ pub struct DeadLetter {
     pub died_at: SystemTime,
     /// How often it was tried, since it was sent or given to the group again.
     pub attempts: u32,
-    /// The attempts that failed, with time and error, oldest first: of more than 16 the first and last
-    /// eight. Those of before it was given to the group again are told too.
+    /// The attempts that failed, with time and error, oldest first: of more than 16 the first and
+    /// last eight. Those of before it was given to the group again are told too.
     pub failures: Vec<FailedAttempt>,
 }
 
@@ -113,16 +113,16 @@ pub struct DeadLetters {
 pub struct DeadLettersMoved {
     /// How many were given to their group again, or dropped.
     pub moved: u64,
-    /// How many were not given to their group again, since their message still can't be read. They stay
-    /// until it can, or until they are dropped.
+    /// How many were not given to their group again, since their message still can't be read. They
+    /// stay until it can, or until they are dropped.
     pub unread: u64,
     /// Nodes that did not answer, or not to the end: call it again.
     pub unreachable: Vec<NodeId>,
 }
 
 impl Cluster {
-    /// Dead letters by node and number, behind one (none: from the first), at most so many; fewer where
-    /// they are large. Nodes that do not answer are named.
+    /// Dead letters by node and number, behind one (none: from the first), at most so many; fewer
+    /// where they are large. Nodes that do not answer are named.
     pub async fn dead_letters(
         &self,
         filter: &DeadLetterFilter,
@@ -161,14 +161,15 @@ impl Cluster {
         Ok(letters.into_iter().next())
     }
 
-    /// Gives dead letters to their groups again, and to no other: each is delivered by the library's
-    /// consumer that has its partition (not by one that uses SQL), in no order with others, its attempts
-    /// counted anew; if it fails to the end it is a dead letter again. Those that die after this was called
-    /// are not taken up again. Letters of groups that are gone stay. Of a letter without payload the message is
-    /// read again; where that fails the letter stays, which [`DeadLettersMoved::unread`] tells.
+    /// Gives dead letters to their groups again, and to no other: each is delivered by the
+    /// library's consumer that has its partition (not by one that uses SQL), in no order with
+    /// others, its attempts counted anew; if it fails to the end it is a dead letter again. Those
+    /// that die after this was called are not taken up again. Letters of groups that are gone stay.
+    /// Of a letter without payload the message is read again; where that fails the letter stays,
+    /// which [`DeadLettersMoved::unread`] tells.
     ///
-    /// In portions of a transaction each; told is how many it is by now. Where this is cut off, or its future
-    /// dropped, what was done stays done: call it again for the rest.
+    /// In portions of a transaction each; told is how many it is by now. Where this is cut off, or
+    /// its future dropped, what was done stays done: call it again for the rest.
     pub async fn retry_dead_letters(
         &self,
         filter: &DeadLetterFilter,
@@ -177,7 +178,8 @@ impl Cluster {
         self.move_dead_letters(What::Retry, filter, progress).await
     }
 
-    /// Drops dead letters, for good. In portions, like [`retry_dead_letters`](Self::retry_dead_letters).
+    /// Drops dead letters, for good. In portions, like
+    /// [`retry_dead_letters`](Self::retry_dead_letters).
     pub async fn drop_dead_letters(
         &self,
         filter: &DeadLetterFilter,

@@ -42,8 +42,8 @@ pub struct GroupSummary {
     pub members: usize,
     /// The partitions of its topic.
     pub partitions: usize,
-    /// Those of them that the lag is not known of: their node did not answer, or the group has not come
-    /// to them yet.
+    /// Those of them that the lag is not known of: their node did not answer, or the group has not
+    /// come to them yet.
     pub unknown: usize,
     /// Messages that are not acknowledged, in the others.
     pub lag: u64,
@@ -63,8 +63,9 @@ pub struct GroupInfo {
     /// When its first message may have been appended, at the earliest: 1970 where it began with the
     /// first that was there.
     pub start_at: SystemTime,
-    /// Its consumers in the order in which they joined: those that live, and those that fell silent and
-    /// still have partitions. Consumers that know SQL alone are not among them, but own partitions.
+    /// Its consumers in the order in which they joined: those that live, and those that fell silent
+    /// and still have partitions. Consumers that know SQL alone are not among them, but own
+    /// partitions.
     pub members: Vec<MemberInfo>,
     /// The topic's partitions, in rising order.
     pub partitions: Vec<GroupPartition>,
@@ -149,8 +150,9 @@ impl fmt::Display for CursorState {
 type Lags = HashMap<(String, String), Vec<PartitionLag>>;
 
 impl Cluster {
-    /// The groups of a topic, or of all topics (none), by topic and name, also those that only nodes know, since
-    /// nothing but SQL has consumed in them. Their lag is computed: no message is counted. A node that does not answer within 5 s is no error:
+    /// The groups of a topic, or of all topics (none), by topic and name, also those that only
+    /// nodes know, since nothing but SQL has consumed in them. Their lag is computed: no message is
+    /// counted. A node that does not answer within 5 s is no error:
     /// [`unknown`](GroupSummary::unknown) says how much is missing.
     ///
     /// # Errors
@@ -179,8 +181,8 @@ impl Cluster {
         known.into_iter().map(|group| summary(group, &lags)).collect()
     }
 
-    /// The groups that a node knows, and the lag in these topics and in theirs. Topic by topic; a node that
-    /// does not answer is not asked for the others.
+    /// The groups that a node knows, and the lag in these topics and in theirs. Topic by topic; a
+    /// node that does not answer is not asked for the others.
     async fn groups_on(
         &self,
         node: NodeId,
@@ -224,7 +226,8 @@ impl Cluster {
         .await
     }
 
-    /// Adds groups that only nodes know: consumers that know SQL alone tell their node, and nobody else.
+    /// Adds groups that only nodes know: consumers that know SQL alone tell their node, and nobody
+    /// else.
     async fn add_found(&self, known: &mut Vec<GroupRow>, found: Vec<NodeGroupRow>) -> Result<()> {
         let mut starts: BTreeMap<(String, String), SystemTime> = BTreeMap::new();
         for NodeGroupRow { topic, group, start_at } in found {
@@ -261,8 +264,8 @@ impl Cluster {
     /// error: its partitions are shown as [unreachable](CursorState::Unreachable).
     ///
     /// # Errors
-    /// [`ErrorKind::NotFound`] where there is no such topic or group; the message has the nearest names.
-    /// [`ErrorKind::Unavailable`] without the control database.
+    /// [`ErrorKind::NotFound`] where there is no such topic or group; the message has the nearest
+    /// names. [`ErrorKind::Unavailable`] without the control database.
     pub async fn group(&self, topic: &str, group: &str) -> Result<GroupInfo> {
         let (topic, group) = (TopicName::new(topic)?, GroupName::new(group)?);
         let topology = self.topology(&topic).await?;
@@ -312,14 +315,15 @@ impl Cluster {
         rows.iter().map(read_cursor).collect()
     }
 
-    /// Deletes a group: its cursors on all nodes, then what the control database has of it. A consumer
-    /// that joins a group of that name later begins anew, where it is told to [start](crate::Start).
+    /// Deletes a group: its cursors on all nodes, then what the control database has of it. A
+    /// consumer that joins a group of that name later begins anew, where it is told to
+    /// [start](crate::Start).
     ///
     /// # Errors
-    /// [`ErrorKind::Conflict`] while a consumer lives; one that was killed does for as long as its lease.
-    /// [`ErrorKind::NotFound`] where nobody knows the group. Where a node can't be reached, or another
-    /// transaction has locked one of the cursors for 5 s, the other nodes have deleted the group, and the
-    /// control database still has it: call it again.
+    /// [`ErrorKind::Conflict`] while a consumer lives; one that was killed does for as long as its
+    /// lease. [`ErrorKind::NotFound`] where nobody knows the group. Where a node can't be reached,
+    /// or another transaction has locked one of the cursors for 5 s, the other nodes have deleted
+    /// the group, and the control database still has it: call it again.
     pub async fn delete_group(&self, topic: &str, group: &str) -> Result<()> {
         let (topic, group) = (TopicName::new(topic)?, GroupName::new(group)?);
         let nodes = self.topology(&topic).await?.by_node();

@@ -23,12 +23,12 @@ pub struct NodeInfo {
 impl Cluster {
     /// Registers a database as a node, or changes a node's address. Its schema must be up to date
     /// ([`migrate()`](migrate::migrate)). The password is not stored: every process takes it from
-    /// `PGPASSWORD` or its password file. Files that the address names are looked for by every process
-    /// on its own machine.
+    /// `PGPASSWORD` or its password file. Files that the address names are looked for by every
+    /// process on its own machine.
     ///
-    /// The primary that answers counts as the right one from then on, also where it is an older one than was
-    /// known, as after a restore from a backup. Where the address has several hosts, the others must be no primary
-    /// of the same server then.
+    /// The primary that answers counts as the right one from then on, also where it is an older one
+    /// than was known, as after a restore from a backup. Where the address has several hosts, the
+    /// others must be no primary of the same server then.
     ///
     /// # Errors
     /// [`ErrorKind::Conflict`] where the database is another node already, or another cluster's, or
@@ -63,12 +63,12 @@ impl Cluster {
         self.inner.nodes.refresh().await.map(drop)
     }
 
-    /// Gives a node another address: that of the same database elsewhere, such as a standby that was
-    /// promoted. Running clients use it within about 5 s.
+    /// Gives a node another address: that of the same database elsewhere, such as a standby that
+    /// was promoted. Running clients use it within about 5 s.
     ///
     /// # Errors
-    /// [`ErrorKind::NotFound`] where there is no node of this number, [`ErrorKind::Conflict`] where the
-    /// address leads to something else; the message says to what.
+    /// [`ErrorKind::NotFound`] where there is no node of this number, [`ErrorKind::Conflict`] where
+    /// the address leads to something else; the message says to what.
     pub async fn replace_node(&self, node: NodeId, url: &str) -> Result<()> {
         self.refuse_unknown(node).await?;
         self.add_node(node, url).await
@@ -78,9 +78,9 @@ impl Cluster {
     /// more, where it can be reached.
     ///
     /// # Errors
-    /// [`ErrorKind::NotFound`] where there is no node of this number, [`ErrorKind::Conflict`] where it
-    /// has partitions, or messages wait on it for their time or for a relay; the message names the topics,
-    /// or says how many wait. A node that can't be reached is not asked.
+    /// [`ErrorKind::NotFound`] where there is no node of this number, [`ErrorKind::Conflict`] where
+    /// it has partitions, or messages wait on it for their time or for a relay; the message names
+    /// the topics, or says how many wait. A node that can't be reached is not asked.
     pub async fn remove_node(&self, node: NodeId) -> Result<()> {
         self.refuse_unknown(node).await?;
         let what = format!("remove node {node}");
@@ -136,8 +136,8 @@ impl Cluster {
 
     /// Registers a database that has an outbox and is no node, so that all processes with
     /// [upkeep](crate::ClusterBuilder::upkeep) relay from it. Its schema must be there
-    /// ([`migrate()`](migrate::migrate) with [`Schema::Outbox`]). As of nodes, the password is not stored.
-    /// Idempotent.
+    /// ([`migrate()`](migrate::migrate) with [`Schema::Outbox`]). As of nodes, the password is not
+    /// stored. Idempotent.
     ///
     /// # Errors
     /// [`ErrorKind::Incompatible`] where the database has no outbox.
@@ -155,8 +155,9 @@ impl Cluster {
         self.inner.nodes.refresh().await.map(drop)
     }
 
-    /// Forgets a database that has an outbox and is no node: nobody relays from it any more who was not
-    /// told of it otherwise. What waits in it stays. By the address that it was registered with.
+    /// Forgets a database that has an outbox and is no node: nobody relays from it any more who was
+    /// not told of it otherwise. What waits in it stays. By the address that it was registered
+    /// with.
     ///
     /// # Errors
     /// [`ErrorKind::NotFound`] where no database is registered under this address.

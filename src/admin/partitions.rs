@@ -16,9 +16,9 @@ use crate::store::param::Param;
 use crate::store::{control, sql};
 use crate::topology::Topology;
 
-/// How many nodes make or drop tables at once. A transaction holds some locks for each table that it
-/// makes, 99 at most, and the nodes may be databases of one server, which has room for so many locks:
-/// 6,400 by default, five a table.
+/// How many nodes make or drop tables at once. A transaction holds some locks for each table that
+/// it makes, 99 at most, and the nodes may be databases of one server, which has room for so many
+/// locks: 6,400 by default, five a table.
 const AT_ONCE: usize = 8;
 
 /// A topic that is being made.
@@ -41,8 +41,8 @@ impl<'a> NewTopic<'a> {
 pub(super) type Given = BTreeMap<NodeId, Vec<PartitionId>>;
 
 impl Cluster {
-    /// Takes so many partitions on each node, and none where one of the nodes has not enough. The change of
-    /// the topology stays open meanwhile, however many nodes there are.
+    /// Takes so many partitions on each node, and none where one of the nodes has not enough. The
+    /// change of the topology stays open meanwhile, however many nodes there are.
     pub(super) async fn claim_all(
         &self,
         change: &Connection,
@@ -54,7 +54,7 @@ impl Cluster {
         let claims = shares.into_iter().map(|(node, count)| self.claim(topic, node, count, given));
         let mut claims = stream::iter(claims).buffer_unordered(AT_ONCE);
         let (mut by_node, mut failed) = (BTreeMap::new(), None);
-        // To the end: what is under way when another one fails is taken back with the rest.
+        // All claims are waited for, so that each one is taken back where another fails.
         while let Some(claimed) = claims.next().await {
             match claimed {
                 Ok((node, partitions)) => drop(by_node.insert(node, partitions)),
@@ -73,8 +73,8 @@ impl Cluster {
         }
     }
 
-    /// Takes back what was claimed for a topic that is not made. What this fails at, an attempt to make a topic
-    /// of that name takes up later, or a repair.
+    /// Takes back the claims for a topic that is not made. Where this fails, the next attempt to
+    /// make a topic of that name takes the claims over, or a repair frees them.
     async fn unclaim_all(&self, topic: Uuid, nodes: Vec<NodeId>) {
         let undone = nodes.into_iter().map(|node| async move {
             let connection = self.inner.nodes.node(node).await?.get().await?;

@@ -1,5 +1,5 @@
-//! Makes the control database and the nodes agree again, after one of them was restored, or promoted without its
-//! end.
+//! Makes the control database and the nodes agree again, after one of them was restored, or
+//! promoted without its end.
 //!
 //! ```text
 //! control has a partition, its node does not ─> made again on the node, empty
@@ -29,7 +29,8 @@ use crate::topology::{even_slots, interleave};
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct Repaired {
-    /// Partitions that their nodes had lost: they are there again, without the messages that they had.
+    /// Partitions that their nodes had lost: they are there again, without the messages that they
+    /// had.
     pub made: Vec<PartitionId>,
     /// Topics that the control database had lost: it has them again, with all their messages.
     pub put_back: Vec<TopicName>,
@@ -48,16 +49,18 @@ struct Unknown {
 }
 
 impl Cluster {
-    /// Makes partitions again that their nodes have lost, puts topics back that the control database has lost, and
-    /// frees what creations of topics have left that failed. For a node or a control database that was restored from
-    /// a backup, or that is a standby promoted without its end. It does nothing where all agree, and may be called
-    /// again. Not cancel safe in the sense that what was done stays done.
+    /// Makes partitions again that their nodes have lost, puts topics back that the control
+    /// database has lost, and frees what creations of topics have left that failed. For a node or a
+    /// control database that was restored from a backup, or that is a standby promoted without its
+    /// end. It does nothing where all agree, and may be called again. Not cancel safe: each step
+    /// that was done stays done.
     ///
-    /// The messages of partitions that are made again are lost, and their ids are used again; groups begin there as
-    /// in a new partition.
+    /// The messages of partitions that are made again are lost, and their ids are used again;
+    /// groups begin there as in a new partition.
     ///
     /// # Errors
-    /// [`ErrorKind::Unavailable`] where a node can't be reached: what it has is not known. Repaired nodes stay so.
+    /// [`ErrorKind::Unavailable`] where a node can't be reached: what it has is not known. Repaired
+    /// nodes stay so.
     pub async fn repair(&self) -> Result<Repaired> {
         let refused = |error| refused(error, "repair the cluster");
         let change = Unfinished::new(self.inner.control.get().await?);
@@ -141,8 +144,9 @@ impl Cluster {
         Ok(())
     }
 
-    /// Refuses to make a topic of whose name a node has messages that the control database does not know: nothing
-    /// is taken up then, nor on other nodes. All nodes are asked where one of those that are chosen has partitions.
+    /// Refuses to make a topic of whose name a node has messages that the control database does not
+    /// know: nothing is taken up then, nor on other nodes. All nodes are asked where one of those
+    /// that are chosen has partitions.
     pub(super) async fn refuse_unknown_messages(
         &self,
         name: &TopicName,

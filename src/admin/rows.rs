@@ -39,7 +39,8 @@ pub(super) fn read_lag(row: &Row) -> Result<PartitionLag> {
     })
 }
 
-/// A message of a statement that has its columns first. Without payload it is one that could not be read.
+/// A message of a statement that has its columns first. Without payload it is one that could not be
+/// read.
 pub(super) fn read_message(row: &Row) -> Result<StoredMessage> {
     let what = "read a message";
     let odd = |error| refused(error, what);

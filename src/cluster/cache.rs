@@ -1,5 +1,6 @@
-//! The topology as this process knows it: kept up with the control database, so that everything goes
-//! on while that is away, and kept in a file where one was given, so that processes also start then.
+//! The topology as this process knows it: kept up with the control database, so that everything
+//! goes on while that is away, and kept in a file where one was given, so that processes also start
+//! then.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -58,8 +59,8 @@ pub(crate) struct Cache {
     tasks: TaskTracker,
 }
 
-/// What is known of the topology at the start: as the control database has it, or, while that can't be
-/// reached, as it was kept in a file.
+/// What is known of the topology at the start: as the control database has it, or, while that can't
+/// be reached, as it was kept in a file.
 pub(super) async fn start(
     control: &Node,
     address: String,
@@ -126,7 +127,8 @@ impl Cache {
         }
     }
 
-    /// A topic as the control database has it now; while that can't be reached, as it was known last.
+    /// A topic as the control database has it now; while that can't be reached, as it was known
+    /// last.
     pub(crate) async fn topic(self: &Arc<Self>, name: &TopicName) -> Result<Topology> {
         let what = format!("look up topic {name}");
         // Boxed: whoever makes a producer or consumer carries it.
@@ -280,8 +282,9 @@ impl Cache {
         Ok(())
     }
 
-    /// The control database does not have a topic that this process uses. A topic that was deleted is gone from
-    /// its nodes too; one that the control database has lost is not, and all goes on with what is known.
+    /// The control database does not have a topic that this process uses. A topic that was deleted
+    /// is gone from its nodes too; one that the control database has lost is not, and all goes on
+    /// with what is known.
     async fn is_missing(self: &Arc<Self>, name: &TopicName) -> Result<()> {
         let Some(topology) = self.lock().get(name).cloned() else { return Ok(()) };
         match fate::on_nodes(&self.nodes, &topology).await? {
@@ -340,7 +343,7 @@ pub(crate) enum Ended {
 }
 
 impl Ended {
-    /// What those are told who use it.
+    /// The error for users of the topic.
     pub(crate) fn error(&self, topic: &TopicName) -> Error {
         let what = match self {
             Self::Deleted => format!("topic {topic} was deleted"),

@@ -1,5 +1,5 @@
-//! Keeps up with the control database: by its notifications, and by a look every few seconds. While it
-//! can't be reached, all goes on with what is known.
+//! Keeps up with the control database: by its notifications, and by a look every few seconds. While
+//! it can't be reached, all goes on with what is known.
 //!
 //! ```text
 //! listen ── connected, told of a version, ended ──┐
@@ -25,8 +25,8 @@ use crate::store::target::Target;
 
 /// How often the version of the topology is looked at, give or take a fifth.
 pub(super) const LOOK_EVERY: Duration = Duration::from_secs(5);
-/// Between attempts to listen, give or take a half: after a restart of the control database a whole fleet listens
-/// again, and looks.
+/// Between attempts to listen, give or take a half: after a restart of the control database a whole
+/// fleet listens again, and looks.
 const LISTEN_AGAIN: Duration = Duration::from_secs(5);
 /// The same, where a pooler was met: there may be another address behind it by then.
 const POOLED: Duration = Duration::from_mins(1);

@@ -93,7 +93,8 @@ impl Nodes {
         &self.presence
     }
 
-    /// A turn to look at a node for messages: one at a time of this process; none while somebody has it.
+    /// A turn to look at a node for messages: one at a time of this process; none while somebody
+    /// has it.
     pub(crate) fn turn(&self, id: NodeId) -> Option<OwnedMutexGuard<()>> {
         let mut turns = self.turns.lock().unwrap_or_else(PoisonError::into_inner);
         Arc::clone(turns.entry(id).or_default()).try_lock_owned().ok()
@@ -140,7 +141,8 @@ impl Nodes {
         self.find(id).await.map(|(listed, _)| listed.url)
     }
 
-    /// Where to listen to a node, with its pool: at an address that was given for that, or at its own.
+    /// Where to listen to a node, with its pool: at an address that was given for that, or at its
+    /// own.
     pub(crate) async fn listen_at(&self, id: NodeId) -> Result<(ListenAt, Arc<Node>)> {
         let (listed, node) = self.find(id).await?;
         Ok(match self.listen_urls.get(&id) {
@@ -178,7 +180,8 @@ impl Nodes {
         Ok(nodes.into_iter().map(|(id, listed)| (id, listed.url)).collect())
     }
 
-    /// Looks whether the topology has another version, and takes it over. Records what it does not know.
+    /// Looks whether the topology has another version, and takes it over. Records what it does not
+    /// know.
     pub(super) async fn look(&self) -> Result<()> {
         self.look_at_version().await?;
         if let Err(error) = self.record().await {
@@ -188,8 +191,8 @@ impl Nodes {
         Ok(())
     }
 
-    /// Records the newer primaries that this process has seen, so that all others leave the older ones, and who
-    /// starts never gets there.
+    /// Records the newer primaries that this process has seen, so that all other processes leave
+    /// the older ones, and no new process connects there.
     async fn record(&self) -> Result<()> {
         let newer = self.newer();
         if newer.is_empty() {
@@ -224,8 +227,9 @@ impl Nodes {
         newer.collect()
     }
 
-    /// Says on old primaries of the control database which newer ones are known of the nodes. A process that listens
-    /// there, or that starts and finds it first, hears of nothing else. False: again.
+    /// Says on old primaries of the control database which newer ones are known of the nodes. A
+    /// process that listens there, or that starts and finds it first, hears of nothing else. False:
+    /// again.
     pub(crate) async fn warn(&self) -> bool {
         let Some(newest) = self.control.newest().known() else { return true };
         let known: Vec<_> = {
@@ -268,9 +272,9 @@ impl Nodes {
         Ok(())
     }
 
-    /// Takes over the addresses of a version of the topology, unless a later one is known. A node whose
-    /// address is another, or that was registered anew, gets a new pool; one that is not there any more is
-    /// forgotten.
+    /// Takes over the addresses of a version of the topology, unless a later one is known. A node
+    /// whose address is another, or that was registered anew, gets a new pool; one that is not
+    /// there any more is forgotten.
     pub(super) fn learn(&self, version: Version, nodes: Vec<(NodeId, Listed)>) {
         let mut known = self.lock();
         let mut current = self.version.lock().unwrap_or_else(PoisonError::into_inner);
@@ -327,8 +331,9 @@ impl Nodes {
         (self.version(), listed)
     }
 
-    /// Returns when a session on a primary of a node should not be there any more: another pool is the node's, since
-    /// it has another address or was registered anew, or a newer primary is known.
+    /// Returns when a session on a primary of a node should not be there any more: another pool is
+    /// the node's, since it has another address or was registered anew, or a newer primary is
+    /// known.
     pub(crate) async fn leaves(&self, id: NodeId, from: &Arc<Node>, primary: Option<Primary>) {
         let replaced = async {
             loop {
@@ -370,9 +375,9 @@ fn is_the_same(before: &Listed, now: &Listed) -> bool {
     (&before.url, before.registration) == (&now.url, now.registration)
 }
 
-/// Refuses a version earlier than one that was seen before it was asked for: that of a control database that was
-/// restored from a backup, or promoted without its end. What was changed there since is taken over, and the loss
-/// is told.
+/// Refuses a version earlier than one that was seen before it was asked for: that of a control
+/// database that was restored from a backup, or promoted without its end. What was changed there
+/// since is taken over, and the loss is told.
 pub(super) fn judge(found: &Version, seen: &Version) -> Result<Relation> {
     let (number, before) = (found.number, seen.number);
     let relation = found.after(seen);

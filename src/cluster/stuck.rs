@@ -1,7 +1,7 @@
 //! Partitions whose day table could not be read: somebody has locked it, or it is broken.
 //!
-//! Looks leave such a partition out, and its readers try one after the other, however many groups of this
-//! process have it: of a node's few connections one at most waits for a table.
+//! Looks leave such a partition out, and its readers try one after the other, however many groups
+//! of this process have it: of a node's few connections one at most waits for a table.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

@@ -1,5 +1,5 @@
-//! What a process keeps on disk, to start without the control database: where the nodes are, and how
-//! the topics that it uses are divided.
+//! What a process keeps on disk, to start without the control database: where the nodes are, and
+//! how the topics that it uses are divided.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions, TryLockError};
@@ -59,8 +59,8 @@ impl Snapshot {
 #[derive(Debug, Clone)]
 pub(super) struct TopologyFile {
     path: PathBuf,
-    /// What this process wrote last. Locked while writing, so that an older snapshot does not follow a
-    /// newer one.
+    /// What this process wrote last. Locked while writing, so that an older snapshot does not
+    /// follow a newer one.
     written: Arc<Mutex<Option<Snapshot>>>,
 }
 
@@ -69,8 +69,8 @@ impl TopologyFile {
         Self { path, written: Arc::default() }
     }
 
-    /// What is in the file of this control database; none where there is no such file, or nothing of
-    /// use in it.
+    /// What is in the file of this control database; none where there is no such file, or nothing
+    /// of use in it.
     pub(super) fn read(&self, control: &str) -> Option<Snapshot> {
         let found = read(&self.path).unwrap_or_else(|error| {
             let path = self.path.display();
@@ -117,9 +117,9 @@ fn write(path: &Path, current: Snapshot) -> io::Result<()> {
         Some(folder) if folder != Path::new("") => folder,
         _ => Path::new("."),
     };
-    // One writer at a time, so that each keeps what the others have added; let go when it is closed.
-    // Where a file system knows no locks, or another writer hangs, what one of two has added may be
-    // lost until it writes again.
+    // One writer at a time, so that each keeps what the others have added; let go when it is
+    // closed. Where a file system knows no locks, or another writer hangs, what one of two has
+    // added may be lost until it writes again.
     let lock = File::open(folder)?;
     for _ in 0..LOCK_TRIES {
         match lock.try_lock() {

@@ -6,8 +6,8 @@
 //!              └── no answer, locked ┘        another's by now: delivered there
 //! ```
 //!
-//! A copy and the acknowledgement are committed together: nothing is acknowledged that is not kept, and
-//! nothing is kept twice. What waits is bounded by whoever hands it over.
+//! A copy and the acknowledgement are committed together: nothing is acknowledged that is not kept,
+//! and nothing is kept twice. What waits is bounded by whoever hands it over.
 
 use std::collections::HashMap;
 use std::sync::atomic::Ordering;
@@ -109,8 +109,8 @@ impl Shared {
         }
     }
 
-    /// Puts a message aside that has failed. The receiver hears when it is there; it is closed where the
-    /// partition is another's by now.
+    /// Puts a message aside that has failed. The receiver hears when it is there; it is closed
+    /// where the partition is another's by now.
     pub(super) fn put_aside(
         self: &Arc<Self>,
         delivery: Delivery,
@@ -138,7 +138,8 @@ impl Shared {
         receiver
     }
 
-    /// Until nothing waits. Each has its own time: one that can't be put aside yet keeps no other waiting.
+    /// Until nothing waits. Each has its own time: one that can't be put aside yet keeps no other
+    /// waiting.
     async fn work_off(self: Arc<Self>, node: NodeId) {
         let mut left: Vec<Request> = Vec::new();
         let mut trouble = Trouble::new(REMIND);

@@ -85,8 +85,8 @@ impl ConsumerBuilder {
         Self { cluster, topic: topic.to_owned(), group: group.to_owned(), options }
     }
 
-    /// A group of this consumer alone, which goes when it has gone: it begins with what is sent from now
-    /// on.
+    /// A group of this consumer alone, which goes when it has gone: it begins with what is sent
+    /// from now on.
     pub(crate) fn broadcast(cluster: Cluster, topic: &str) -> Self {
         let group = format!("broadcast-{}", Uuid::now_v7().simple());
         let mut builder = Self::new(cluster, topic, &group);
@@ -106,15 +106,16 @@ impl ConsumerBuilder {
         self
     }
 
-    /// When a message that failed is tried again, and when it goes to the dead letters of the group: by
-    /// default after 100 ms, then twice as long each time up to 30 s, and after 50 attempts.
+    /// When a message that failed is tried again, and when it goes to the dead letters of the
+    /// group: by default after 100 ms, then twice as long each time up to 30 s, and after 50
+    /// attempts.
     pub fn retry_policy(mut self, policy: RetryPolicy) -> Self {
         self.options.retry_policy = policy;
         self
     }
 
-    /// How many messages may be fetched and not yet handed out: 100,000 by default, at least 1. Whole
-    /// batches are fetched, so that a batch may exceed it.
+    /// How many messages may be fetched and not yet handed out: 100,000 by default, at least 1.
+    /// Whole batches are fetched, so that a batch may exceed it.
     pub fn prefetch_messages(mut self, messages: usize) -> Self {
         self.options.prefetch_messages = messages.max(1);
         self
@@ -127,81 +128,84 @@ impl ConsumerBuilder {
         self
     }
 
-    /// How long after its last sign of life a consumer's partitions go to others: 10 s by default, 1 s
-    /// to 10 min. Renewed three times in that time.
+    /// How long after its last sign of life a consumer's partitions go to others: 10 s by default,
+    /// 1 s to 10 min. Renewed three times in that time.
     pub fn lease(mut self, lease: Duration) -> Self {
         self.options.lease = lease.clamp(Duration::from_secs(1), Duration::from_mins(10));
         self
     }
 
-    /// How often to look for messages without a hint, at the latest: every 5 s by default, 10 ms to 1 h.
-    /// While hints do not arrive ([`ConsumerStatus::notifier`](crate::ConsumerStatus::notifier)), every 50 ms
-    /// where some came lately, and less often up to this where none did.
+    /// How often to look for messages without a hint, at the latest: every 5 s by default, 10 ms to
+    /// 1 h. While hints do not arrive
+    /// ([`ConsumerStatus::notifier`](crate::ConsumerStatus::notifier)), every 50 ms where some came
+    /// lately, and less often up to this where none did.
     pub fn poll_interval(mut self, interval: Duration) -> Self {
         self.options.poll_interval =
             interval.clamp(Duration::from_millis(10), Duration::from_hours(1));
         self
     }
 
-    /// How often acknowledgements are committed where there are some: every second by default, 10 ms
-    /// to 1 min. Less often where a commit takes longer than a tenth of that, up to every 10 s.
+    /// How often acknowledgements are committed where there are some: every second by default, 10
+    /// ms to 1 min. Less often where a commit takes longer than a tenth of that, up to every 10 s.
     pub fn flush_interval(mut self, interval: Duration) -> Self {
         self.options.flush_interval =
             interval.clamp(Duration::from_millis(10), Duration::from_mins(1));
         self
     }
 
-    /// How long deliveries may be in hand of a partition that goes to another member: 10 s by default, 0
-    /// to 10 min. Then it goes without them, and they are delivered there again.
+    /// How long deliveries may be in hand of a partition that goes to another member: 10 s by
+    /// default, 0 to 10 min. Then it goes without them, and they are delivered there again.
     pub fn drain_timeout(mut self, timeout: Duration) -> Self {
         self.options.drain_timeout = timeout.min(Duration::from_mins(10));
         self
     }
 
-    /// How many messages of a partition may lie between the first that is not acknowledged and the last
-    /// that was read: 100,000 by default, at least 1. Where one is stuck, its partition waits at that.
-    /// Whole batches are read, so that one batch may exceed it.
+    /// How many messages of a partition may lie between the first that is not acknowledged and the
+    /// last that was read: 100,000 by default, at least 1. Where one is stuck, its partition waits
+    /// at that. Whole batches are read, so that one batch may exceed it.
     pub fn max_unacked(mut self, messages: usize) -> Self {
         self.options.bounds.messages = messages.max(1);
         self
     }
 
     /// How many separate runs of acknowledged messages may lie behind the first that is not
-    /// acknowledged, in a partition: 10,000 by default, at least 1. They are stored with the cursor; no
-    /// more are handed out until there are half as many.
+    /// acknowledged, in a partition: 10,000 by default, at least 1. They are stored with the
+    /// cursor; no more are handed out until there are half as many.
     pub fn max_acked_runs(mut self, runs: usize) -> Self {
         self.options.bounds.runs = runs.max(1);
         self
     }
 
-    /// Keeps acknowledgements in this directory until they are committed, so that they survive when the
-    /// process is killed: of what was acknowledged nothing is delivered again, if a consumer of the same
-    /// cluster, topic, group and directory is started before others take its partitions, and the node's
-    /// server was not started again meanwhile. Not when the machine dies. The directory is made if it is
-    /// missing, and may be shared by consumers of other groups and topics. An acknowledgement costs a write
-    /// then, of some microseconds. Messages that were parked, after they had failed, are not in it.
+    /// Keeps acknowledgements in this directory until they are committed, so that they survive when
+    /// the process is killed: of what was acknowledged nothing is delivered again, if a consumer of
+    /// the same cluster, topic, group and directory is started before others take its partitions,
+    /// and the node's server was not started again meanwhile. Not when the machine dies. The
+    /// directory is made if it is missing, and may be shared by consumers of other groups and
+    /// topics. An acknowledgement costs a write then, of some microseconds. Messages that were
+    /// parked, after they had failed, are not in it.
     pub fn journal(mut self, directory: impl Into<PathBuf>) -> Self {
         self.options.journal = Some(directory.into());
         self
     }
 
-    /// Takes these partitions and no others, instead of an even share of all. Members without a list
-    /// leave them alone while this one lives. Where two lists have the same one, who has it keeps it.
+    /// Takes these partitions and no others, instead of an even share of all. Members without a
+    /// list leave them alone while this one lives. Where two lists have the same one, who has it
+    /// keeps it.
     pub fn partitions(mut self, partitions: impl IntoIterator<Item = PartitionId>) -> Self {
         self.options.only = Some(partitions.into_iter().collect());
         self
     }
 
-    /// Hands out the messages that this chooses and no others: those are done as soon as they are passed
-    /// over, for the whole group. So all its members should have the same filter, and a new one is for
-    /// what the group has not consumed yet. Payloads are not looked at.
+    /// Hands out the messages that this chooses and no others: those are done as soon as they are
+    /// passed over, for the whole group. So all its members should have the same filter, and a new
+    /// one is for what the group has not consumed yet. Payloads are not looked at.
     pub fn filter(mut self, filter: Filter) -> Self {
         self.options.filter = Some(Arc::new(filter));
         self
     }
 
-    /// What becomes of messages that are stored and can't be read: by default they become dead letters
-    /// without key, headers and payload, and the partition goes on.
+    /// What becomes of messages that are stored and can't be read: by default they become dead
+    /// letters without key, headers and payload, and the partition goes on.
     pub fn unreadable(mut self, unreadable: Unreadable) -> Self {
         self.options.unreadable = unreadable;
         self
@@ -221,11 +225,11 @@ impl ConsumerBuilder {
     ///
     /// # Errors
     /// [`ErrorKind::NotFound`] where there is no such topic, [`ErrorKind::Unavailable`] where the
-    /// control database can't be reached and the topic is known neither here nor from a
-    /// [topology file](crate::ClusterBuilder::topology_file), or the group on no node. Nodes that can't
-    /// be reached are no error: their messages come when they are back. [`ErrorKind::Conflict`] where
-    /// another consumer has the [journal](Self::journal), [`ErrorKind::Invalid`] where it can't be used,
-    /// or where the [filter](Self::filter) asks for a header that is reserved.
+    /// control database can't be reached and the topic is known neither here nor from a [topology
+    /// file](crate::ClusterBuilder::topology_file), or the group on no node. Nodes that can't be
+    /// reached are no error: their messages come when they are back. [`ErrorKind::Conflict`] where
+    /// another consumer has the [journal](Self::journal), [`ErrorKind::Invalid`] where it can't be
+    /// used, or where the [filter](Self::filter) asks for a header that is reserved.
     pub async fn stream(self) -> Result<Messages> {
         let topic = TopicName::new(&self.topic)?;
         let group = GroupName::new(&self.group)?;

@@ -1,4 +1,5 @@
-//! How a consumer ends that nobody shut down: its topic is gone, or its cluster or its runtime has ended.
+//! How a consumer ends that nobody shut down: its topic is gone, or its cluster or its runtime has
+//! ended.
 //!
 //! ```text
 //! end_with(error) ──┐                      ┌─> the stream hands out nothing more: the error, once, then its end
@@ -16,7 +17,8 @@ use tokio::time::Instant;
 use crate::consumer::{Shared, lock};
 use crate::error::{Error, ErrorKind};
 
-/// Lives in the task that waits for all members. A runtime that ends drops its tasks, and tells nobody.
+/// Lives in the task that waits for all members. A runtime that ends drops its tasks, and tells
+/// nobody.
 pub(super) struct Life {
     shared: Arc<Shared>,
 }
@@ -48,8 +50,8 @@ impl Drop for Life {
 }
 
 impl Shared {
-    /// Ends the stream with this error, once all is handed out that is there: the first counts. The members
-    /// commit and give back what they can in the background.
+    /// Ends the stream with this error, once all is handed out that is there: the first counts. The
+    /// members commit and give back what they can in the background.
     pub(super) fn end_with(&self, why: Error) {
         if self.stopped.load(Ordering::Acquire) {
             // A shutdown is under way: its caller knows why.
@@ -81,7 +83,8 @@ impl Shared {
         }
     }
 
-    /// A cluster that is shut down ends its streams at once, whatever its nodes still have to answer.
+    /// A cluster that is shut down ends its streams at once, whatever its nodes still have to
+    /// answer.
     pub(super) async fn close_with_the_cluster(&self) {
         tokio::select! {
             () = self.cluster.inner.shutdown.cancelled() => self.close_stream(),

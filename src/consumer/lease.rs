@@ -22,8 +22,8 @@ use crate::store::group::{self, Fence, Taker};
 
 /// After how many leases all that a former process had is this one's, or others'.
 const TAKEN_OVER: u32 = 2;
-/// How long a member must have kept its own lease before it takes an ended one of another's. After a
-/// restart of the server all leases may be over and all members well: each has renewed by then.
+/// How long a member must have kept its own lease before it takes an ended one of another's. After
+/// a restart of the server all leases may be over and all members well: each has renewed by then.
 const GRACE: Duration = Duration::from_secs(3);
 
 impl Member {
@@ -92,9 +92,9 @@ impl Member {
                 _ => self.lose(&holding, ErrorKind::LeaseLost).await,
             }
         }
-        // Taken, or not released, in a statement whose answer was lost, or rolled back to an earlier
-        // acquisition of this member: nobody else would take them for
-        // as long as this member lives.
+        // Taken, or not released, in a statement whose answer was lost, or rolled back to an
+        // earlier acquisition of this member: nobody else would take them for as long as this
+        // member lives.
         let strays: Vec<_> =
             owned.into_iter().map(|(partition, fence)| (partition, fence.owner)).collect();
         self.release_owned(&strays).await
@@ -218,8 +218,8 @@ impl Member {
         });
     }
 
-    /// The server lacks what a reader has read: what was not committed is void, and the partition is
-    /// taken again, under a new epoch, from the committed cursor.
+    /// The server lacks what a reader has read: what was not committed is void, and the partition
+    /// is taken again, under a new epoch, from the committed cursor.
     pub(super) async fn lose_tail(&mut self, partition: PartitionId, owner: Uuid) {
         let held = self.holdings.get(&partition).filter(|holding| holding.fence.owner == owner);
         let Some(holding) = held.cloned() else { return };

@@ -1,5 +1,5 @@
-//! Partitions that the control database has given to a topic, and that their node does not have: it was restored,
-//! or promoted without its end.
+//! Partitions that the control database has given to a topic, and that their node does not have: it
+//! was restored, or promoted without its end.
 
 use std::time::Duration;
 
@@ -15,10 +15,11 @@ use crate::trouble::Trouble;
 /// How often it is looked whether a node has them, while nothing of it can be taken.
 const LOOK_EVERY: Duration = Duration::from_secs(5);
 
-/// What is known of them on one node.
+/// The partitions that one node has lost, as far as is known.
 pub(super) struct Lost {
     looked: Option<Instant>,
-    /// They were not there in the last look: in between the topic would have ended, had it been deleted.
+    /// They were not there in the last look: in between the topic would have ended, had it been
+    /// deleted.
     seen: bool,
     trouble: Trouble,
 }
@@ -37,7 +38,7 @@ impl Lost {
         true
     }
 
-    /// Whether that is to be said of what was found.
+    /// Whether the finding is to be logged.
     fn is_news(&mut self, lost: &[PartitionId], now: Instant) -> bool {
         let again = std::mem::replace(&mut self.seen, !lost.is_empty());
         if lost.is_empty() {

@@ -60,8 +60,8 @@ pub(crate) enum Command {
 
 /// How long a statement of a member may take.
 pub(super) const STATEMENT: Duration = Duration::from_secs(5);
-/// How often a member that lacks something tries for it, at first and after a while. A hint tells when
-/// something was given back.
+/// How often a member that lacks something tries for it, at first and after a while. A hint tells
+/// when something was given back.
 const ACQUIRE_AGAIN: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(1));
 /// How soon after it tried it tries again where a hint came.
 const AFTER_HINT: Duration = Duration::from_millis(50);
@@ -107,8 +107,8 @@ pub(super) struct Member {
     stop: Option<(Instant, oneshot::Sender<Result<()>>)>,
 }
 
-/// Works until it is told to stop. A member that panics is told, and a new one takes its place: what it held
-/// is given up, and taken anew from the committed cursors.
+/// Works until it is told to stop. A member that panics is told, and a new one takes its place:
+/// what it held is given up, and taken anew from the committed cursors.
 pub(crate) async fn keep(
     shared: Arc<Shared>,
     node: NodeId,
@@ -184,8 +184,8 @@ async fn run(
 }
 
 impl Member {
-    /// Until something is wanted here. Where the node did not answer, it is asked now and then: others
-    /// take its partitions as long as this one does not reach it.
+    /// Until something is wanted here. Where the node did not answer, it is asked now and then:
+    /// others take its partitions as long as this one does not reach it.
     async fn sleep(&mut self, commands: &mut mpsc::UnboundedReceiver<Command>) {
         let cluster_ends = self.shared.cluster.inner.shutdown.clone();
         let mut probe_at = Instant::now();
@@ -415,7 +415,8 @@ impl Member {
         }
     }
 
-    /// Commits and releases all that is left, and ends the lease. With it ends what was not committed.
+    /// Commits and releases all that is left, and ends the lease. With it ends what was not
+    /// committed.
     async fn leave(&mut self) -> Result<()> {
         let holdings: Vec<Arc<Holding>> = self.holdings.values().cloned().collect();
         for holding in &holdings {

@@ -1,5 +1,6 @@
-//! How often a member answers news of its group at once: often when there is little, and seldom when there is
-//! much, so that two members who disagree, or a thousand who join, do not keep the control database busy.
+//! How often a member answers news of its group at once: often when there is little, and seldom
+//! when there is much, so that neither two members that disagree nor a thousand that join keep the
+//! control database busy.
 
 use std::time::Duration;
 

@@ -11,10 +11,11 @@
 //!
 //! Everybody computes the same from what is recorded, so it does not matter who is first.
 //!
-//! A member is left out that was [silent](Silence) for two thirds of its lease, so that another one is ready on
-//! its nodes when the lease ends. Whoever was out of touch itself knows nothing of the silence of others.
-//! Sooner, where the process has died: its listening session is missing in two looks, and no heartbeat
-//! came in between. Who was left out and lives is back with its next heartbeat.
+//! A member is left out that was [silent](Silence) for two thirds of its lease, so that another one
+//! is ready on its nodes when the lease ends. Whoever was out of touch itself knows nothing of the
+//! silence of others. Sooner, where the process has died: its listening session is missing in two
+//! looks, and no heartbeat came in between. Who was left out and lives is back with its next
+//! heartbeat.
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
@@ -41,21 +42,21 @@ use crate::store::membership::{self, Assignment, Heard, Seen, Sign, Standing};
 
 /// How long a statement may take: a database that hangs must hold nobody up.
 const STATEMENT: Duration = Duration::from_secs(2);
-/// After how many leases without a word from the control database partitions that are free are taken
-/// whoever's they should be.
+/// After how many leases without a word from the control database partitions that are free are
+/// taken whoever's they should be.
 const PATIENCE: u32 = 2;
 /// Between the two looks at a session that is missing: its process hears at once if it was cut off.
 const SECOND_LOOK: Duration = Duration::from_secs(1);
-/// How long a member must have been in touch before it knows that another one is silent. After a restart
-/// of the database everybody seems silent: each has sent a heartbeat by then.
+/// How long a member must have been in touch before it knows that another one is silent. After a
+/// restart of the database everybody seems silent: each has sent a heartbeat by then.
 const GRACE: Duration = Duration::from_secs(3);
-/// How soon a heartbeat that failed is tried again, give or take a half: that of others failed in the same
-/// instant.
+/// How soon a heartbeat that failed is tried again, give or take a half: that of others failed in
+/// the same instant.
 const AGAIN: Duration = Duration::from_millis(500);
 /// How often to try to agree: each failure means that somebody else was first, and may know more.
 const ATTEMPTS: u32 = 5;
-/// How often a member looks for members and groups that are gone for good, give or take a fifth: one of all
-/// members does it.
+/// How often a member looks for members and groups that are gone for good, give or take a fifth:
+/// one of all members does it.
 const SWEEP_EVERY: Duration = Duration::from_mins(1);
 
 const CRC: Crc<u64> = Crc::<u64>::new(&CRC_64_XZ);
@@ -95,8 +96,8 @@ impl Roster {
         }
     }
 
-    /// Beats until the consumer stops. With the control database away, everybody keeps what they have,
-    /// and after a while also takes what nobody does.
+    /// Beats until the consumer stops. With the control database away, everybody keeps what they
+    /// have, and after a while also takes what nobody does.
     pub(crate) async fn run(mut self) {
         let shared = Arc::clone(&self.shared);
         let presence = shared.cluster.inner.nodes.presence();
@@ -198,8 +199,8 @@ impl Roster {
         Err(Error::new(ErrorKind::Conflict, what))
     }
 
-    /// The answer, none where the topic is gone, with the nodes that it told to be unreachable. Nothing where the
-    /// consumer has left meanwhile.
+    /// The answer, none where the topic is gone, with the nodes that it told to be unreachable.
+    /// Nothing where the consumer has left meanwhile.
     async fn send(&mut self) -> Result<Option<(Option<Heard>, Vec<i32>)>> {
         let shared = &self.shared;
         let _turn = shared.registering.lock().await;
@@ -258,8 +259,8 @@ impl Roster {
         Ok(())
     }
 
-    /// The control database has no such topic, or another one of its name. If the nodes say so too, the consumer
-    /// ends.
+    /// The control database has no such topic, or another one of its name. If the nodes say so too,
+    /// the consumer ends.
     fn topic_is_gone(&self) -> Error {
         let Shared { topology, cluster, .. } = &*self.shared;
         cluster.inner.topology.doubt(topology.id);
@@ -267,7 +268,8 @@ impl Roster {
         Error::new(ErrorKind::NotFound, what)
     }
 
-    /// Forgets what is gone for good, where that is due. What this fails at is left for the next time.
+    /// Forgets what is gone for good, where that is due. What this fails at is left for the next
+    /// time.
     async fn sweep(&mut self) {
         if Instant::now() < self.sweep_at || self.away {
             return;
@@ -293,8 +295,8 @@ impl Roster {
         since.elapsed() >= SECOND_LOOK
     }
 
-    /// Takes the assignment over that is of these members, or makes it. False where there is another one
-    /// by now than when these members were seen.
+    /// Takes the assignment over that is of these members, or makes it. False where there is
+    /// another one by now than when these members were seen.
     async fn agree(&mut self, peers: &[Peer], recorded: Option<(i64, String)>) -> Result<bool> {
         let basis = basis(peers, &self.shared.topology.partitions);
         if recorded == self.known && recorded.as_ref().is_some_and(|(_, known)| *known == basis) {
@@ -405,7 +407,8 @@ pub(crate) async fn leave(shared: &Shared) {
     }
 }
 
-/// The members among which partitions are divided. A node is avoided by one only if another may reach it.
+/// The members among which partitions are divided. A node is avoided by one only if another may
+/// reach it.
 fn peers(members: &[Seen]) -> Vec<Peer> {
     let listed = || members.iter().filter(|seen| seen.standing == Standing::Listed);
     let dark = |node: &i32| listed().all(|seen| seen.unreachable.contains(node));

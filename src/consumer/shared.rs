@@ -233,8 +233,8 @@ impl Shared {
         holding.in_order(self.options.order, failures, waker)
     }
 
-    /// What was in a task's hands that has failed is nobody's now: partitions of a node, or of all, are read
-    /// anew from their committed cursors.
+    /// What was in a task's hands that has failed is nobody's now: partitions of a node, or of all,
+    /// are read anew from their committed cursors.
     pub(super) fn read_anew(&self, node: Option<NodeId>) {
         let holdings: Vec<_> = self.holdings().values().cloned().collect();
         for holding in holdings {
@@ -296,8 +296,8 @@ impl Shared {
         self.flushes.fetch_add(1, Ordering::SeqCst) + 1
     }
 
-    /// What a flush must tell. The next one tells it again, where some of what was lost was acknowledged
-    /// after this one had begun.
+    /// What a flush must tell. The next one tells it again, where some of what was lost was
+    /// acknowledged after this one had begun.
     pub(super) fn take_uncommitted(&self, flush: u64) -> Result<()> {
         let mut uncommitted = lock(&self.uncommitted);
         let Some((why, last)) = &*uncommitted else { return Ok(()) };
@@ -315,7 +315,8 @@ impl Shared {
         }
     }
 
-    /// The number of the next renewal of a lease, or of its end: by it a node tells which was sent later.
+    /// The number of the next renewal of a lease, or of its end: by it a node tells which was sent
+    /// later.
     pub(super) fn turn(&self) -> i64 {
         self.turns.fetch_add(1, Ordering::AcqRel) + 1
     }

@@ -1,5 +1,5 @@
-//! Which members of a group are silent. The control database's clock may leap, and then all members seem silent
-//! to who looks first: so nobody is left out by that clock alone.
+//! Which members of a group are silent. The control database's clock may leap, and then all members
+//! seem silent to the first one that looks. So that clock alone leaves nobody out.
 //!
 //! ```text
 //!            a third of its lease by           a third by this process' clock,
@@ -10,7 +10,7 @@
 //!   └── two thirds by this process' clock, with the same heartbeat ─────────────┘
 //! ```
 //!
-//! Whoever lives sends a heartbeat every three tenths of a lease, and so within the second third.
+//! A live member sends a heartbeat every three tenths of a lease, and so within the second third.
 
 use std::collections::HashMap;
 use std::time::{Duration, SystemTime};
@@ -38,8 +38,9 @@ struct Watched {
 }
 
 impl Silence {
-    /// Takes in what a heartbeat has answered, and leaves out of it who was gone already when this process first
-    /// looked. After a break in that this process was out of touch, nothing is known of the silence of others.
+    /// Takes in what a heartbeat has answered, and leaves out of it who was gone already when this
+    /// process first looked. After a break in that this process was out of touch, nothing is known
+    /// of the silence of others.
     pub(super) fn look(&mut self, members: &mut Vec<Seen>, after_break: bool, now: Instant) {
         if after_break {
             for watched in self.watched.values_mut() {
@@ -78,7 +79,7 @@ impl Silence {
         })
     }
 
-    /// When to look again who of the suspects is silent.
+    /// When to look again which of the suspects are silent.
     pub(super) fn look_at(&self) -> Option<Instant> {
         let suspects = self.watched.values();
         suspects.filter_map(|w| Some(w.suspect_since? + w.lease / 3)).min()
@@ -113,7 +114,8 @@ mod tests {
         let (mut silence, begun) = (Silence::default(), Instant::now());
         for second in 0..30 {
             let now = begun + second * SECOND;
-            // A heartbeat every three seconds; between the 10th and the 12th second the clock has leapt by a day.
+            // A heartbeat every three seconds; between the 10th and the 12th second the clock has
+            // leapt by a day.
             let leapt = (10..12).contains(&second);
             let heartbeat = u64::from(second) / 3 * 3 + if second >= 12 { 86_400 } else { 0 };
             let mut members = seen(heartbeat, leapt, leapt);

@@ -92,8 +92,8 @@ async fn known_by_nodes(
     })
 }
 
-/// Where the group starts by the account of the nodes, if one that answers knows it: each goes on from
-/// where it says, and one that does not know starts no later than any other, by any clock.
+/// Where the group starts by the account of the nodes, if one that answers knows it: each goes on
+/// from where it says, and one that does not know starts no later than any other, by any clock.
 pub(crate) async fn on_nodes(
     cluster: &Cluster,
     topology: &Topology,
@@ -158,8 +158,8 @@ async fn tell(
 }
 
 impl GroupStart {
-    /// Records it in the control database, where it is not known: a group that is consumed may have been
-    /// removed there, by somebody who took its consumers for gone.
+    /// Records it in the control database, where it is not known: a group that is consumed may have
+    /// been removed there, by somebody who took its consumers for gone.
     pub(crate) async fn record(
         &self,
         cluster: &Cluster,

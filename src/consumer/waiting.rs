@@ -168,7 +168,8 @@ impl Member {
         Error::new(ErrorKind::Timeout, what)
     }
 
-    /// Commits all of these partitions, and releases those of which nothing is left to be committed.
+    /// Commits all of these partitions, and releases those of which nothing is left to be
+    /// committed.
     async fn hand_over(
         &mut self,
         holdings: &[Arc<Holding>],

@@ -23,8 +23,9 @@ impl Server {
         Ok(())
     }
 
-    /// Suspends all processes of the server with SIGSTOP, up to [`resume`](Self::resume): to its clients
-    /// it hangs. On other systems than Linux only the main process, which takes no new connections then.
+    /// Suspends all processes of the server with SIGSTOP, up to [`resume`](Self::resume): to its
+    /// clients it hangs. On other systems than Linux only the main process, which takes no new
+    /// connections then.
     ///
     /// [`ErrorKind::Unavailable`] if it is down. If dropped, the server may be suspended or not.
     pub async fn suspend(&self) -> Result<()> {
@@ -43,9 +44,9 @@ impl Server {
         self.signal("CONT", &[pid]).await
     }
 
-    /// Locks the table of a day of one of a node's partitions against everybody for so long: the one
-    /// that takes appends, of the partition of this number (counted from 0, and round again). Does nothing
-    /// where there is no partition.
+    /// Locks the table of a day of one of a node's partitions against everybody for so long: the
+    /// one that takes appends, of the partition of this number (counted from 0, and round again).
+    /// Does nothing where there is no partition.
     ///
     /// The error is that of the statement that failed. If dropped, the lock ends.
     pub async fn lock_day_table(
@@ -66,7 +67,8 @@ impl Server {
         Ok(Some(day.partition))
     }
 
-    /// Moves all open partitions of a node to the next day, as the first append after midnight does.
+    /// Moves all open partitions of a node to the next day, as the first append after midnight
+    /// does.
     ///
     /// The error is that of the statement that failed. If dropped, it was done or not.
     pub async fn roll_days(&self, database: &str) -> Result<()> {
@@ -76,8 +78,8 @@ impl Server {
         faults::roll(&client, &days).await.map_err(failed(doing))
     }
 
-    /// Makes the clock of a node's schema show so many seconds more than the true time, or less; 0 puts it
-    /// right. The clocks of the machine and of Postgres are left alone.
+    /// Makes the clock of a node's schema show so many seconds more than the true time, or less; 0
+    /// puts it right. The clocks of the machine and of Postgres are left alone.
     ///
     /// The error is that of the statement that failed. If dropped, it was done or not.
     pub async fn move_clock(&self, database: &str, ahead_secs: i64) -> Result<()> {

@@ -1,8 +1,8 @@
 //! The password of the superuser of a server, without which nobody gets in over TCP.
 //!
-//! It is random, so that a single iteration of SCRAM is as good as thousands, and connecting costs no
-//! time. Clients, and older servers, can't be asked for one iteration; but every server takes a password
-//! that was hashed before. The server's own `sha256` does the hashing here.
+//! It is random, so that a single iteration of SCRAM is as good as thousands, and connecting costs
+//! no time. Clients, and older servers, can't be asked for one iteration; but every server takes a
+//! password that was hashed before. The server's own `sha256` does the hashing here.
 
 use std::fmt;
 use std::path::Path;

@@ -1,8 +1,9 @@
 //! How migrations wait for locks: briefly, and again.
 //!
-//! Whoever waits for an exclusive lock makes everybody wait that comes after it, appends too, though it has
-//! nothing itself while a dump or an open transaction holds the table. So each wait is short, and between two
-//! tries all others have their turn. The transaction of a try that failed is rolled back.
+//! A session that waits for an exclusive lock makes all later ones wait, appends too,
+//! though it has nothing itself while a dump or an open transaction holds the table. So each wait
+//! is short, and between two tries all others have their turn. The transaction of a try that failed
+//! is rolled back.
 
 use std::error::Error as StdError;
 use std::time::Duration;

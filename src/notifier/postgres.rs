@@ -5,8 +5,8 @@
 //!            (later hints join it)      (a transaction of its own)
 //! ```
 //!
-//! Never inside the appending transaction: a commit that notifies takes one lock for the whole server,
-//! over its flush and the wait for a standby. Alone, it waits for neither.
+//! Never inside the appending transaction: a commit that notifies takes one lock for the whole
+//! server, over its flush and the wait for a standby. Alone, it waits for neither.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::{Arc, Mutex};
@@ -131,8 +131,9 @@ impl Notifier for PostgresNotifier {
     }
 }
 
-/// Sends what is pending, one NOTIFY at a time; what comes meanwhile goes with the next. At a shutdown it
-/// sends the rest, if the node answers soon: a process often ends right after its last message.
+/// Sends what is pending, one NOTIFY at a time; what comes meanwhile goes with the next. At a
+/// shutdown it sends the rest, if the node answers soon: a process often ends right after its last
+/// message.
 async fn send(
     nodes: Arc<Nodes>,
     wire: Arc<Wire>,
@@ -174,7 +175,8 @@ async fn send(
     }
 }
 
-/// One notification of what is pending, and whether it was sent; if not, it is pending again. None where nothing was.
+/// One notification of what is pending, and whether it was sent; if not, it is pending again. None
+/// where nothing was.
 async fn send_pending(nodes: &Nodes, wire: &Wire, trouble: &mut Trouble) -> Option<bool> {
     let partitions = wire.pending.take(MAX_PARTITIONS);
     if partitions.is_empty() {

@@ -10,14 +10,14 @@ use crate::producer::health::NodeState;
 use crate::producer::shared::Shared;
 
 /// Chooses the partitions of messages, in place of the default: by the slot of the key
-/// ([`key_slot`](crate::key_slot)), or else of the dedup key, and without any from partition to partition,
-/// by batch.
+/// ([`key_slot`](crate::key_slot)), or else of the dedup key, and without any from partition to
+/// partition, by batch.
 ///
-/// Implementations MUST return at once, and MUST NOT block: they are called by whoever sends, for each
-/// message. They may be called by many at once.
+/// Implementations MUST return at once, and MUST NOT block: they are called by whoever sends, for
+/// each message. They may be called by many at once.
 ///
-/// The order of messages of one key is kept only if all of them are given the same partition, and a dedup
-/// key is known only in the partition that its first message was given.
+/// The order of messages of one key is kept only if all of them are given the same partition, and a
+/// dedup key is known only in the partition that its first message was given.
 ///
 /// ```
 /// use shardmq::{Balancer, Outgoing, PartitionId};
@@ -38,11 +38,11 @@ use crate::producer::shared::Shared;
 pub trait Balancer: Send + Sync + 'static {
     /// The partition of a message; `None` for the one that it has by default.
     ///
-    /// `open` are the partitions that take messages now, in rising order: neither full nor sealed, and
-    /// of nodes that are not down. It may be empty, and MUST NOT be relied on to be complete a moment
-    /// later. Another partition of the topic may be returned too: a message with a key or dedup key waits for
-    /// it as [configured](crate::KeyFailover), one without goes to another node where its own fails. A
-    /// partition that is not of this topic is an error of the send.
+    /// `open` are the partitions that take messages now, in rising order: neither full nor sealed,
+    /// and of nodes that are not down. It may be empty, and MUST NOT be relied on to be complete a
+    /// moment later. Another partition of the topic may be returned too: a message with a key or
+    /// dedup key waits for it as [configured](crate::KeyFailover), one without goes to another node
+    /// where its own fails. A partition that is not of this topic is an error of the send.
     fn choose(&self, message: &Outgoing<'_>, open: &[PartitionId]) -> Option<PartitionId>;
 }
 

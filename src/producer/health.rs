@@ -9,9 +9,9 @@
 //!   └──────────── refused, unreachable or silent ────────────────┘ <──┘
 //! ```
 //!
-//! Messages without a key go to nodes that are up. A node whose probe was answered takes messages again;
-//! only an append that works sets the interval of probes back to the shortest, so that a server that
-//! answers and can't write (its disk is full, say) is tried less and less often.
+//! Messages without a key go to nodes that are up. A node whose probe was answered takes messages
+//! again; only an append that works sets the interval of probes back to the shortest, so that a
+//! server that answers and can't write (its disk is full, say) is tried less and less often.
 
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};

@@ -1,5 +1,6 @@
-//! The topic that a producer writes to may be deleted, and another one of its name be made: the producer goes on
-//! with that. What was sent to the one before is answered by its own lanes, which end then.
+//! The topic that a producer writes to may be deleted, and another one of its name be made: the
+//! producer goes on with that. What was sent to the one before is answered by its own lanes, which
+//! end then.
 
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError, RwLock, Weak};
@@ -12,7 +13,8 @@ use crate::producer::desertion::spawn;
 use crate::producer::{Shared, failover, writer};
 use crate::topology::Topology;
 
-/// A producer's lanes, and those of topics of its name that were before, while something is left in them.
+/// A producer's lanes, and those of topics of its name that were before, while something is left in
+/// them.
 pub(super) struct Lines {
     pub(super) topic: TopicName,
     lines: RwLock<(Arc<Shared>, Vec<Arc<Shared>>)>,

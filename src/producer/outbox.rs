@@ -1,5 +1,5 @@
-//! Messages that are published in a transaction of the caller's, and messages for later. Neither goes to a
-//! partition at once: a [relay](crate::relay) takes them there.
+//! Messages that are published in a transaction of the caller's, and messages for later. Neither
+//! goes to a partition at once: a [relay](crate::relay) takes them there.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -30,17 +30,17 @@ pub const MAX_DELAYED: usize = 1_000;
 const MAX_DELAYED_BYTES: usize = 64 << 20;
 /// Between attempts.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
-/// For how long a call is repeated at most, whatever the send timeout is. Its node knows it for three hours; a
-/// repeat after that would store it twice.
+/// For how long a call is repeated at most, whatever the send timeout is. Its node knows it for
+/// three hours; a repeat after that would store it twice.
 const REPEATED: Duration = Duration::from_hours(2);
 /// How long taking a message back may take.
 const CANCEL: Duration = Duration::from_secs(5);
 
 impl Producer {
-    /// Publishes a message in a transaction of the caller's, on a node or on any database with an outbox
-    /// (`shardmq migrate --outbox URL`): it is sent if and only if the transaction commits, exactly once,
-    /// usually within milliseconds. One statement. Returns the number of the message in that database, by
-    /// which `shardmq.cancel` takes it back for as long as it is there.
+    /// Publishes a message in a transaction of the caller's, on a node or on any database with an
+    /// outbox (`shardmq migrate --outbox URL`): it is sent if and only if the transaction commits,
+    /// exactly once, usually within milliseconds. One statement. Returns the number of the message
+    /// in that database, by which `shardmq.cancel` takes it back for as long as it is there.
     ///
     /// ```no_run
     /// # async fn example(
@@ -56,17 +56,18 @@ impl Producer {
     /// # }
     /// ```
     ///
-    /// Messages of a key are stored in the order of publishing where one transaction had committed before
-    /// the other published. A transaction that stays open delays its own messages and nobody else's. Where
-    /// the topic does not exist, the message is set aside in `shardmq.outbox_dead`.
+    /// Messages of a key are stored in the order of publishing where one transaction had committed
+    /// before the other published. A transaction that stays open delays its own messages and nobody
+    /// else's. Where the topic does not exist, the message is set aside in `shardmq.outbox_dead`.
     ///
-    /// A process that produces or consumes, with [upkeep](crate::ClusterBuilder::upkeep), must be running
-    /// somewhere; not necessarily this one. Where this future is dropped the statement may have been sent.
+    /// A process that produces or consumes, with [upkeep](crate::ClusterBuilder::upkeep), must be
+    /// running somewhere; not necessarily this one. Where this future is dropped the statement may
+    /// have been sent.
     ///
     /// # Errors
     /// [`ErrorKind::Invalid`] where the message is outside of a limit; nothing was sent then.
-    /// [`ErrorKind::Incompatible`] where the database has no outbox, else those of the database: end the
-    /// transaction with a rollback.
+    /// [`ErrorKind::Incompatible`] where the database has no outbox, else those of the database:
+    /// end the transaction with a rollback.
     pub async fn send_in<C>(&self, transaction: &C, message: Message) -> Result<i64>
     where
         C: GenericClient + Sync,
@@ -74,13 +75,13 @@ impl Producer {
         self.publish_in(transaction, message, None).await
     }
 
-    /// Publishes a message in a transaction of the caller's, for a time: if the transaction commits, it is
-    /// stored when that has come, by the clock of the transaction's database; at once where it has passed.
-    /// Like [`send_in`](Self::send_in) in all else.
+    /// Publishes a message in a transaction of the caller's, for a time: if the transaction
+    /// commits, it is stored when that has come, by the clock of the transaction's database; at
+    /// once where it has passed. Like [`send_in`](Self::send_in) in all else.
     ///
     /// # Errors
-    /// Those of [`send_in`](Self::send_in); [`ErrorKind::Invalid`] also where the time is not between the
-    /// years 2000 and 2099.
+    /// Those of [`send_in`](Self::send_in); [`ErrorKind::Invalid`] also where the time is not
+    /// between the years 2000 and 2099.
     pub async fn deliver_at_in<C>(
         &self,
         transaction: &C,
@@ -110,16 +111,17 @@ impl Producer {
         published.map_err(|error| explained(error, "publish a message in a transaction"))
     }
 
-    /// Sends a message at a time, which may be years from now: until then it waits on a node, for a message
-    /// with a key on that of its key. Usually it is stored within 50 ms of that time, by the node's clock; at
-    /// once where it has passed. The answer comes when it is on disk there.
+    /// Sends a message at a time, which may be years from now: until then it waits on a node, for a
+    /// message with a key on that of its key. Usually it is stored within 50 ms of that time, by
+    /// the node's clock; at once where it has passed. The answer comes when it is on disk there.
     ///
     /// Not cancel safe: where the future is dropped the message may be stored, or not.
     ///
     /// # Errors
-    /// [`ErrorKind::Invalid`] where the message is outside of a limit, or the time not between the years
-    /// 2000 and 2099; [`ErrorKind::Timeout`] where it was certainly not stored within the
-    /// [send timeout](crate::ProducerBuilder::send_timeout); [`ErrorKind::Unknown`] where it may have been.
+    /// [`ErrorKind::Invalid`] where the message is outside of a limit, or the time not between the
+    /// years 2000 and 2099; [`ErrorKind::Timeout`] where it was certainly not stored within the
+    /// [send timeout](crate::ProducerBuilder::send_timeout); [`ErrorKind::Unknown`] where it may
+    /// have been.
     pub async fn deliver_at(&self, time: SystemTime, message: Message) -> Result<ScheduledId> {
         one(self.deliver_all_at(time, [message]).await)
     }
@@ -133,13 +135,13 @@ impl Producer {
         one(self.deliver_all_after(delay, [message]).await)
     }
 
-    /// Sends up to 1,000 messages at a time, with one statement for each node that they wait on. One result
-    /// for each, in the order given; those of a node are all stored, or none. Like
+    /// Sends up to 1,000 messages at a time, with one statement for each node that they wait on.
+    /// One result for each, in the order given; those of a node are all stored, or none. Like
     /// [`deliver_at`](Self::deliver_at) in all else.
     ///
     /// # Errors
-    /// [`ErrorKind::Invalid`] for each where they are more than 1,000, or have more than 64 MiB, in all;
-    /// nothing was sent then. Else those of [`deliver_at`](Self::deliver_at).
+    /// [`ErrorKind::Invalid`] for each where they are more than 1,000, or have more than 64 MiB, in
+    /// all; nothing was sent then. Else those of [`deliver_at`](Self::deliver_at).
     pub async fn deliver_all_at(
         &self,
         time: SystemTime,
@@ -149,7 +151,8 @@ impl Producer {
         self.deliver(valid, messages.into_iter().collect()).await
     }
 
-    /// Sends up to 1,000 messages after a while: like [`deliver_all_at`](Self::deliver_all_at) in all else.
+    /// Sends up to 1,000 messages after a while: like [`deliver_all_at`](Self::deliver_all_at) in
+    /// all else.
     ///
     /// # Errors
     /// Those of [`deliver_all_at`](Self::deliver_all_at).
@@ -206,12 +209,12 @@ impl Producer {
 }
 
 impl Cluster {
-    /// Takes a message back that waits for its time. False: it is on its way or was sent, was taken back
-    /// before, or there never was one of this id.
+    /// Takes a message back that waits for its time. False: it is on its way or was sent, was taken
+    /// back before, or there never was one of this id.
     ///
     /// # Errors
-    /// [`ErrorKind::Unknown`] where the node did not answer: it may have been taken back. It may be asked
-    /// again, and false means either then.
+    /// [`ErrorKind::Unknown`] where the node did not answer: it may have been taken back. It may be
+    /// asked again, and false means either then.
     pub async fn cancel(&self, id: ScheduledId) -> Result<bool> {
         let what = format!("take message {id} back");
         let connection = async { self.inner.nodes.node(id.node).await?.get().await };
@@ -307,7 +310,8 @@ async fn deliver_together(
             sleep(spread(backoff)).await;
             backoff = (backoff * 2).min(BACKOFF.1);
         }
-        // However long this process was stopped: the monotonic clock stands still in a suspended machine.
+        // However long this process was stopped: the monotonic clock stands still in a suspended
+        // machine.
         let is_old = began.elapsed().is_ok_and(|elapsed| elapsed >= REPEATED);
         if over || is_old || Instant::now() >= deadline + BACKOFF.1 {
             let seconds = limit.as_secs_f32();

@@ -1,5 +1,5 @@
-//! What the first attempt did not store: asked for, appended again, divided, sent elsewhere, or given
-//! up with an answer that is true.
+//! What the first attempt did not store: asked for, appended again, divided, sent elsewhere, or
+//! given up with an answer that is true.
 //!
 //! ```text
 //!            ┌─ appended or found ─> its first id
@@ -10,8 +10,9 @@
 //!            └─ no answer ─> wait, again; after the deadline fence: found, refused for ever or unknown
 //! ```
 //!
-//! Messages with dedup keys come here at once. Whatever became of an attempt, they are sent again: the node
-//! knows them by their keys. So nothing is asked for, and what had no answer until the deadline is unknown.
+//! Messages with dedup keys come here at once. Whatever became of an attempt, they are sent again:
+//! the node knows them by their keys. So nothing is asked for, and what had no answer until the
+//! deadline is unknown.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -32,9 +33,9 @@ use crate::producer::status::ProducerEvent;
 use crate::producer::writer::{find_days, roll};
 use crate::store::append::{self, Again, Append, Each, Failure, Rolled};
 
-/// How long a node that is down is asked for a batch that may go elsewhere, beyond the time for its bytes.
-/// With the append timeout, after which a node that hangs is down, that is 3 s: the batch is to be stored
-/// elsewhere within 4 s, also where its new node is busy.
+/// How long a node that is down is asked for a batch that may go elsewhere, beyond the time for its
+/// bytes. With the append timeout, after which a node that hangs is down, that is 3 s: the batch is
+/// to be stored elsewhere within 4 s, also where its new node is busy.
 const ASK: Duration = Duration::from_secs(1);
 const ASK_EVERY: Duration = Duration::from_millis(100);
 /// Between attempts.
@@ -151,7 +152,8 @@ async fn settle_part(shared: &Shared, lane: &Lane, batch: &mut Batch) -> Settled
     end(shared, lane, batch, Settled::Failed(error)).await
 }
 
-/// A partition that takes nothing more has some messages of dedup keys all the same: each is asked for.
+/// A partition that takes nothing more has some messages of dedup keys all the same: each is asked
+/// for.
 fn of_each(batch: &Batch, settled: Settled) -> Settled {
     match settled {
         Settled::Elsewhere(error) if batch.kind == Kind::Once => Settled::Divide(error),
@@ -159,17 +161,17 @@ fn of_each(batch: &Batch, settled: Settled) -> Settled {
     }
 }
 
-/// Whether an attempt that had no answer may be stored after a partition has said that it takes the batch
-/// no more: the attempt named a later day than the partition's, and what is full or overtaken today is
-/// neither on that day.
+/// Whether an attempt that had no answer may be stored after a partition has said that it takes the
+/// batch no more: the attempt named a later day than the partition's, and what is full or overtaken
+/// today is neither on that day.
 fn may_come_later(lane: &Lane, batch: &Batch, settled: &Settled) -> bool {
     let is_there = matches!(settled, Settled::At(_) | Settled::Each(_));
     let is_later = batch.named.is_some_and(|(_, latest)| lane.day().is_none_or(|day| latest > day));
     batch.unknown && is_later && !is_there
 }
 
-/// Waits before the next attempt: shorter where some node's state changes. Not at all where the batch
-/// has somewhere to go.
+/// Waits before the next attempt: shorter where some node's state changes. Not at all where the
+/// batch has somewhere to go.
 async fn wait(shared: &Shared, lane: &Lane, batch: &Batch, backoff: Duration) {
     let changed = shared.changed.notified();
     if leaves_for(shared, lane, batch).is_none() {
@@ -197,8 +199,8 @@ fn leaves_for<'a>(shared: &'a Shared, lane: &Lane, batch: &Batch) -> Option<&'a 
     (is_down && shared.is_free(batch)).then(|| shared.better_lane(lane)).flatten()
 }
 
-/// What becomes of a batch that does not wait for a node that is down. One that may have been stored is
-/// asked for, for a while; then it goes with a mark.
+/// What becomes of a batch that does not wait for a node that is down. One that may have been
+/// stored is asked for, for a while; then it goes with a mark.
 async fn leave(shared: &Shared, lane: &Lane, batch: &Batch) -> Option<Settled> {
     if lane.writer.health.state() == NodeState::Down && shared.is_impatient(batch) {
         let away = Settled::Failed(Shared::away(&lane.writer));
@@ -342,8 +344,8 @@ async fn roll_lane(shared: &Shared, lane: &Lane, what: &str) -> Result<(), Step>
     }
 }
 
-/// Ends a batch that no attempt is known to have stored. Where one may have, it is asked for once more;
-/// if it is not there, the answer sees to it that it never will be.
+/// Ends a batch that no attempt is known to have stored. Where one may have, it is asked for once
+/// more; if it is not there, the answer sees to it that it never will be.
 async fn end(shared: &Shared, lane: &Lane, batch: &Batch, verdict: Settled) -> Settled {
     if batch.unknown && batch.kind == Kind::Once {
         return open(verdict, batch);

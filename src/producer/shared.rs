@@ -1,4 +1,5 @@
-//! What a producer's clones and tasks share: its lanes, its buffer, and which lane a message goes to.
+//! What a producer's clones and tasks share: its lanes, its buffer, and which lane a message goes
+//! to.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -25,8 +26,8 @@ use crate::producer::{Options, WhenFull};
 use crate::store::append::Each;
 use crate::topology::{Topology, key_slot};
 
-/// How many open lanes are looked at for an idle one: where thousands are all busy, the search would cost
-/// more than it finds.
+/// How many open lanes are looked at for an idle one: where thousands are all busy, the search
+/// would cost more than it finds.
 const LOOK_AT: usize = 256;
 
 /// What a producer's clones and tasks share.
@@ -160,8 +161,8 @@ impl Shared {
         Err(Error::new(ErrorKind::Timeout, why))
     }
 
-    /// Puts a message that has room into the batch of its lane. Refused where its balancer chose what
-    /// there is not.
+    /// Puts a message that has room into the batch of its lane. Refused where its balancer chose
+    /// what there is not.
     pub(super) fn push(&self, message: &Message) -> Result<Receipt> {
         let own = self.options.balancer.as_ref().map_or(Ok(None), |own| own.choose(self, message));
         let own = own.inspect_err(|_| self.budget.add_permits(self.cost(message)))?;
@@ -212,8 +213,8 @@ impl Shared {
         lane
     }
 
-    /// A lane's batch has gone, or is full: messages without a key fill the next idle open lane, where
-    /// there is one.
+    /// A lane's batch has gone, or is full: messages without a key fill the next idle open lane,
+    /// where there is one.
     pub(crate) fn passed(&self, lane: &Lane) {
         if self.current.load(Ordering::Relaxed) != lane.index {
             return;
@@ -226,8 +227,8 @@ impl Shared {
         }
     }
 
-    /// The next lane that takes messages without a key, other than this one: of a node that is up, or
-    /// else of a slow one.
+    /// The next lane that takes messages without a key, other than this one: of a node that is up,
+    /// or else of a slow one.
     pub(crate) fn open_lane_after(&self, index: usize) -> Option<&Arc<Lane>> {
         let up = self.lanes_after(index).find(|lane| self.is_open(lane));
         up.or_else(|| self.lanes_after(index).find(|lane| self.takes(lane, NodeState::Slow)))

@@ -20,8 +20,8 @@ use crate::producer::settle::settle;
 use crate::store::append::{self, Append, Culprit, Failure, Inserted, MAX_PARTITIONS, Rolled};
 use crate::store::node::Connection;
 
-/// How often the runtime's other tasks have their turn, at most, before what is ready is taken. In a turn
-/// some 60 of them run, so that these are enough for a batch of 1,000 messages.
+/// How often the runtime's other tasks have their turn, at most, before what is ready is taken. In
+/// a turn some 60 of them run, so that these are enough for a batch of 1,000 messages.
 const FILL_TURNS: u32 = 32;
 
 /// What waits to be written to a node.
@@ -35,8 +35,8 @@ pub(crate) struct Writer {
     /// How many batches may be asked for at once after their first attempt: one less than there are
     /// connections, so that a partition that is locked for long does not hold up the others.
     patience: Semaphore,
-    /// The same for the first attempts of batches that go apart: they do not wait for those of partitions that
-    /// are locked.
+    /// The same for the first attempts of batches that go apart: they do not wait for those of
+    /// partitions that are locked.
     apart: Semaphore,
     pub(crate) health: Health,
 }
@@ -74,8 +74,8 @@ impl Writer {
         self.wake.notify_one();
     }
 
-    /// The lanes for the next transaction: an even part of what is ready, so that all connections have
-    /// something to do.
+    /// The lanes for the next transaction: an even part of what is ready, so that all connections
+    /// have something to do.
     fn next_lanes(&self) -> Vec<Arc<Lane>> {
         let mut ready = self.lock();
         let parts = self.slots.available_permits() + 1;
@@ -120,9 +120,9 @@ pub(crate) async fn run(shared: Arc<Shared>, writer: Arc<Writer>) {
     }
 }
 
-/// Lets the tasks run that are ready to, for as long as they send more into these lanes: an answered
-/// batch wakes a thousand senders at once, and the first of them would leave alone. No time is waited
-/// for: where nobody is about to send, this ends at once.
+/// Lets the tasks run that are ready to, for as long as they send more into these lanes: an
+/// answered batch wakes a thousand senders at once, and the first of them would leave alone. No
+/// time is waited for: where nobody is about to send, this ends at once.
 async fn fill(lanes: &[Arc<Lane>]) {
     let waiting = || lanes.iter().map(|lane| lane.waiting()).sum::<u32>();
     let mut before = waiting();
@@ -172,8 +172,8 @@ pub(crate) async fn roll(shared: &Shared, partition: PartitionId) -> Result<Roll
     append::roll(node.get().await?, partition, shared.now()).await
 }
 
-/// The first attempt of all departures, in one transaction. Where it failed, what became of each is to
-/// be found out: no insert counts as done.
+/// The first attempt of all departures, in one transaction. Where it failed, what became of each is
+/// to be found out: no insert counts as done.
 #[tracing::instrument(level = "debug", name = "append", skip_all, fields(batches = departures.len()))]
 async fn attempt(shared: &Shared, departures: &mut [Departure]) -> Vec<Inserted> {
     let Some(writer) = departures.first().map(|first| Arc::clone(&first.lane.writer)) else {
@@ -251,9 +251,9 @@ async fn append_all(
     Ok(append::append(connection, &batches, limit).await)
 }
 
-/// Asks for the days of partitions that this producer has not written to. This machine's date would not do
-/// in their place: an attempt that hangs must name no day that its partition comes to later, when the batch
-/// is stored on an earlier day, or was said not to be.
+/// Asks for the days of partitions that this producer has not written to. This machine's date would
+/// not do in their place: an attempt that hangs must name no day that its partition comes to later,
+/// when the batch is stored on an earlier day, or was said not to be.
 pub(super) async fn find_days(
     connection: Connection,
     lanes: &[&Lane],

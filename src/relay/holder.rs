@@ -65,7 +65,8 @@ struct Holder {
     pause: Duration,
 }
 
-/// Relays until the lease is another's, or something fails. Dropped, it leaves everything to the next.
+/// Relays until the lease is another's, or something fails. Dropped, it leaves everything to the
+/// next.
 pub(super) async fn hold(outlet: &Arc<Outlet>) -> Result<()> {
     let woken = Arc::new(Notify::new());
     let mut beside = JoinSet::new();
@@ -145,8 +146,8 @@ impl Holder {
         Ok(true)
     }
 
-    /// Looks. Returns what is to be taken, in order, and whether to look again at once; none where the
-    /// lease is another's.
+    /// Looks. Returns what is to be taken, in order, and whether to look again at once; none where
+    /// the lease is another's.
     async fn look(&mut self, arms: bool) -> Result<Option<(Vec<Waiting>, bool)>> {
         let scope = self.seen.scope();
         let now = Instant::now();
@@ -286,8 +287,8 @@ impl Holder {
         Ok(())
     }
 
-    /// Sends what lanes have ready, and reads more of the table where they have none in memory: a large
-    /// message takes its time on a slow line, and holds up no other partition's.
+    /// Sends what lanes have ready, and reads more of the table where they have none in memory: a
+    /// large message takes its time on a slow line, and holds up no other partition's.
     fn send_on(&mut self) {
         while let Some(next) = self.lanes.next(Instant::now()) {
             match next {
@@ -419,7 +420,8 @@ impl Holder {
             self.forget().await?;
         }
         if !self.seen.is_settled() {
-            // What was drawn may be committed any moment, by somebody who saw that the relay was awake.
+            // What was drawn may be committed any moment, by somebody who saw that the relay was
+            // awake.
             self.pause = (self.pause * 2).clamp(BACKOFF.0, BACKOFF.1);
             return self.wait_for_news(Some(now + self.pause)).await;
         }
@@ -462,8 +464,8 @@ impl Holder {
         Ok(())
     }
 
-    /// Whoever does not answer for so long as a lease, and as so many bytes take on a slow line, is given up:
-    /// all begins anew.
+    /// A database that does not answer within two leases, and the time of so many bytes on a slow
+    /// line, is given up: all begins anew.
     async fn in_time<T>(&self, bytes: usize, doing: impl Future<Output = Result<T>>) -> Result<T> {
         in_time(time_for(bytes), &format!("relay from {}", self.outlet.name), doing).await
     }

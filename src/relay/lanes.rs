@@ -1,7 +1,8 @@
-//! What was frozen and waits for its partition: in order for each, different ones side by side. Pure.
+//! What was frozen and waits for its partition: in order for each, different ones side by side.
+//! Pure.
 //!
-//! What a lane has in memory is bounded; the rest stays in the table and is read when it is its turn. A node
-//! that can't be reached makes its own lanes wait, and is tried by one of them.
+//! What a lane has in memory is bounded; the rest stays in the table and is read when it is its
+//! turn. A node that can't be reached makes its own lanes wait, and is tried by one of them.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::time::Duration;
@@ -37,8 +38,8 @@ struct Lane {
 }
 
 impl Lane {
-    /// What begins with this batch is read of the table when it is its turn. Returns the bytes that were in
-    /// memory.
+    /// What begins with this batch is read of the table when it is its turn. Returns the bytes that
+    /// were in memory.
     fn leave_in_table(&mut self, id: i64) -> usize {
         (self.more, self.last) = (true, id - 1);
         self.queue.drain(..).map(|frozen| frozen.size()).sum()
@@ -65,7 +66,8 @@ pub(super) struct Lanes {
     bytes: usize,
     /// How many batches may be under way to a node.
     by_node: usize,
-    /// Whether some lane is reading: one at a time, since the relay's own looks need a connection too.
+    /// Whether some lane is reading: one at a time, since the relay's own looks need a connection
+    /// too.
     loading: bool,
 }
 
@@ -159,7 +161,8 @@ impl Lanes {
         was_in_trouble
     }
 
-    /// A batch is not there any more, or is another relay's matter: what the table has is read anew.
+    /// A batch is not there any more, or is another relay's matter: what the table has is read
+    /// anew.
     pub(super) fn gone(&mut self, frozen: &Frozen) {
         let partition = frozen.partition;
         self.done(partition, frozen.size(), false);
@@ -167,7 +170,8 @@ impl Lanes {
         self.bytes = self.bytes.saturating_sub(lane.leave_in_table(frozen.id));
     }
 
-    /// A batch is to be tried again: after a pause for its lane, or for its node. True: that is to be told.
+    /// A batch is to be tried again: after a pause for its lane, or for its node. True: that is to
+    /// be told.
     pub(super) fn failed(
         &mut self,
         frozen: Frozen,

@@ -1,5 +1,6 @@
-//! Hears when something was published while the relay sleeps: on a connection of its own, outside of any
-//! pool. Where a pooler stands before the database, or the connection fails, the relay looks by itself.
+//! Hears when something was published while the relay sleeps: on a connection of its own, outside
+//! of any pool. Where a pooler stands before the database, or the connection fails, the relay looks
+//! by itself.
 
 use std::sync::Arc;
 use std::time::Duration;

@@ -1,5 +1,6 @@
-//! Where messages of an outbox go, as `send` would have it: pure. A topic that is not known has to be asked
-//! for (see [`unknown`]), and what can't go now waits in the outbox; neither holds up anything else.
+//! Where messages of an outbox go, as `send` would have it: pure. A topic that is not known has to
+//! be asked for (see [`unknown`]), and what can't go now waits in the outbox; neither holds up
+//! anything else.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::time::{Duration, SystemTime};
@@ -53,7 +54,8 @@ pub(super) struct Routes {
     waiting: HashMap<For, Waits>,
     retries: HashMap<For, Instant>,
     closed: HashMap<PartitionId, Closed>,
-    /// Partitions whose refused batches are being put back: their topics wait, for the sake of order.
+    /// Partitions whose refused batches are being put back: their topics wait, for the sake of
+    /// order.
     unsettled: HashMap<String, HashSet<PartitionId>>,
     days: HashMap<PartitionId, Day>,
     /// Where the next batch without keys goes.
@@ -80,7 +82,8 @@ pub(super) struct Routed {
 #[derive(Debug)]
 struct Waits {
     range: Range,
-    /// The first of all, which is looked at alone: if it does not have to wait again, neither have they.
+    /// The first of all, which is looked at alone: if it does not have to wait again, neither have
+    /// they.
     probe: Option<i64>,
 }
 
@@ -152,8 +155,8 @@ impl Routes {
         self.closed.insert(partition, Closed::Full(day));
     }
 
-    /// A partition has refused a batch for good, which is in the outbox again: until nothing else waits
-    /// for the partition, the topic waits, and then what is known of it is found out anew.
+    /// A partition has refused a batch for good, which is in the outbox again: until nothing else
+    /// waits for the partition, the topic waits, and then what is known of it is found out anew.
     pub(super) fn has_refused(&mut self, topic: &TopicName, partition: PartitionId, now: Instant) {
         self.closed.insert(partition, Closed::Until(now + CLOSED));
         self.unsettled.entry(topic.to_string()).or_default().insert(partition);
@@ -178,8 +181,8 @@ impl Routes {
         }
     }
 
-    /// A key may belong to another partition by now: what waits for one is looked at again together with
-    /// what comes after it.
+    /// A key may belong to another partition by now: what waits for one is looked at again together
+    /// with what comes after it.
     fn release_partitions(&mut self) {
         let of_partitions = |what: &For| matches!(what, For::Partition(_));
         self.retries.retain(|what, _| !of_partitions(what));
@@ -200,9 +203,9 @@ impl Routes {
         self.wait(For::Locked, id, now);
     }
 
-    /// What waits for something which may be there now, to be looked at again: all of it where that has
-    /// happened, the first where only time has passed, and not while there is something to look at anyhow
-    /// (`is_looking`). So what waits in large numbers is not read again and again.
+    /// What waits for something which may be there now, to be looked at again: all of it where that
+    /// has happened, the first where only time has passed, and not while there is something to look
+    /// at anyhow (`is_looking`). So what waits in large numbers is not read again and again.
     pub(super) fn released(&mut self, now: Instant, is_looking: bool) -> Vec<Range> {
         let is_due = |what: &For| {
             self.is_released(what, now) && !(is_looking && self.is_tried_by_time(what))
@@ -226,7 +229,8 @@ impl Routes {
         self.waiting.remove(what).map(|waits| waits.range)
     }
 
-    /// Whether nothing is known to have happened; or the first is under way, and is to be heard of before.
+    /// Whether nothing is known to have happened; or the first is under way, and is to be heard of
+    /// before.
     fn is_tried_by_time(&self, what: &For) -> bool {
         self.retries.contains_key(what)
             || self.waiting.get(what).is_some_and(|waits| waits.probe.is_some())
@@ -250,7 +254,8 @@ impl Routes {
         self.waiting.keys().filter_map(at).chain(self.unknown.retry_at()).min()
     }
 
-    /// Sorts messages into batches, in their order: those that were published, then those that are due.
+    /// Sorts messages into batches, in their order: those that were published, then those that are
+    /// due.
     pub(super) fn route(
         &mut self,
         messages: &[Waiting],
@@ -334,8 +339,8 @@ impl Routes {
         }
     }
 
-    /// Whether a message with a key has to wait for a partition: also while earlier ones do, for the sake of
-    /// order.
+    /// Whether a message with a key has to wait for a partition: also while earlier ones do, for
+    /// the sake of order.
     fn keyed_wait_for(&self, partition: PartitionId, message: &Waiting) -> bool {
         let waits = || self.waiting.get(&For::Partition(partition));
         let is_first = |waits: &Waits| message.due_at.is_none() && message.id < waits.range.0;

@@ -6,10 +6,11 @@
 //!
 //! All statements are queued in one synchronous step, in this order, on one connection. A batch is
 //! appended only if its insert returned a `base_id` *and* every statement, the commit included, was
-//! answered without an error: the commit after a failed statement is answered ROLLBACK, without one.
+//! answered without an error: the commit after a failed statement is answered ROLLBACK, without
+//! one.
 //!
-//! Where no statement can be kept prepared, [`function`] takes the place of the pipeline. Messages with
-//! dedup keys go by [`once`].
+//! Where no statement can be kept prepared, [`function`] takes the place of the pipeline. Messages
+//! with dedup keys go by [`once`].
 
 use std::time::Duration;
 
@@ -84,7 +85,8 @@ pub(crate) enum Failure {
     /// The server refused the data itself. Nothing was stored.
     #[error("the server refused the data")]
     Data(#[source] Failed),
-    /// A lock was not to be had in time: a partition's, or that of its day table. Nothing was stored.
+    /// A lock was not to be had in time: a partition's, or that of its day table. Nothing was
+    /// stored.
     #[error("a lock of the partition was not to be had")]
     Locked(#[source] Failed, Culprit),
     /// The server refused, for another reason. Nothing was stored.
@@ -176,9 +178,9 @@ pub(crate) enum Inserted {
     No,
 }
 
-/// Appends batches of different partitions of one node in one transaction, waiting for the lock of the
-/// first only. The outer result tells whether the transaction was committed. The deadline is that of a
-/// transaction without bytes: it grows with what is sent.
+/// Appends batches of different partitions of one node in one transaction, waiting for the lock of
+/// the first only. The outer result tells whether the transaction was committed. The deadline is
+/// that of a transaction without bytes: it grows with what is sent.
 ///
 /// Dropping the future closes the connection: the batches' fate is unknown then.
 pub(crate) async fn append(
@@ -220,7 +222,8 @@ async fn prepared(
     let prepare = async {
         let mut statements = Vec::with_capacity(texts.len());
         for (nth, text) in texts.iter().enumerate() {
-            // The first is that of the locks. To prepare an insert waits for a lock of its day table.
+            // The first is that of the locks. To prepare an insert waits for a lock of its day
+            // table.
             let kept = guard.connection().prepare(text).await;
             statements
                 .push(kept.map_err(|error| Failure::before(error).at(nth.saturating_sub(1)))?);
@@ -317,8 +320,8 @@ fn bytes_of(batches: &[Append<'_>]) -> i32 {
     batches.iter().fold(0, |sum: i32, batch| sum.saturating_add(batch.arrays.bytes))
 }
 
-/// Whether a batch is so large that no lock may be held while it is on its way: a slow line takes longer
-/// for it than the server waits for the rest of a transaction.
+/// Whether a batch is so large that no lock may be held while it is on its way: a slow line takes
+/// longer for it than the server waits for the rest of a transaction.
 fn is_large(batches: &[Append<'_>]) -> bool {
     batches.iter().any(|batch| batch.arrays.bytes > LARGE)
 }
@@ -368,8 +371,8 @@ pub(crate) enum Again {
     Overtaken,
 }
 
-/// Appends a batch of which an earlier attempt may have been stored, be stored yet, or have inserted
-/// nothing: finds it, inserts it or says why not, in one transaction.
+/// Appends a batch of which an earlier attempt may have been stored, be stored yet, or have
+/// inserted nothing: finds it, inserts it or says why not, in one transaction.
 pub(crate) async fn append_again(
     connection: Connection,
     batch: &Append<'_>,
@@ -471,8 +474,8 @@ pub(crate) async fn probe(connection: Connection, node: NodeId) -> Result<(), Er
     short(connection, sql::PROBE, &[], &format!("probe node {node}")).await.map(drop)
 }
 
-/// One statement that may be repeated, in a transaction of its own; a server that does not answer is
-/// an error, not a stall.
+/// One statement that may be repeated, in a transaction of its own; a server that does not answer
+/// is an error, not a stall.
 async fn short(
     connection: Connection,
     statement: &str,

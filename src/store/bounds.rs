@@ -14,8 +14,8 @@ const OPENS: &[&str] = &[
     "outbox_begin",
 ];
 
-/// Read alone, in the session's bounds, or in those of `begin_read` through a pooler; those of a change of the
-/// topology in its transaction. A look has those of `begin_look`.
+/// Read alone, in the session's bounds, or in those of `begin_read` through a pooler; those of a
+/// change of the topology in its transaction. A look has those of `begin_look`.
 const READS: &[&str] = &[
     "control_adopt",
     "control_known",
@@ -179,7 +179,8 @@ const LONG: &[(&str, &str)] = &[
     ("rights", "1 second for a lock, and it reads the catalog alone: migrate/patience"),
 ];
 
-/// Where the library sends what is not in the list of statements, or sends past `query` and `write`.
+/// Where the library sends what is not in the list of statements, or sends past `query` and
+/// `write`.
 const SENDERS: &[&str] = &[
     // These bring the bounds.
     "store/connection.rs",

@@ -146,9 +146,9 @@ pub(crate) async fn connect_directly(url: &str, application: &str) -> Result<Cli
     )))
 }
 
-/// Whether the server answered with an error, so that a transaction that had not been asked to commit
-/// is certainly rolled back. An error that ends the connection does not count: a pooler can make one
-/// of its own, with more of the pipeline already on its way to the server.
+/// Whether the server answered with an error, so that a transaction that had not been asked to
+/// commit is certainly rolled back. An error that ends the connection does not count: a pooler can
+/// make one of its own, with more of the pipeline already on its way to the server.
 pub(crate) fn is_definite(error: &Failed) -> bool {
     matches!(error, Failed::NoPlace)
         || error.as_db_error().is_some_and(|db| db.parsed_severity() == Some(Severity::Error))

@@ -18,8 +18,8 @@ use crate::store::timeline::Primary;
 /// A connection of a pool. Statements go through this module, so that none is kept prepared where a
 /// pooler stands in between, and each is bounded.
 ///
-/// Dropped while a statement is under way or a transaction open, it is closed: the next one to get it would
-/// wait behind that. Where its commit was sent, it keeps its place until that is answered.
+/// Dropped while a statement is under way or a transaction open, it is closed: the next one to get
+/// it would wait behind that. Where its commit was sent, it keeps its place until that is answered.
 pub(crate) struct Connection {
     /// There until this value is dropped.
     held: Option<(Object, Place)>,
@@ -68,13 +68,14 @@ impl Connection {
         self.counted(self.client().batch_execute(statements)).await
     }
 
-    /// Whether something may be committed durably here: not beside commits that hang, which would be one
-    /// more.
+    /// Whether something may be committed durably here: not beside commits that hang, which would
+    /// be one more.
     pub(crate) fn may_commit(&self) -> Result<(), Failed> {
         if self.held().1.is_spare { Err(Failed::NoPlace) } else { Ok(()) }
     }
 
-    /// Begins a transaction that is open until [`commit`](Self::commit) or [`roll_back`](Self::roll_back).
+    /// Begins a transaction that is open until [`commit`](Self::commit) or
+    /// [`roll_back`](Self::roll_back).
     pub(crate) async fn open_transaction(&self, opening: &str) -> Result<(), Failed> {
         self.open.store(true, Ordering::Relaxed);
         self.batch_execute(opening).await
@@ -132,8 +133,8 @@ impl Connection {
         self.counted(self.client().query_typed(text, params)).await
     }
 
-    /// Runs a statement that brings no bounds of its own, in the session's or, where that has none, in a
-    /// transaction that sets them. That takes no further round trip.
+    /// Runs a statement that brings no bounds of its own, in the session's or, where that has none,
+    /// in a transaction that sets them. That takes no further round trip.
     pub(super) async fn in_bounds<T>(
         &self,
         run: impl Future<Output = Result<T, Failed>>,
@@ -177,8 +178,8 @@ impl Connection {
         self.counted(self.client().query_typed_one(text, params)).await
     }
 
-    /// Waits for the answer to a statement. Where the future is dropped before, the connection is noted as
-    /// one that still waits.
+    /// Waits for the answer to a statement. Where the future is dropped before, the connection is
+    /// noted as one that still waits.
     async fn answered<T>(&self, sent: impl Future<Output = T>) -> T {
         self.under_way.fetch_add(1, Ordering::Relaxed);
         let answer = sent.await;
@@ -186,9 +187,9 @@ impl Connection {
         answer
     }
 
-    /// An answer, where no commit on this connection ended before the standby had it, and it is not that of an
-    /// older primary than is known. Each answer is looked at, since a commit is a statement like others, and a
-    /// statement alone commits itself.
+    /// An answer, where no commit on this connection ended before the standby had it, and it is not
+    /// that of an older primary than is known. Each answer is looked at, since a commit is a
+    /// statement like others, and a statement alone commits itself.
     async fn counted<T>(
         &self,
         sent: impl Future<Output = Result<T, tokio_postgres::Error>>,
@@ -229,7 +230,8 @@ impl Connection {
         let hangs = self.places.hang(object.backend);
         runtime.spawn(async move {
             tokio::select! {
-                // Queued behind the commit, this is answered when that is, or when the connection ends.
+                // Queued behind the commit, this is answered when that is, or when the connection
+                // ends.
                 _ = object.client.batch_execute("") => {}
                 () = hangs.given_up.cancelled() => {}
             }

@@ -47,8 +47,8 @@ pub(crate) async fn nodes(connection: &Connection) -> Result<Vec<(NodeId, Listed
     Ok(rows.iter().filter_map(|row| Some((node_of(row, 0)?, listed(row)))).collect())
 }
 
-/// Records a newer primary of a node, inside a change; false where one as new is known, or the node was registered
-/// anew.
+/// Records a newer primary of a node, inside a change; false where one as new is known, or the node
+/// was registered anew.
 pub(crate) async fn record_newer(
     connection: &Connection,
     node: NodeId,
@@ -106,8 +106,9 @@ pub(crate) async fn stand(connection: &Connection, server: Option<String>) -> Re
     query(connection, sql::CONTROL_STAND, &[&server]).await.map(drop)
 }
 
-/// Says on an old primary of the control database, which some processes may take for the right one, which newer
-/// primaries are known of the nodes. The server may wait for standbys that it has lost: this does not.
+/// Says on an old primary of the control database, which some processes may take for the right one,
+/// which newer primaries are known of the nodes. The server may wait for standbys that it has lost:
+/// this does not.
 pub(crate) async fn warn(
     old: &Client,
     newest: &[(NodeId, Uuid, Primary)],
@@ -247,8 +248,8 @@ pub(crate) async fn partition_counts(
     Ok(rows.iter().filter_map(read).collect())
 }
 
-/// Begins a change of the topology: one at a time in the whole cluster, to the end of the transaction
-/// on this connection. Returns the cluster's id and the version that the change makes.
+/// Begins a change of the topology: one at a time in the whole cluster, to the end of the
+/// transaction on this connection. Returns the cluster's id and the version that the change makes.
 pub(crate) async fn begin_change(connection: &Connection) -> Result<(Uuid, i64), Failed> {
     connection.may_commit()?;
     connection.open_transaction(sql::BEGIN_DURABLE).await?;
@@ -257,13 +258,14 @@ pub(crate) async fn begin_change(connection: &Connection) -> Result<(Uuid, i64),
     Ok((row.get(0), row.get::<_, i64>(1) + 1))
 }
 
-/// Says that a change goes on: nodes are asked meanwhile, and the silence is ours, not a lost client's.
+/// Says that a change goes on: nodes are asked meanwhile, and the silence is ours, not a lost
+/// client's.
 pub(crate) async fn stay(connection: &Connection) -> Result<(), Failed> {
     connection.batch_execute("set local idle_in_transaction_session_timeout = '60s'").await
 }
 
-/// Ends a change that found everything as it should be. What it found may be of a commit that no standby
-/// has: this one waits.
+/// Ends a change that found everything as it should be. What it found may be of a commit that no
+/// standby has: this one waits.
 pub(crate) async fn confirm(connection: &Connection) -> Result<(), Failed> {
     connection.batch_execute(sql::PROBE).await?;
     connection.commit().await

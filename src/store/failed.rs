@@ -11,8 +11,8 @@ pub(crate) enum Failed {
     /// The server's error, or that of the connection.
     #[error(transparent)]
     Postgres(#[from] tokio_postgres::Error),
-    /// The server committed, but somebody cancelled its wait for a standby: a failover may still lose the
-    /// commit, so nobody may count on it.
+    /// The server committed, but somebody cancelled its wait for a standby: a failover may still
+    /// lose the commit, so nobody may count on it.
     #[error("the commit's wait for a standby was cancelled, so a failover may still lose it")]
     Unconfirmed,
     /// The answer came from an older primary than is known: what it did there may be lost with it.
@@ -44,8 +44,8 @@ impl Failed {
     }
 }
 
-/// Whether a commit on a connection ended before the standby had it. Postgres answers such a commit with
-/// success, and says so in a notice before.
+/// Whether a commit on a connection ended before the standby had it. Postgres answers such a commit
+/// with success, and says so in a notice before.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct CutWait(Arc<AtomicBool>);
 

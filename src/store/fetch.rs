@@ -19,8 +19,8 @@ use crate::store::unread::{self, Unreadable};
 
 /// The most tables that one look covers: all of a node.
 pub(crate) const MAX_LOOK: usize = 99;
-/// The most tables that can't be read, after which one look stops searching for others. Each may be waited
-/// for.
+/// The most tables that can't be read, after which one look stops searching for others. Each may be
+/// waited for.
 const MAX_STUCK: usize = 8;
 
 /// A row of a day table: a batch. The arrays are empty in the overlap, the row that ends at the
@@ -44,8 +44,8 @@ pub(crate) struct Batch {
     pub(crate) unreadable: Option<Unreadable>,
 }
 
-/// What tells a row from another that took its place after a failover that lost the end of the log: all
-/// of this, since a retry can bring the same batch to the same id.
+/// What tells a row from another that took its place after a failover that lost the end of the log:
+/// all of this, since a retry can bring the same batch to the same id.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Identity {
     pub(crate) base_id: i64,
@@ -56,8 +56,8 @@ pub(crate) struct Identity {
 }
 
 impl Batch {
-    /// The headers of a message of it, those that the library sets too; a value that is not a string as
-    /// its JSON text. An error where they are no JSON object that can be read.
+    /// The headers of a message of it, those that the library sets too; a value that is not a
+    /// string as its JSON text. An error where they are no JSON object that can be read.
     pub(crate) fn headers_of(&self, index: usize) -> serde_json::Result<Headers> {
         let json = self.headers.as_ref().and_then(|all| all.element(index));
         // Behind the format's version.
@@ -74,7 +74,8 @@ impl Batch {
         }
     }
 
-    /// The identity of a message in it, as it was stored here: a copy's own, and not that of its original.
+    /// The identity of a message in it, as it was stored here: a copy's own, and not that of its
+    /// original.
     pub(crate) fn uid_of(&self, id: i64) -> Uid {
         let index = u32::try_from(id - self.base_id).unwrap_or(u32::MAX);
         let index = self.first_index.saturating_add(index);
@@ -246,15 +247,17 @@ pub(crate) type Read = (PartitionId, Day, i64);
 /// What a look has found.
 #[derive(Debug, Default)]
 pub(crate) struct Looked {
-    /// Partitions that have something beyond the position, or stand on another day than the one that is
-    /// read; or that could not be looked at.
+    /// Partitions that have something beyond the position, or stand on another day than the one
+    /// that is read; or that could not be looked at.
     pub(crate) changed: Vec<PartitionId>,
-    /// Those of them whose table could not be read, and why: somebody has locked it, or it is broken.
+    /// Those of them whose table could not be read, and why: somebody has locked it, or it is
+    /// broken.
     pub(crate) stuck: Vec<(PartitionId, Failed)>,
 }
 
-/// Looks which of these partitions have changed: one statement, or some more where a table can't be read.
-/// That one is found by halves and left to its reader, so that it keeps none of the others waiting.
+/// Looks which of these partitions have changed: one statement, or some more where a table can't be
+/// read. That one is found by halves and left to its reader, so that it keeps none of the others
+/// waiting.
 pub(crate) async fn look(connection: &Connection, partitions: &[Read]) -> Result<Looked, Failed> {
     let mut looked = Looked::default();
     let mut parts = vec![partitions];

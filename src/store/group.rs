@@ -94,13 +94,13 @@ pub(crate) struct Renewed {
     pub(crate) same_server: bool,
     /// What the member owns on this node.
     pub(crate) owned: Vec<(PartitionId, Fence)>,
-    /// In how many seconds the first parked message of those partitions is due: less than none where it
-    /// is already.
+    /// In how many seconds the first parked message of those partitions is due: less than none
+    /// where it is already.
     pub(crate) parked_secs: Option<f64>,
 }
 
-/// Renews a member's lease, unless another server answers than the one that the member knows, or a later turn
-/// was there first.
+/// Renews a member's lease, unless another server answers than the one that the member knows, or a
+/// later turn was there first.
 pub(crate) async fn renew(
     connection: Connection,
     (member, turn): (Uuid, i64),
@@ -231,8 +231,8 @@ pub(crate) async fn flush(
     Ok(outcomes.collect())
 }
 
-/// What is acknowledged under a fence: the watermark, runs above it, and the server; none where another has
-/// the partition.
+/// What is acknowledged under a fence: the watermark, runs above it, and the server; none where
+/// another has the partition.
 pub(crate) async fn entrusted(
     connection: &Connection,
     group: &GroupName,
@@ -302,8 +302,8 @@ pub(crate) async fn commit_in<C: GenericClient + Sync>(
     why_not(transaction, &params[..6]).await
 }
 
-/// Why a message was not acknowledged in a user's transaction: asked with its group, partition, owner,
-/// epoch, reset epoch and incarnation.
+/// Why a message was not acknowledged in a user's transaction: asked with its group, partition,
+/// owner, epoch, reset epoch and incarnation.
 pub(super) async fn why_not<C: GenericClient + Sync>(
     transaction: &C,
     params: &[&dyn Param],
@@ -319,8 +319,8 @@ pub(super) async fn why_not<C: GenericClient + Sync>(
     })
 }
 
-/// Gives partitions back, where they are still these owners' and no transaction has locked their rows:
-/// the next renewal finds those.
+/// Gives partitions back, where they are still these owners' and no transaction has locked their
+/// rows: the next renewal finds those.
 pub(crate) async fn release(
     connection: Connection,
     group: &GroupName,
@@ -345,7 +345,8 @@ pub(crate) async fn leave(
     write(connection, Durability::Relaxed, sql::LEAVE, &params).await.map(drop)
 }
 
-/// Removes the groups of broadcast consumers that are gone: by two clocks, and not those that are known to live.
+/// Removes the groups of broadcast consumers that are gone: by two clocks, and not those that are
+/// known to live.
 pub(crate) async fn sweep_broadcasts(
     connection: Connection,
     clock: SystemTime,

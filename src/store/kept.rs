@@ -1,16 +1,17 @@
 //! The statements that a session keeps prepared: pure.
 //!
-//! Each partition and day has statements of its own, so that there are always new ones. A kept plan takes
-//! memory of the server, about 100 bytes for each byte of its text: statements are counted by that, and the
-//! ones that were used the longest time ago go first. With that go those of yesterday's tables.
+//! Each partition and day has statements of its own, so that there are always new ones. A kept plan
+//! takes memory of the server, about 100 bytes for each byte of its text: statements are counted by
+//! that, and the ones that were used the longest time ago go first. With that go those of
+//! yesterday's tables.
 
 use std::collections::HashMap;
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// All texts that a session keeps, in bytes: some 40 MB in the server. Room for the statements of 99
-/// partitions that are both produced to and consumed.
+/// All texts that a session keeps, in bytes: some 40 MB in the server. Room for the statements of
+/// 99 partitions that are both produced to and consumed.
 const MAX_BYTES: usize = 400_000;
 /// A statement that nobody has used for so long goes in any case.
 const MAX_IDLE: Duration = Duration::from_hours(1);
@@ -59,7 +60,8 @@ impl<S: Clone> Kept<S> {
         gone
     }
 
-    /// Lets the oldest go, but for the one that was added: those that are idle, and as many as are too many.
+    /// Lets the oldest go, but for the one that was added: those that are idle, and as many as are
+    /// too many.
     fn shrink(&mut self, added: &str, now: Instant, gone: &mut Vec<S>) {
         let mut by_age: Vec<(Instant, String)> =
             self.all.iter().map(|(text, entry)| (entry.used, text.clone())).collect();

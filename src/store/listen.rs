@@ -1,7 +1,7 @@
 //! Sessions that listen, outside of any pool.
 //!
-//! A pooler in transaction mode would let its own connection listen, for anybody. So where an address
-//! leads to a pooler, nobody listens.
+//! A pooler in transaction mode would let its own connection listen, for anybody. So where an
+//! address leads to a pooler, nobody listens.
 
 use std::time::Duration;
 
@@ -35,23 +35,23 @@ pub(crate) const OUTBOX: &str = "shardmq_outbox";
 /// A connection to listen on.
 pub(crate) struct Session {
     pub(crate) client: Client,
-    /// What the server says. Whoever has the session must go on reading this, also while a statement
-    /// is under way: the connection is driven by it.
+    /// What the server says. Whoever has the session must go on reading this, also while a
+    /// statement is under way: the connection is driven by it.
     pub(crate) messages: Messages,
     /// Where it leads, where that is known.
     pub(crate) primary: Option<Primary>,
 }
 
-/// Where to listen, under a name for the session. Whoever keeps it goes first to the host that let it in
-/// before.
+/// Where to listen, under a name for the session. Whoever keeps it goes first to the host that let
+/// it in before.
 pub(crate) fn target(url: &str, name: &str) -> Result<Target> {
     let mut target = connect::parse(url)?;
     target.config.application_name(name);
     Ok(target)
 }
 
-/// Opens a session on a primary that is no older one; none where a pooler stands before the server, which is not
-/// asked to listen. With `trusted` none is looked for.
+/// Opens a session on a primary that is no older one; none where a pooler stands before the server,
+/// which is not asked to listen. With `trusted` none is looked for.
 pub(crate) async fn open(
     target: &Target,
     what: &str,
@@ -95,7 +95,8 @@ async fn ask(client: &Client, marker: Option<&Marker>) -> Result<(bool, Option<P
     Ok((direct?, primary?))
 }
 
-/// An answer on a connection that nobody else drives. Nothing is listened to yet, so nothing is missed.
+/// An answer on a connection that nobody else drives. Nothing is listened to yet, so nothing is
+/// missed.
 async fn driven<T>(
     messages: &mut Messages,
     asking: impl Future<Output = Result<T, Error>>,

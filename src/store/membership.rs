@@ -64,8 +64,8 @@ pub(crate) struct Heard {
     pub(crate) assignment: Option<(i64, String)>,
 }
 
-/// A consumer's sign of life. None where the control database does not have the topic, or has another one of
-/// its name: then the consumer is in no group.
+/// A consumer's sign of life. None where the control database does not have the topic, or has
+/// another one of its name: then the consumer is in no group.
 pub(crate) async fn heartbeat(
     connection: Connection,
     ((topic, id), group): ((&TopicName, Uuid), &GroupName),
@@ -161,8 +161,8 @@ pub(crate) async fn sweep(connection: Connection) -> Result<(), Failed> {
     write(connection, Durability::Relaxed, sql::CONTROL_SWEEP, &[]).await.map(drop)
 }
 
-/// Records an assignment in the place of the version before; false where another one was first, or the topic
-/// is gone.
+/// Records an assignment in the place of the version before; false where another one was first, or
+/// the topic is gone.
 pub(crate) async fn assign(
     connection: Connection,
     ((topic, id), group): ((&TopicName, Uuid), &GroupName),

@@ -217,8 +217,8 @@ impl Node {
         })
     }
 
-    /// Asks on a connection whether commits that hang are over: an answer may have been lost on its way. A
-    /// connection that does not answer is closed.
+    /// Asks on a connection whether commits that hang are over: an answer may have been lost on its
+    /// way. A connection that does not answer is closed.
     async fn find_over(&self, object: Object, pinned: bool) -> Result<Object> {
         let server = object.backend.server;
         let asked = self.places.pids(server);
@@ -311,9 +311,9 @@ impl Durability {
     }
 }
 
-/// First statements after which the commit waits for disk and standby also where the transaction finds
-/// everything done: an earlier transaction may have done it without a standby. Only a commit that has
-/// written something waits.
+/// First statements after which the commit waits for disk and standby also where the transaction
+/// finds everything done: an earlier transaction may have done it without a standby. Only a commit
+/// that has written something waits.
 fn durable(opening: &str) -> String {
     format!("{opening};\n{}", sql::PROBE)
 }
@@ -373,9 +373,9 @@ async fn run(
 }
 
 /// Runs one statement, prepared where that may be kept, in a transaction of its own that does not
-/// depend on the database's defaults, in one round trip. Where an error comes back, `is_definite` tells
-/// whether the statement may have been committed all the same. A connection that was left in the middle
-/// is closed.
+/// depend on the database's defaults, in one round trip. Where an error comes back, `is_definite`
+/// tells whether the statement may have been committed all the same. A connection that was left in
+/// the middle is closed.
 pub(crate) async fn write(
     connection: Connection,
     durability: Durability,
@@ -406,8 +406,8 @@ pub(crate) async fn write(
     Ok(rows)
 }
 
-/// Runs statements one after the other in one transaction that begins with an opening of its own, in one round
-/// trip. Answers as [`write`] does.
+/// Runs statements one after the other in one transaction that begins with an opening of its own,
+/// in one round trip. Answers as [`write`] does.
 pub(crate) async fn write_all(
     connection: Connection,
     durability: Durability,
@@ -445,8 +445,8 @@ pub(crate) async fn write_all(
 }
 
 /// A connection with a pipeline under way. Dropped before the end, it is closed rather than given
-/// back: nothing may be left open in the pool. Where its commit was sent it keeps its place until that is
-/// answered.
+/// back: nothing may be left open in the pool. Where its commit was sent it keeps its place until
+/// that is answered.
 pub(crate) struct Unfinished(Option<Connection>);
 
 impl Unfinished {

@@ -241,13 +241,14 @@ fn read_look(standing: Option<Standing>, ids: &[Row], due: &[Row]) -> Looked {
     }
 }
 
-/// Forgets batches that were appended. A crash may take that back: who finds one again finds it stored.
+/// Forgets batches that were appended. A crash may take that back: who finds one again finds it
+/// stored.
 pub(crate) async fn forget(connection: Connection, done: &[i64]) -> Result<(), Failed> {
     write(connection, Durability::Relaxed, sql::OUTBOX_DONE, &[&done]).await.map(drop)
 }
 
-/// The partitions that frozen batches wait for, as they are from now on for whoever has the lease; none
-/// where this relay has not, or another is at work.
+/// The partitions that frozen batches wait for, as they are from now on for whoever has the lease;
+/// none where this relay has not, or another is at work.
 pub(crate) async fn lanes(
     connection: Connection,
     holder: Uuid,
@@ -263,8 +264,8 @@ pub(crate) async fn lanes(
     Ok(is_ours.then(|| lanes.iter().filter_map(partition).collect()))
 }
 
-/// The next frozen batches of a partition, beyond one: at least one if there is any, and beyond the first
-/// at most so many bytes.
+/// The next frozen batches of a partition, beyond one: at least one if there is any, and beyond the
+/// first at most so many bytes.
 pub(crate) async fn next(
     connection: &Connection,
     partition: PartitionId,
@@ -283,8 +284,8 @@ pub(crate) async fn unlocked(connection: Connection, ids: &[i64]) -> Result<Vec<
     Ok(rows.iter().map(|row| row.get(0)).collect())
 }
 
-/// Lets attempts name another day; none where the batch is gone or being put back. Returns the earliest
-/// day and the latest.
+/// Lets attempts name another day; none where the batch is gone or being put back. Returns the
+/// earliest day and the latest.
 pub(crate) async fn name_day(
     connection: Connection,
     id: i64,
@@ -299,8 +300,8 @@ fn read_days(row: &Row) -> Option<(Day, Day)> {
     Some((Day::from_i32(row.get(0)).ok()?, Day::from_i32(row.get(1)).ok()?))
 }
 
-/// Says what happens to a batch; none where it is gone, or something else does. Returns the earliest day and
-/// the latest that attempts have named.
+/// Says what happens to a batch; none where it is gone, or something else does. Returns the
+/// earliest day and the latest that attempts have named.
 pub(crate) async fn set_state(
     connection: Connection,
     id: i64,
@@ -312,8 +313,8 @@ pub(crate) async fn set_state(
     Ok(rows.first().and_then(read_days))
 }
 
-/// Puts the messages of a withdrawn batch back into the outbox, if this relay has the lock and the lease;
-/// false where it has not. A batch that is gone is back already.
+/// Puts the messages of a withdrawn batch back into the outbox, if this relay has the lock and the
+/// lease; false where it has not. A batch that is gone is back already.
 pub(crate) async fn put_back(
     connection: Connection,
     holder: Uuid,

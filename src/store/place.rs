@@ -1,5 +1,6 @@
-//! Which database of which server a control database or a node is. A physical standby is the same as its primary,
-//! and so is one that was promoted; what was restored from a dump is not, though it says the same of itself.
+//! Which database of which server a control database or a node is. A physical standby is the same
+//! as its primary, and so is one that was promoted; what was restored from a dump is not, though it
+//! says the same of itself.
 
 use tokio_postgres::error::SqlState;
 use tokio_postgres::{Error, Row};

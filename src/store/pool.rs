@@ -81,8 +81,8 @@ pub(super) struct Manager {
 }
 
 impl Manager {
-    /// Asks which server process serves a new session, and of which primary. A pooler may give the session another
-    /// each time.
+    /// Asks which server process serves a new session, and of which primary. A pooler may give the
+    /// session another each time.
     async fn backend(&self, session: Session<'_>) -> Result<(Backend, Option<Primary>)> {
         let untold = self.untold.load(Ordering::Relaxed);
         let text = if untold { sql::SERVER } else { sql::SERVER_PRIMARY };
@@ -100,7 +100,8 @@ impl Manager {
         Ok((Backend { server: row.get(0), pid }, primary))
     }
 
-    /// Opens a connection to a host that is none of those with an older primary; or adds its host to these.
+    /// Opens a connection to a host that is none of those with an older primary; or adds its host
+    /// to these.
     async fn open(&self, older: &mut Vec<Older>) -> Result<Option<Pooled>> {
         let Entered { client, task, cut, host } =
             self.way.connect(&self.target, &self.what, older).await?;
@@ -146,8 +147,8 @@ impl managed::Manager for Manager {
     }
 }
 
-/// A pool of as many connections as there are places, in which a wait for one is bounded. The one that was
-/// used last is used next, so that those beyond what is needed fall idle.
+/// A pool of as many connections as there are places, in which a wait for one is bounded. The one
+/// that was used last is used next, so that those beyond what is needed fall idle.
 pub(super) fn build(manager: Manager, wait: Duration) -> Result<Pool> {
     let (what, most) = (manager.what.clone(), manager.places.most());
     Pool::builder(manager)

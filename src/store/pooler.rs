@@ -1,11 +1,11 @@
 //! Whether a pooler that keeps no session's state stands between this process and a server.
 //!
-//! PgBouncer in transaction mode gives each transaction any of its server connections. A statement that
-//! was prepared before the transaction is missing there, or is another process's of the same name. So
-//! through a pooler none is kept.
+//! PgBouncer in transaction mode gives each transaction any of its server connections. A statement
+//! that was prepared before the transaction is missing there, or is another process's of the same
+//! name. So through a pooler none is kept.
 //!
-//! That is found out when connecting, not guessed: a setting goes along that only who opens a session
-//! itself can have in it.
+//! That is found out when connecting, not guessed: a setting goes along that only who opens a
+//! session itself can have in it.
 //!
 //! ```text
 //! connect with -c shardmq.direct=.. ── refused ─> connect without it ─> a pooler
@@ -14,10 +14,10 @@
 //!                 └─ yes ─> Postgres itself
 //! ```
 //!
-//! Once a pool has met a pooler it keeps no statement any more, on any connection, and sends a session's
-//! settings with each statement ([`session`](crate::store::session)): what is right through a pooler is
-//! right everywhere. A node with another address gets another pool, and it is found
-//! out again.
+//! Once a pool has met a pooler it keeps no statement any more, on any connection, and sends a
+//! session's settings with each statement ([`session`](crate::store::session)): what is right
+//! through a pooler is right everywhere. A node with another address gets another pool, and it is
+//! found out again.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -38,15 +38,15 @@ use crate::store::target::{Older, Opened, Target, drive};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum PreparedStatements {
-    /// Where the address leads to Postgres itself; not through a pooler. Found out when connecting, by
-    /// a setting in the startup parameter `options`: a pooler refuses that, or leaves it out.
+    /// Where the address leads to Postgres itself; not through a pooler. Found out when connecting,
+    /// by a setting in the startup parameter `options`: a pooler refuses that, or leaves it out.
     #[default]
     Auto,
-    /// Always. Through a pooler in transaction mode this needs one that prepares a client's statements
-    /// again wherever they are missing, as PgBouncer does from 1.21 on where its
-    /// `max_prepared_statements` is not 0. Through any other, statements fail. Since the pooler may do
-    /// so in the middle of an append, a producer that falls silent there can keep a partition locked
-    /// until the pooler or the network finds that it is gone, and not for 5 s only.
+    /// Always. Through a pooler in transaction mode this needs one that prepares a client's
+    /// statements again wherever they are missing, as PgBouncer does from 1.21 on where its
+    /// `max_prepared_statements` is not 0. Through any other, statements fail. Since the pooler may
+    /// do so in the middle of an append, a producer that falls silent there can keep a partition
+    /// locked until the pooler or the network finds that it is gone, and not for 5 s only.
     Always,
     /// Never: each statement is parsed again, and appends go by an SQL function.
     Never,
@@ -61,8 +61,8 @@ impl Marker {
         Self(Uuid::new_v4().simple().to_string())
     }
 
-    /// The same address, with the settings of our sessions and this one behind the user's own: of two
-    /// values the last one holds.
+    /// The same address, with the settings of our sessions and this one behind the user's own: of
+    /// two values the last one holds.
     pub(super) fn added_to(&self, config: &Config) -> Config {
         let own = config.get_options().map(|options| format!("{options} ")).unwrap_or_default();
         let mut marked = config.clone();
@@ -121,8 +121,8 @@ impl Way {
         !self.pooled.load(Ordering::Acquire)
     }
 
-    /// A connection, driven by a task, to a host that is none of these. Before it returns, it is known whether a
-    /// pooler made its session.
+    /// A connection, driven by a task, to a host that is none of these. Before it returns, it is
+    /// known whether a pooler made its session.
     pub(super) async fn connect(
         &self,
         target: &Target,

@@ -1,15 +1,16 @@
-//! What every session pins, so that no statement waits or runs without a bound, and no name is taken over.
+//! What every session pins, so that no statement waits or runs without a bound, and no name is
+//! taken over.
 //!
-//! A session of Postgres itself has it as settings, from its beginning. A pooler hands sessions on, so
-//! there it goes along with each statement, in the same round trip:
+//! A session of Postgres itself has it as settings, from its beginning. A pooler hands sessions on,
+//! so there it goes along with each statement, in the same round trip:
 //!
 //! ```text
 //! Postgres itself:  statement
 //! a pooler:         begin, set local .. ─ statement ─ commit
 //! ```
 //!
-//! A transaction that writes, or takes a partition's lock, sets its own in either case: see the statements
-//! whose names begin with `begin`.
+//! A transaction that writes, or takes a partition's lock, sets its own in either case: see the
+//! statements whose names begin with `begin`.
 
 use std::future::Future;
 use std::time::Duration;
@@ -23,10 +24,10 @@ use crate::store::failed::{CutWait, Failed};
 use crate::store::sql;
 use crate::store::target::Canceller;
 
-/// The settings of a session, in the form of the startup parameter `options`. Waits for locks are short:
-/// a statement that reads is repeated, and meanwhile others need the connection. A statement may run as long
-/// as the largest message takes over a slow line. Names are those of Postgres alone, since everybody may
-/// create in `public` on Postgres 14; temporary ones come last.
+/// The settings of a session, in the form of the startup parameter `options`. Waits for locks are
+/// short: a statement that reads is repeated, and meanwhile others need the connection. A statement
+/// may run as long as the largest message takes over a slow line. Names are those of Postgres
+/// alone, since everybody may create in `public` on Postgres 14; temporary ones come last.
 pub(super) const OPTIONS: &str =
     "-c search_path=pg_catalog,pg_temp -c statement_timeout=60s -c lock_timeout=100ms";
 
@@ -94,7 +95,8 @@ impl Single {
         Session::new(&self.client, self.pinned)
     }
 
-    /// Runs statements one after the other in one durable transaction. Returns the rows of the last one.
+    /// Runs statements one after the other in one durable transaction. Returns the rows of the last
+    /// one.
     pub(crate) async fn write(
         &self,
         statements: &[(&str, &[Value<'_>])],
@@ -120,15 +122,16 @@ impl Single {
         self.client
     }
 
-    /// Runs a statement that can't be in a transaction and has a bound of its own. A pooler's session can't
-    /// be given that: there it is ended from here when its time is over.
+    /// Runs a statement that can't be in a transaction and has a bound of its own. A pooler's
+    /// session can't be given that: there it is ended from here when its time is over.
     pub(crate) async fn run_long(&self, text: &str, bound: Duration) -> Result<(), Error> {
         if self.pinned {
             let bound = bound.as_millis();
             let bounds =
                 format!("set statement_timeout = {bound}; set lock_timeout = '{LONG_LOCK}'");
             self.client.batch_execute(&bounds).await?;
-            // It ends with its client. Where the server's system can't tell of that, within its bound.
+            // It ends with its client. Where the server's system can't tell of that, within its
+            // bound.
             let _ = self.client.batch_execute("set client_connection_check_interval = '5s'").await;
             return self.client.batch_execute(text).await;
         }

@@ -59,7 +59,8 @@ pub(crate) struct Older {
 /// A parsed connection string.
 #[derive(Debug)]
 pub(crate) struct Target {
-    /// All that tokio-postgres knows; with a password only where the string or `PGPASSWORD` has one.
+    /// All that tokio-postgres knows; with a password only where the string or `PGPASSWORD` has
+    /// one.
     pub(crate) config: Config,
     tls: Tls,
     passfile: Option<PathBuf>,
@@ -83,9 +84,10 @@ impl Target {
         self.limit() * u32::try_from(self.config.get_hosts().len()).unwrap_or(u32::MAX)
     }
 
-    /// Opens a connection to the first host that takes us and whose session is as wanted, with a marker where that
-    /// is taken too. Hosts with an older primary are left out. Passwords and certificates are read from their files
-    /// each time, so that they can be replaced. The error begins with `what`.
+    /// Opens a connection to the first host that takes us and whose session is as wanted, with a
+    /// marker where that is taken too. Hosts with an older primary are left out. Passwords and
+    /// certificates are read from their files each time, so that they can be replaced. The error
+    /// begins with `what`.
     pub(crate) fn connect<'a>(
         &'a self,
         what: &'a str,
@@ -122,8 +124,8 @@ impl Target {
         Err(error_of(failures, what))
     }
 
-    /// The numbers of the hosts, in the order in which to try them. Where only the primary will do, it
-    /// is first looked for where it was found last.
+    /// The numbers of the hosts, in the order in which to try them. Where only the primary will do,
+    /// it is first looked for where it was found last.
     fn order(&self) -> Vec<usize> {
         let mut order: Vec<usize> = (0..self.config.get_hosts().len()).collect();
         if self.config.get_load_balance_hosts() == LoadBalanceHosts::Random {
@@ -178,8 +180,8 @@ impl Target {
         Err(failure)
     }
 
-    /// The addresses of a host; `None` where there is nothing to look up. Each has its own time, since
-    /// one may be silent that another stands in for.
+    /// The addresses of a host; `None` where there is nothing to look up. Each has its own time,
+    /// since one may be silent that another stands in for.
     async fn addresses(&self, config: &Config) -> Result<Vec<Option<IpAddr>>, Failure> {
         let name = match config.get_hosts() {
             [Host::Tcp(name)] if config.get_hostaddrs().is_empty() => name,
@@ -253,8 +255,9 @@ impl Canceller {
     }
 }
 
-/// An attempt at one host. Until it is over, it changes nothing for those who connect meanwhile. Whoever
-/// gives up on it, by a failure or by being dropped, makes the next one begin with the next host.
+/// An attempt at one host. Until it is over, it changes nothing for those who connect meanwhile.
+/// Whoever gives up on it, by a failure or by being dropped, makes the next one begin with the next
+/// host.
 struct Attempt<'a> {
     first: &'a AtomicUsize,
     index: usize,
@@ -342,8 +345,8 @@ pub(super) fn has_password(config: &Config) -> bool {
     config.get_password().is_some_and(|password| !password.is_empty())
 }
 
-/// Drives a connection until its client is gone, for a caller that has no use for its messages. A wait for a
-/// standby that was cut short is noted before the commit's answer arrives.
+/// Drives a connection until its client is gone, for a caller that has no use for its messages. A
+/// wait for a standby that was cut short is noted before the commit's answer arrives.
 pub(crate) async fn drive(mut messages: Messages, cut: CutWait) {
     while let Some(message) = messages.next().await {
         match message {

@@ -1,5 +1,6 @@
-//! Which primary of a server is the newest. Each promotion of a standby begins a timeline with a higher number, and
-//! an old primary that wakes up, or is started again, keeps its own: it takes writes, which nobody will see.
+//! Which primary of a server is the newest. Each promotion of a standby begins a timeline with a
+//! higher number, and an old primary that wakes up, or is started again, keeps its own: it takes
+//! writes, which nobody will see.
 //!
 //! ```text
 //! a new connection: timeline ── lower than what is known ─> closed, the next host
@@ -8,8 +9,8 @@
 //!                                   it still answers does not count
 //! ```
 //!
-//! Timelines are compared under one system identifier only, which standbys share with their primary. A server that
-//! does not tell its timeline is compared with nothing.
+//! Timelines are compared under one system identifier only, which standbys share with their
+//! primary. A server that does not tell its timeline is compared with nothing.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
@@ -51,7 +52,8 @@ pub(super) async fn primary(session: Session<'_>) -> Result<Option<Primary>, Err
     }
 }
 
-/// Whether a server does not tell which primary it is: it has no such functions, or not for this role.
+/// Whether a server does not tell which primary it is: it has no such functions, or not for this
+/// role.
 pub(super) fn is_untold(error: &Error) -> bool {
     let Some(answer) = error.as_db_error() else { return false };
     let class = answer.code().code().get(..2).unwrap_or_default();
@@ -68,7 +70,7 @@ pub(crate) struct Newest {
     node: Option<OfNode>,
 }
 
-/// What is told of a newer primary of a node.
+/// Where news of a node's newer primary goes.
 #[derive(Debug)]
 struct OfNode {
     /// Told when one was seen.
@@ -84,8 +86,9 @@ impl Default for Newest {
 }
 
 impl Newest {
-    /// Of a node, with what is known from the control database, and with the newest primary of that where both have the
-    /// same hosts. A system identifier alone would not do: servers that were made from one image have the same.
+    /// Of a node, with what is known from the control database, and with the newest primary of that
+    /// where both have the same hosts. A system identifier alone would not do: servers that were
+    /// made from one image have the same.
     pub(crate) fn of_node(
         listed: Option<Primary>,
         seen: Arc<Notify>,

@@ -164,11 +164,13 @@ pub(crate) async fn unfrozen_days(
     Ok(rows.iter().filter_map(read).collect())
 }
 
-/// How long a table may be vacuumed. What is frozen by then stays so, and the next attempt goes on there.
+/// How long a table may be vacuumed. What is frozen by then stays so, and the next attempt goes on
+/// there.
 const FREEZE: Duration = Duration::from_mins(30);
 
-/// Freezes a closed day's table; false where somebody else is at it, or it takes too long. Outside of any
-/// transaction, as vacuum must be, and of the pool: it takes minutes where the table is large.
+/// Freezes a closed day's table; false where somebody else is at it, or it takes too long. Outside
+/// of any transaction, as vacuum must be, and of the pool: it takes minutes where the table is
+/// large.
 pub(crate) async fn freeze_day(
     single: &Single,
     partition: PartitionId,

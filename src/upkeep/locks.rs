@@ -1,5 +1,6 @@
-//! Locks that last: whoever may log in to a node's database can hold the lock of a partition, and so stop its
-//! producers. Who does is told, once, when two looks have seen the same transaction holding it.
+//! Locks that last: whoever may log in to a node's database can hold the lock of a partition, and
+//! so stop its producers. Who does is told, once, when two looks have seen the same transaction
+//! holding it.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -23,8 +24,8 @@ pub(super) struct Locks {
 }
 
 impl Locks {
-    /// Takes in who holds locks now. Returns those who have for long, each of them once, and for how long at
-    /// least.
+    /// Takes in the sessions that hold locks now. Returns those that have held one for long, each
+    /// of them once, and for how long at least.
     fn look(&mut self, holders: Vec<Holder>, now: Instant) -> Vec<(Holder, Duration)> {
         let before = std::mem::take(&mut self.held);
         let mut long = Vec::new();

@@ -1,5 +1,5 @@
-//! Looks for two primaries of a node at once: at all hosts of its address, from the process that has the upkeep of
-//! the node. So it costs the same however many processes there are.
+//! Looks for two primaries of a node at once: at all hosts of its address, from the process that
+//! has the upkeep of the node. So it costs the same however many processes there are.
 //!
 //! ```text
 //! each 2 s: all hosts ─> a newer primary ─> known here at once, recorded in the control database, heard by all
@@ -29,7 +29,7 @@ const WARN: Duration = Duration::from_secs(8);
 /// How often an older primary is told that stays.
 const REMIND: Duration = Duration::from_hours(1);
 
-/// What was told, so that each is told once.
+/// The primaries that were told of, so that each is told of once.
 #[derive(Default)]
 struct Told {
     /// Older primaries, by their hosts.
@@ -38,7 +38,8 @@ struct Told {
     on_control: bool,
 }
 
-/// Looks for as long as this process may have the lease, of which `until` tells the end. Never ends.
+/// Looks for as long as this process may have the lease, of which `until` tells the end. Never
+/// ends.
 pub(super) async fn watch(nodes: &Nodes, id: NodeId, mut until: watch::Receiver<Instant>) {
     let mut told = Told::default();
     loop {

@@ -17,8 +17,9 @@ use crate::support::{TestCluster, eventually, within};
 
 const SECOND: Duration = Duration::from_secs(1);
 
-/// The first two go together, and wait for a lock. Their writer has a connection left, and waits for work: it ends
-/// with the cluster. Then the two have not got the lock, and the second is put back: nobody looks there any more.
+/// The first two go together, and wait for a lock. Their writer has a connection left, and waits
+/// for work: it ends with the cluster. Then the two have not got the lock, and the second is put
+/// back: nobody looks there any more.
 #[tokio::test]
 async fn a_batch_that_is_put_back_while_its_cluster_ends_has_an_answer() {
     for _ in 0..5 {
@@ -152,7 +153,8 @@ async fn a_large_message_on_a_slow_line_is_sent_once_and_its_node_stays_up() {
     assert!(!told.iter().any(|it| matches!(it, ProducerEvent::NodeDown { .. })), "{told:?}");
 }
 
-/// All connections to a node are busy with other work of this process, which says nothing of the node.
+/// All connections to a node are busy with other work of this process, which says nothing of the
+/// node.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_process_whose_own_connections_are_in_use_waits_and_calls_no_node_dead() {
     let (test, proxy) = cluster_behind_proxy().await;

@@ -1,4 +1,5 @@
-//! The control database falls silent or goes: whoever works goes on, and processes start from a file.
+//! The control database falls silent or goes: whoever works goes on, and processes start from a
+//! file.
 
 use std::path::Path;
 use std::time::Duration;
@@ -138,7 +139,8 @@ async fn a_change_is_told_to_processes_that_run() {
     drop(process);
 }
 
-/// While nobody can say who else is in the group, what is free for long is taken whoever's it should be.
+/// While nobody can say who else is in the group, what is free for long is taken whoever's it
+/// should be.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_a_member_leaves_while_it_is_away_is_taken_by_the_others() {
     let setting = Setting::new().await;
@@ -177,7 +179,8 @@ async fn one_that_hangs_holds_no_running_process_up() {
     eventually("it is back", SOON, back).await;
 }
 
-/// A heartbeat that arrives after its member has left would keep the others waiting for its partitions.
+/// A heartbeat that arrives after its member has left would keep the others waiting for its
+/// partitions.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn who_leaves_is_not_put_back_by_a_heartbeat_under_way() {
     let setting = Setting::new().await;

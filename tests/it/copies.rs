@@ -1,4 +1,5 @@
-//! A cluster that was restored from a dump is found out, and becomes one of its own, or the cluster itself.
+//! A cluster that was restored from a dump is found out, and becomes one of its own, or the cluster
+//! itself.
 
 use std::time::Duration;
 

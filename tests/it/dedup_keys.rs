@@ -62,7 +62,8 @@ async fn send_together(
     within(20 * SECOND, "the receipts", join_all(receipts)).await
 }
 
-/// A producer behind a proxy, that has a connection with the statement prepared: two messages are stored.
+/// A producer behind a proxy, that has a connection with the statement prepared: two messages are
+/// stored.
 async fn way(settings: impl FnOnce(ProducerBuilder) -> ProducerBuilder) -> Way {
     let server = shared_server().await;
     let (proxy, url) = (Proxy::start(server.port()).await, database(server).await);

@@ -1,5 +1,5 @@
-//! The statements of leases and cursors themselves: the fence tells apart who may not move a cursor, and
-//! why, also where rows change at the same time.
+//! The statements of leases and cursors themselves: the fence tells apart who may not move a
+//! cursor, and why, also where rows change at the same time.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
@@ -279,8 +279,8 @@ async fn of_many_that_take_at_once_each_partition_has_one() {
     }
 }
 
-/// Flushes and seeks at the same time: what a flush of an older reset epoch brings is never seen after
-/// the seek.
+/// Flushes and seeks at the same time: what a flush of an older reset epoch brings is never seen
+/// after the seek.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn no_flush_undoes_a_seek_however_they_meet() {
     let (test, sql, partitions) = ready(1).await;

@@ -1,4 +1,5 @@
-//! What consumers' signs of life cost the control database: each the same, however many consumers there are.
+//! What consumers' signs of life cost the control database: each the same, however many consumers
+//! there are.
 
 use tokio_postgres::Client;
 
@@ -23,8 +24,8 @@ async fn broadcast_consumers(sql: &Client, count: i32) {
         .unwrap();
 }
 
-/// How many blocks the server looks at for a statement that was prepared: the fewest of some times, since it also
-/// looks for free room now and then.
+/// How many blocks the server looks at for a statement that was prepared: the fewest of some times,
+/// since it also looks for free room now and then.
 async fn blocks(sql: &Client, call: &str) -> i64 {
     let mut fewest = i64::MAX;
     for _ in 0..5 {
@@ -97,7 +98,7 @@ async fn what_is_gone_is_swept_and_what_only_seems_so_after_a_leap_of_the_clock_
     let back = "update shardmq_control.member set heartbeat_at = now() where group_name = 'b2'";
     sql.batch_execute(back).await.unwrap();
     assert_eq!(sweep("1 minute").await, ["b2", "b3"]);
-    // Who has left is no member any more, and its row goes after an hour.
+    // A consumer that has left is no member any more. Its row goes after an hour.
     let leave =
         "update shardmq_control.member set gone_at = now(), left_at = now() - $2::text::interval
                   where group_name = $1";

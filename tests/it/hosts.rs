@@ -93,7 +93,8 @@ async fn a_silent_host_holds_nobody_up_for_long_and_the_next_time_not_at_all() {
     let test = TestCluster::of(vec![plain.clone()]).await;
     topic(&test, "orders", 1).await;
     let hosts = [proxy.port(), server.port()];
-    // Long enough for the other host on a busy machine: where that does not answer, this one is asked again.
+    // Long enough for the other host on a busy machine: where that does not answer, this one is
+    // asked again.
     let cluster =
         within(SOON, "the way in", Cluster::connect(&url(&hosts, &plain, "connect_timeout=3")))
             .await

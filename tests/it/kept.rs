@@ -50,8 +50,9 @@ async fn kept(pooled: &Client) -> Vec<String> {
     rows.into_iter().filter_map(text).collect()
 }
 
-/// A look has as many tables as its consumer has partitions on a node, and another text whenever one of these
-/// goes to its next day: kept, they would take memory with the square of what is worked off.
+/// A look has as many tables as its consumer has partitions on a node, and another text whenever
+/// one of these goes to its next day: kept, they would take memory with the square of what is
+/// worked off.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_is_kept_grows_with_the_days_worked_off_and_looks_are_not_kept() {
     let server = shared_server().await;

@@ -89,8 +89,8 @@ async fn beat(sql: &Client, member: Uuid) -> usize {
     sql.query(HEARTBEAT, &params).await.unwrap().len()
 }
 
-/// Also the first of all its heartbeats, one under way while the group is deleted, and one of a member that
-/// others had left out.
+/// Also the first of all its heartbeats, one under way while the group is deleted, and one of a
+/// member that others had left out.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn no_heartbeat_of_a_member_counts_after_it_has_left() {
     let test = TestCluster::new(1).await;

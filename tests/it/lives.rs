@@ -1,5 +1,5 @@
-//! A topic is known by its id: one that is deleted and made again is another one, and whoever used the one before
-//! is told, and disturbs nobody.
+//! A topic is known by its id: one that is deleted and made again is another one, and whoever used
+//! the one before is told, and disturbs nobody.
 
 use std::time::Duration;
 

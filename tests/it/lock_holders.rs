@@ -1,4 +1,5 @@
-//! Who holds a lock for long that appends wait for is told by its name, once, and no producer is.
+//! A session that holds a lock for long, for which appends wait, is told by its name, once. No
+//! producer is.
 
 use std::time::Duration;
 

@@ -14,7 +14,8 @@ use crate::support::{TestCluster, database, eventually, shared_server, within};
 
 const SECOND: Duration = Duration::from_secs(1);
 
-/// A node apart from the control database: its sessions are those of data connections, and one that listens.
+/// A node apart from the control database: its sessions are those of data connections, and one that
+/// listens.
 async fn apart() -> TestCluster {
     let server = shared_server().await;
     let (control_url, node_url) = (database(server).await, database(server).await);
@@ -49,8 +50,8 @@ async fn append(sql: &Client, partition: PartitionId, text: &str) {
     sql.query_one(append, &[&number(partition), &text]).await.unwrap();
 }
 
-/// Sessions of the library on a node, but for the one that listens for its relay, and how many of them wait for
-/// a lock: the most that were seen.
+/// Sessions of the library on a node, but for the one that listens for its relay, and how many of
+/// them wait for a lock: the most that were seen.
 #[derive(Default)]
 struct Most {
     sessions: AtomicI64,
@@ -182,7 +183,8 @@ async fn a_group_begins_in_all_partitions_but_the_one_whose_table_is_locked() {
     assert_eq!(next(&mut messages).await.id().partition(), partitions[0]);
 }
 
-/// Renamed, its primary key is no more what an index scan needs: each statement fails at once, and not at a lock.
+/// Renamed, its primary key is no more what an index scan needs: each statement fails at once, and
+/// not at a lock.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_table_that_is_broken_delays_no_other_partition() {
     let test = apart().await;

@@ -1,5 +1,5 @@
-//! A day table that somebody has locked under a producer: its partition waits, no other is delayed, and no
-//! connections gather. `SHARDMQ_LOCK_SECONDS=20` locks it for longer.
+//! A day table that somebody has locked under a producer: its partition waits, no other is delayed,
+//! and no connections gather. `SHARDMQ_LOCK_SECONDS=20` locks it for longer.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
@@ -33,7 +33,8 @@ struct Way {
     warm: bool,
 }
 
-/// The producer's sessions on the node, and how many of them wait for a lock: the most that were seen.
+/// The producer's sessions on the node, and how many of them wait for a lock: the most that were
+/// seen.
 #[derive(Debug, Default)]
 struct Most {
     sessions: AtomicI64,
@@ -81,8 +82,9 @@ impl Load {
         }
     }
 
-    /// Fifty messages a second to all partitions but the first, for so long, and some to that one where it
-    /// is asked for: its sends are returned under way. Twenty with dedup keys, which take a commit each.
+    /// Fifty messages a second to all partitions but the first, for so long, and some to that one
+    /// where it is asked for: its sends are returned under way. Twenty with dedup keys, which take
+    /// a commit each.
     async fn run(&mut self, time: Duration, first_too: bool) -> (Vec<Sent>, Vec<JoinHandle<Sent>>) {
         let (begun, mut others, mut first) = (Instant::now(), JoinSet::new(), Vec::new());
         let mut ticks = interval(SECOND / if self.way.dedup { 20 } else { 50 });
@@ -111,8 +113,8 @@ fn p99(sent: &[Sent]) -> Duration {
     all[all.len() * 99 / 100]
 }
 
-/// The p99 of the middle one of three parts of the time: a machine that halts once delays one of them, and a lock
-/// that others wait for all.
+/// The p99 of the middle one of three parts of the time: a machine that halts once delays one of
+/// them, and a lock that others wait for all.
 fn p99_of_parts(sent: &[Sent]) -> Duration {
     let mut parts: Vec<_> = sent.chunks(sent.len().div_ceil(3)).map(p99).collect();
     parts.sort_unstable();

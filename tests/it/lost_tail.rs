@@ -1,5 +1,5 @@
-//! A server comes back without the end of its log, as an asynchronous standby does that was promoted:
-//! ids are used again, and nobody skips what is new under them.
+//! A server comes back without the end of its log, as an asynchronous standby does that was
+//! promoted: ids are used again, and nobody skips what is new under them.
 
 use std::time::Duration;
 
@@ -96,7 +96,8 @@ async fn new_messages_under_reused_ids_are_delivered_and_old_acks_move_nothing()
     assert_eq!((lag[0].lag, lag[0].acked_id.unwrap().sequence()), (0, 13));
 }
 
-/// The consumer is idle: nothing is appended under the reused ids until it had time to notice nothing.
+/// The consumer is idle: nothing is appended under the reused ids until it had time to notice
+/// nothing.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_flush_that_reaches_the_new_server_before_any_fetch_moves_no_cursor() {
     let server = own_server().await;
@@ -187,8 +188,8 @@ async fn told_of_ids_given_again(kept: u32, dedup: fn(&str) -> Option<String>) {
     assert_eq!(alerts.len(), 1);
 }
 
-/// The same batch of the same producer comes to the same id again, before it another one: all but the
-/// time of appending is equal.
+/// The same batch of the same producer comes to the same id again, before it another one: all but
+/// the time of appending is equal.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_producer_that_repeats_its_batch_onto_the_same_id_hides_nothing() {
     let server = own_server().await;
@@ -230,8 +231,9 @@ fn uuid_text(number: u128) -> String {
     format!("00000000-0000-0000-0000-{number:012}")
 }
 
-/// The server is put back to before the owner took the partition, and another has taken it: the epoch is
-/// the same number again. All that was read is still there, so that nothing but the owner tells.
+/// The server is put back to before the owner took the partition, and another has taken it: the
+/// epoch is the same number again. All that was read is still there, so that nothing but the owner
+/// tells.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_epoch_that_was_rolled_back_and_raised_again_by_another_lets_no_old_owner_in() {
     let server = own_server().await;
@@ -248,7 +250,8 @@ async fn an_epoch_that_was_rolled_back_and_raised_again_by_another_lets_no_old_o
     eventually("it is held", 20 * SECOND, holds).await;
     first.shutdown(SECOND).await.unwrap();
     let before = snapshot(&server).await;
-    // The other takes it first, and that is kept for later: side by side either could be the faster one.
+    // The other takes it first, and that is kept for later: side by side either could be the faster
+    // one.
     let other = Cluster::builder(&test.control_url).upkeep(false).connect().await.unwrap();
     let mut new = quiet(&other).stream().await.unwrap();
     read(&mut new, "kept", 3).await.remove(0).ack().unwrap();

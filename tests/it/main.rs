@@ -1,4 +1,5 @@
-//! Everything that needs real servers, in reading order: from the servers themselves to the command.
+//! Everything that needs real servers, in reading order: from the servers themselves to the
+//! command.
 
 #![allow(unreachable_pub, missing_docs, clippy::unwrap_used, clippy::expect_used)]
 // What is plain in a test: sequences searched until something is found, names of a pair alike.
@@ -68,7 +69,8 @@ mod half_pipeline;
 mod handlers;
 /// What consumers' signs of life cost.
 mod heartbeats;
-/// Partitions that are held back: paused by their consumer, or too far ahead of what is acknowledged.
+/// Partitions that are held back: paused by their consumer, or too far ahead of what is
+/// acknowledged.
 mod held_back;
 /// Addresses with several hosts: the one that takes writes is found, and followed.
 mod hosts;

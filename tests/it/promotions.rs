@@ -1,4 +1,5 @@
-//! A standby is promoted: what was acknowledged before is there, as far as it was to wait for the standby.
+//! A standby is promoted: what was acknowledged before is there, as far as it was to wait for the
+//! standby.
 
 use std::time::Duration;
 

@@ -1,5 +1,5 @@
-//! Batches that are repeated since their answer was lost: one copy, whichever of original and repeat
-//! comes first, over midnight, and when the partition is sealed or full meanwhile.
+//! Batches that are repeated since their answer was lost: one copy, whichever of original and
+//! repeat comes first, over midnight, and when the partition is sealed or full meanwhile.
 
 use std::time::Duration;
 
@@ -84,7 +84,8 @@ async fn a_client_whose_clock_is_ahead_finds_its_original() {
     let (sql, holder) = (test.sql(0).await, test.sql(0).await);
     let builder = test.cluster.producer("orders").append_timeout(8 * SECOND);
     let producer = clocks.on(builder).build().await.unwrap();
-    // The first attempts find nothing to insert into; the one that does waits, and its answer is lost.
+    // The first attempts find nothing to insert into; the one that does waits, and its answer is
+    // lost.
     let wait = format!(
         "create function public.wait() returns trigger language plpgsql as
             $$ begin perform pg_advisory_xact_lock(42); return new; end $$;
@@ -178,8 +179,8 @@ async fn a_batch_that_is_given_up_is_fenced_and_its_late_original_turned_away() 
     assert_eq!(way.refused().await, 0);
 }
 
-/// The client's clock is past midnight, the partition is not. When the original arrives at last, the partition
-/// has come to the day that the client's clock showed.
+/// The client's clock is past midnight, the partition is not. When the original arrives at last,
+/// the partition has come to the day that the client's clock showed.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_original_of_a_client_whose_clock_is_ahead_is_turned_away_after_midnight_too() {
     let settings =
@@ -209,7 +210,8 @@ async fn an_original_of_a_client_whose_clock_is_ahead_is_turned_away_after_midni
     assert_eq!(way.stored().await.len(), 1, "what was said not to be sent is stored");
 }
 
-/// As where a standby is promoted that lacks a roll: an attempt named a day that the partition comes to again.
+/// As where a standby is promoted that lacks a roll: an attempt named a day that the partition
+/// comes to again.
 #[tokio::test]
 async fn a_fence_is_kept_until_the_partition_has_left_every_day_that_was_named() {
     let way = Way::new(|builder| builder).await;

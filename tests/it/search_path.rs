@@ -1,5 +1,5 @@
-//! Nobody takes the place of a function, an operator or a type that ShardMQ names, by one of the same name in
-//! a schema that others may write to.
+//! Nobody takes the place of a function, an operator or a type that ShardMQ names, by one of the
+//! same name in a schema that others may write to.
 
 /// Through the library, in its own sessions and in those of a pooler.
 mod sessions;
@@ -8,8 +8,8 @@ use tokio_postgres::Client;
 
 use crate::support::{TestCluster, client, database, shared_server};
 
-/// Each of these fits calls of ShardMQ's better than the server's own, which takes any type: where a call is
-/// resolved by a search path that has `public`, it leads here.
+/// Each of these fits calls of ShardMQ's better than the server's own, which takes any type: where
+/// a call is resolved by a search path that has `public`, it leads here.
 const TAKEN: &[&str] = &[
     "function public.unnest(a int[]) returns setof int",
     "function public.unnest(a text[]) returns setof text",

@@ -1,5 +1,5 @@
-//! An old primary that wakes up after its standby was promoted, or is started again, takes writes. It is noticed,
-//! left, and told.
+//! An old primary that wakes up after its standby was promoted, or is started again, takes writes.
+//! It is noticed, left, and told.
 
 use std::collections::HashSet;
 use std::sync::{Arc, Mutex};
@@ -83,7 +83,8 @@ impl Split {
     }
 }
 
-/// Reads and acknowledges all that comes. What is lost with an old primary is news, and not the end.
+/// Reads and acknowledges all that comes. What is lost with an old primary is news, and not the
+/// end.
 fn read_on(mut messages: Messages) -> (Arc<Mutex<HashSet<String>>>, JoinHandle<()>) {
     let read: Arc<Mutex<HashSet<String>>> = Arc::default();
     let seen = Arc::clone(&read);

@@ -16,8 +16,8 @@ use crate::support::{TestCluster, client, database, own_server, prepared, shared
 
 const SOON: Duration = Duration::from_secs(20);
 
-/// A call whose commit waits, again and again: each wait is cancelled, twice. It has an answer only once
-/// a commit did wait to its end.
+/// A call whose commit waits, again and again: each wait is cancelled, twice. It has an answer only
+/// once a commit did wait to its end.
 async fn outlasts<T: Debug + Send + 'static>(
     mut away: StandbyAway,
     call: JoinHandle<shardmq::Result<T>>,
@@ -39,7 +39,8 @@ fn sending(
     tokio::spawn(async move { producer.send(message).await })
 }
 
-/// Sent with and without a dedup key, where each commit but the last is cancelled while it waits: stored once.
+/// Sent with and without a dedup key, where each commit but the last is cancelled while it waits:
+/// stored once.
 async fn all_sends_outlast(server: &shardmq::embedded::Server, test: &TestCluster) {
     let partitions = topic(test, "orders", 1).await;
     let producer = test.cluster.producer("orders").build().await.unwrap();
@@ -132,8 +133,8 @@ async fn a_relay_forgets_what_the_standby_has() {
     assert_eq!(all_stored(&test.sql(0).await, &partitions).await.len(), 2);
 }
 
-/// A change of the topology whose commit did not wait is unknown; that it is there already is told only once
-/// the standby has it.
+/// A change of the topology whose commit did not wait is unknown; that it is there already is told
+/// only once the standby has it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_topic_is_made_only_once_the_standby_of_the_control_database_has_it() {
     let server = own_server().await;

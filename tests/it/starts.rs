@@ -174,8 +174,8 @@ async fn a_partition_made_after_the_group_starts_at_its_first_message() {
     messages.shutdown(SECOND).await.unwrap();
 }
 
-/// Which messages of the absent node came before the group's beginning can't be asked: it starts a minute
-/// early, and never late.
+/// Which messages of the absent node came before the group's beginning can't be asked: it starts a
+/// minute early, and never late.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_node_that_was_away_when_a_group_began_at_latest_starts_a_minute_before() {
     let away = own_server().await;
@@ -255,8 +255,8 @@ async fn an_id_that_is_not_there_yet_and_a_fixed_list_of_partitions() {
     }
 }
 
-/// As after a failover that lost the end of the log: the node knows neither the group nor its cursors,
-/// and a member is there that waits.
+/// As after a failover that lost the end of the log: the node knows neither the group nor its
+/// cursors, and a member is there that waits.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_node_that_forgot_where_a_group_starts_is_told_again_by_who_waits() {
     let test = TestCluster::new(1).await;

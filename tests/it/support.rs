@@ -1,5 +1,5 @@
-//! Servers and databases for tests. One Postgres serves all tests that do no harm to it; each test has
-//! databases of its own, cloned from a migrated template.
+//! Servers and databases for tests. One Postgres serves all tests that do no harm to it; each test
+//! has databases of its own, cloned from a migrated template.
 
 use std::future::Future;
 use std::sync::LazyLock;
@@ -58,8 +58,8 @@ pub async fn shared_server() -> &'static Server {
         .await
 }
 
-/// Sees to it that a test that hangs is ended. Shows what the library logs where `RUST_LOG` asks for it, and
-/// keeps what it says of trouble.
+/// Sees to it that a test that hangs is ended. Shows what the library logs where `RUST_LOG` asks
+/// for it, and keeps what it says of trouble.
 fn set_up() {
     watchdog::watched();
     let shown = tracing_subscriber::fmt::layer().with_test_writer();

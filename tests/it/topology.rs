@@ -50,8 +50,8 @@ async fn running_clients_follow_a_node_to_its_new_address() {
     assert_eq!(other.nodes().await.unwrap()[1].url, test.node_urls[1]);
 }
 
-/// The address of one node is another one's: nothing is stored there, what has no key goes on through
-/// the right one, and all is well again when the address is.
+/// The address of one node is another one's: nothing is stored there, what has no key goes on
+/// through the right one, and all is well again when the address is.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_wrong_address_is_found_out_before_anything_is_stored() {
     let (test, _proxy) = pair().await;

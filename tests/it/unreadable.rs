@@ -1,5 +1,5 @@
-//! Rows that can't be read: the tables refuse them, and one that is there all the same is told, becomes dead
-//! letters or stops its partition, and hides nothing.
+//! Rows that can't be read: the tables refuse them, and one that is there all the same is told,
+//! becomes dead letters or stops its partition, and hides nothing.
 
 use std::time::Duration;
 
@@ -50,7 +50,8 @@ async fn write(sql: &Client, table: &str, count: i32, arrays: &str) -> Result<i6
     row.map(|row| row.get(0)).map_err(|error| error.as_db_error().unwrap().message().to_owned())
 }
 
-/// Odd rows: their count, their arrays, and the texts of the messages that can be read. None: none can.
+/// Odd rows: their count, their arrays, and the texts of the messages that can be read. None: none
+/// can.
 type Odd = (i32, &'static str, Option<&'static [&'static str]>);
 
 const ODD: &[Odd] = &[

@@ -17,7 +17,8 @@ pub(crate) enum Command {
         #[arg(long = "node", value_name = "NUMBER=URL", value_parser = node, required = true)]
         nodes: Vec<(NodeId, String)>,
     },
-    /// Say that the original is gone and that this is it: after an upgrade of the server, or a restore.
+    /// Say that the original is gone and that this is it: after an upgrade of the server, or a
+    /// restore.
     Moved,
 }
 

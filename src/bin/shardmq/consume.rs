@@ -44,15 +44,15 @@ pub(crate) struct Args {
     /// Wait for more when all is consumed.
     #[arg(long)]
     follow: bool,
-    /// Print messages with this header alone, which may be repeated: all must match. The others count as
-    /// consumed.
+    /// Print messages with this header alone, which may be repeated: all must match. The others
+    /// count as consumed.
     #[arg(long, value_name = "NAME=VALUE", value_parser = parse_header)]
     header: Vec<(String, String)>,
     /// Print messages alone whose key begins so. The others count as consumed.
     #[arg(long, value_name = "TEXT")]
     key_prefix: Option<String>,
-    /// Keep acknowledgements in this directory until they are committed: they survive when this process is
-    /// killed.
+    /// Keep acknowledgements in this directory until they are committed: they survive when this
+    /// process is killed.
     #[arg(long, value_name = "FOLDER")]
     journal: Option<PathBuf>,
 }

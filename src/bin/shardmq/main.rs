@@ -81,8 +81,8 @@ enum Command {
     Node(node::Command),
     #[command(subcommand)]
     Cluster(cluster::Command),
-    /// Make partitions again that a node has lost, and put topics back that the control database has lost. For a
-    /// database that was restored, or promoted without its end.
+    /// Make partitions again that a node has lost, and put topics back that the control database
+    /// has lost. For a database that was restored, or promoted without its end.
     Repair,
     #[command(subcommand)]
     Notifier(notifier::Command),

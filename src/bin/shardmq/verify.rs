@@ -52,15 +52,15 @@ const GROUP: &str = "verify";
 /// Send and consume, then check that nothing was lost, skipped, repeated or reordered. Break the
 /// cluster meanwhile.
 ///
-/// On the cluster of --url, on a topic of its own; without --url on private servers, whose addresses
-/// and data folders are shown so that you can break them, or which --faults breaks. A signal ends the
-/// workload early; a second one ends it all.
+/// On the cluster of --url, on a topic of its own; without --url on private servers, whose
+/// addresses and data folders are shown so that you can break them, or which --faults breaks. A
+/// signal ends the workload early; a second one ends it all.
 ///
 /// Exits with 1 where something is wrong, with 2 where it could not be found out, and then says on
-/// stderr what was measured. Exits with 5 where a server has lost the end of its log, and all else is
-/// well. That is what the failover to an asynchronous standby costs: the report names for each partition
-/// the first message that is gone, and how many acknowledged ones are (`lost_tails`). With synchronous
-/// standbys it must not happen.
+/// stderr what was measured. Exits with 5 where a server has lost the end of its log, and all else
+/// is well. That is what the failover to an asynchronous standby costs: the report names for each
+/// partition the first message that is gone, and how many acknowledged ones are (`lost_tails`).
+/// With synchronous standbys it must not happen.
 #[derive(Parser)]
 pub(crate) struct Args {
     /// How long to send and consume.
@@ -91,15 +91,16 @@ pub(crate) struct Args {
     /// Private servers to start where there is no control database. Default: 1, or 2 with --faults.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=99))]
     nodes: Option<u8>,
-    /// Break private servers and processes of consumers meanwhile, and count the faults: all, or some of
-    /// kill, pause, lock, roll, clock, topic (`kill,lock`).
+    /// Break private servers and processes of consumers meanwhile, and count the faults: all, or
+    /// some of kill, pause, lock, roll, clock, topic (`kill,lock`).
     ///
-    /// kill and pause: nodes and consumers, by SIGKILL and SIGSTOP. lock: a day table, against everybody.
-    /// roll: a node's partitions, to the next day. clock: a node's, by up to 50 minutes. topic: another
-    /// topic of the same nodes is deleted and made anew every 20 s.
+    /// kill and pause: nodes and consumers, by SIGKILL and SIGSTOP. lock: a day table, against
+    /// everybody. roll: a node's partitions, to the next day. clock: a node's, by up to 50 minutes.
+    /// topic: another topic of the same nodes is deleted and made anew every 20 s.
     #[arg(long, value_name = "FAULTS")]
     faults: Option<FaultKinds>,
-    /// What is broken, when and where: the same number plans the same. Default: another one each time.
+    /// What is broken, when and where: the same number plans the same. Default: another one each
+    /// time.
     #[arg(long, value_name = "N", requires = "faults")]
     seed: Option<u64>,
     /// How long nodes may be away after the time, and the group may make no progress.
@@ -330,8 +331,8 @@ async fn break_it(
     Box::pin(stage.perform(&plan, seed, kinds)).await.map(Some)
 }
 
-/// Makes the group. Processes are waited for until each has its share: as they start they take partitions
-/// from each other, and what is measured is to be what happens later.
+/// Makes the group. Processes are waited for until each has its share: as they start they take
+/// partitions from each other, and what is measured is to be what happens later.
 async fn join(cluster: &Cluster, run: &Arc<Run>, args: &Args) -> Result<Members, Failure> {
     if !args.member_processes && args.faults.is_none() {
         return Here::join(run, args.consumers).await.map(Members::Here);

@@ -1,5 +1,5 @@
-//! The listening connection of a node: kept for as long as somebody is subscribed, and made again after
-//! every failure.
+//! The listening connection of a node: kept for as long as somebody is subscribed, and made again
+//! after every failure.
 //!
 //! ```text
 //! connect ─> LISTEN ─> canary ─ heard ─> hints arrive, look once ─┬─ heard ─> wait
@@ -7,13 +7,14 @@
 //!    └───── backoff <────┴──────────────────────────────────── canary <─────────┘
 //! ```
 //!
-//! A connection whose peer is gone without a word looks idle for ever, and where the server's queue of
-//! notifications is full nothing comes through one that is well. So hints count as arriving only once a canary,
-//! a notification of this process, sent as hints are, was heard, and whoever has heard nothing for
-//! a while sends another, which all listeners of the node hear: one of them sends for all. Where it does not
-//! come back in time, the connection is given up, 11 s after the last hint at most, or 29 s after the last
-//! canary where there were no hints. Where hints keep coming, one is sent each minute, to measure. Where none can
-//! be sent, hints do not count as arriving, and the connection is kept.
+//! A connection whose peer is gone without a word looks idle for ever, and where the server's queue
+//! of notifications is full nothing comes through one that is well. So hints count as arriving only
+//! once a canary, a notification of this process, sent as hints are, was heard, and whoever has
+//! heard nothing for a while sends another, which all listeners of the node hear: one of them sends
+//! for all. Where it does not come back in time, the connection is given up, 11 s after the last
+//! hint at most, or 29 s after the last canary where there were no hints. Where hints keep coming,
+//! one is sent each minute, to measure. Where none can be sent, hints do not count as arriving, and
+//! the connection is kept.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -142,7 +143,8 @@ async fn listen_once(nodes: &Nodes, channel: &Channel, backoff: &mut Duration) -
                 match answer {
                     Ok(()) => {}
                     Err(error) if present.is_none() => return Err(error),
-                    // That is no fault of this connection; whether hints arrive is not known any more.
+                    // That is no fault of this connection; whether hints arrive is not known any
+                    // more.
                     Err(error) => if pulse.not_sent() {
                         channel.interrupt(&error.chain());
                         arrives = false;
@@ -180,7 +182,8 @@ async fn send(nodes: &Nodes, node: NodeId, canary: String) -> Result<()> {
     in_time(ANSWER / 2, "send a canary", notify(nodes, node, &canary)).await
 }
 
-/// Takes what the server says. True where it is this process' own canary: others' may be of another node.
+/// Takes what the server says. True where it is this process' own canary: others' may be of another
+/// node.
 fn hear(channel: &Channel, message: &AsyncMessage, pulse: &mut Pulse) -> bool {
     let AsyncMessage::Notification(note) = message else { return false };
     if note.channel() != HINTS {
@@ -222,8 +225,8 @@ impl Pulse {
         sleep_until(self.due).await;
     }
 
-    /// A hint, or a canary. How long that took, where it is this process' own, which is waited for whatever
-    /// else is heard.
+    /// A hint, or a canary. How long that took, where it is this process' own, which is waited for
+    /// whatever else is heard.
     fn heard(&mut self, payload: &str, is_hint: bool) -> Option<Duration> {
         let own = self.canary.take_if(|(canary, _)| canary == payload);
         let quiet = if is_hint { QUIET } else { IDLE };

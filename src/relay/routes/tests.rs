@@ -188,8 +188,8 @@ fn keyed_messages_wait_for_a_partition_that_has_refused_some_until_those_are_bac
     assert_eq!(routes.released(Instant::now(), false), [(1, 5)]);
 }
 
-/// Two messages for each of so many unknown topics, in rounds, are looked at 4,000 at a time, until all are set
-/// aside. Returns how much was done, and how many questions were asked.
+/// Two messages for each of so many unknown topics, in rounds, are looked at 4,000 at a time, until
+/// all are set aside. Returns how much was done, and how many questions were asked.
 fn steps_for(topics: i64) -> (u64, usize) {
     let (mut routes, stand) = (Routes::default(), Stand::default());
     let all: Vec<Waiting> =

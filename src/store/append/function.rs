@@ -1,14 +1,14 @@
-//! Appending where no statement is kept prepared: behind a pooler that shares its server connections. Large
-//! batches go this way too, wherever they go.
+//! Appending where no statement is kept prepared: behind a pooler that shares its server
+//! connections. Large batches go this way too, wherever they go.
 //!
 //! ```text
 //! begin ─ one statement (lock, append, lock, append, ..) ─ commit
 //! ```
 //!
-//! The inserts of the pipeline would be parsed here under the lock, and nothing ends a server's wait
-//! for the rest of a statement that it has begun to parse: a client that falls silent in the middle of
-//! a large batch would keep the partition. So the statement that brings the batches takes the locks
-//! itself, when all of it has arrived.
+//! The inserts of the pipeline would be parsed here under the lock, and nothing ends a server's
+//! wait for the rest of a statement that it has begun to parse: a client that falls silent in the
+//! middle of a large batch would keep the partition. So the statement that brings the batches takes
+//! the locks itself, when all of it has arrived.
 
 use std::time::Duration;
 
@@ -26,7 +26,8 @@ use crate::id::MessageId;
 use crate::store::node::Connection;
 use crate::store::sql;
 
-/// Appends batches of different partitions in one transaction, waiting for the lock of the first only.
+/// Appends batches of different partitions in one transaction, waiting for the lock of the first
+/// only.
 pub(super) async fn append(
     connection: Connection,
     batches: &[Append<'_>],
@@ -42,8 +43,8 @@ pub(super) async fn append(
     Ok(batches.iter().map(outcome).collect())
 }
 
-/// The failure with its culprit: the server says in which statement it waited. The lock of the first
-/// partition is taken outside of any function.
+/// The failure with its culprit: the server says in which statement it waited. The lock of the
+/// first partition is taken outside of any function.
 fn blamed(failure: Failure, batches: &[Append<'_>]) -> Failure {
     let Failure::Locked(error, _) = failure else {
         return failure;

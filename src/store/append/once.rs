@@ -4,8 +4,8 @@
 //! begin ─ one statement (lock, look for the keys, append what is new) ─ commit
 //! ```
 //!
-//! The same where statements are kept prepared and where they are not: the function takes the lock itself,
-//! when all of the batch has arrived.
+//! The same where statements are kept prepared and where they are not: the function takes the lock
+//! itself, when all of the batch has arrived.
 
 use std::time::Duration;
 
@@ -24,8 +24,8 @@ use crate::store::node::Connection;
 use crate::store::sql;
 
 /// Appends the messages of a batch whose dedup keys are new, and says where all of them are. May be
-/// repeated, with another sequence, whatever became of it. The first attempt waits for the partition's lock as
-/// long as those of other batches do.
+/// repeated, with another sequence, whatever became of it. The first attempt waits for the
+/// partition's lock as long as those of other batches do.
 pub(crate) async fn append_once(
     connection: Connection,
     batch: &Append<'_>,

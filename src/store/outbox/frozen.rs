@@ -9,7 +9,8 @@ use crate::name::TopicName;
 use crate::store::append::{Append, Arrays};
 use crate::store::packed::{Packed, Unpacked};
 
-/// The sequence of a batch is that of its first place; each place has room for parts of all lengths.
+/// The sequence of a batch is that of its first place; each place has room for parts of all
+/// lengths.
 const ROOM: i64 = 1 << 20;
 
 /// What happens to a frozen batch.
@@ -107,9 +108,9 @@ impl Frozen {
         self.append_part(&self.arrays, 0)
     }
 
-    /// Some of its places, beginning with one, to be appended. Sequences rise with the place, and for the
-    /// same place as parts grow shorter: so whoever divides it anew finds every part that is there, and
-    /// takes none for another.
+    /// Some of its places, beginning with one, to be appended. Sequences rise with the place, and
+    /// for the same place as parts grow shorter: so whoever divides it anew finds every part that
+    /// is there, and takes none for another.
     pub(crate) fn append_part<'a>(&'a self, arrays: &'a Arrays, first: usize) -> Append<'a> {
         let whole = i64::try_from(self.len()).unwrap_or(0);
         let first = i64::try_from(first).unwrap_or(0);
@@ -143,8 +144,8 @@ impl Frozen {
     }
 }
 
-/// The headers of published messages with the identities that were drawn when they were published, and how
-/// many bytes these add.
+/// The headers of published messages with the identities that were drawn when they were published,
+/// and how many bytes these add.
 fn with_uids(headers: Option<&Unpacked>, uids: &[Uuid]) -> (Packed, i32) {
     let (mut all, mut text, mut more) = (Packed::default(), Vec::new(), 0);
     for (index, producer) in uids.iter().enumerate() {

@@ -15,8 +15,8 @@ use crate::store::param::Param;
 use crate::store::sql;
 
 const DAY: Duration = Duration::from_hours(24);
-/// So many bytes come back with the answer to a step, nearly: on a slow line it takes no longer than a lease
-/// lasts. Larger batches are read of the table.
+/// So many bytes come back with the answer to a step, nearly: on a slow line it takes no longer
+/// than a lease lasts. Larger batches are read of the table.
 pub(crate) const INLINE: usize = 4 << 20;
 
 /// A batch that is to be frozen: for whom, and which messages in which order.
@@ -84,8 +84,8 @@ fn places(targets: &[Target], for_later: bool) -> Places {
     all
 }
 
-/// Freezes batches, sets aside what no partition takes, and forgets what was appended: durably, in one
-/// transaction, if this relay has the lock and the lease.
+/// Freezes batches, sets aside what no partition takes, and forgets what was appended: durably, in
+/// one transaction, if this relay has the lock and the lease.
 pub(crate) async fn step(
     connection: Connection,
     holder: Uuid,
@@ -160,8 +160,8 @@ fn did(frozen: Vec<Row>, buried: &[Row]) -> Stepped {
     }
 }
 
-/// Where a batch is looked for that is to be stored on a day. Another relay, whose clock is right, may store
-/// it earlier.
+/// Where a batch is looked for that is to be stored on a day. Another relay, whose clock is right,
+/// may store it earlier.
 fn first_day(day: Day) -> Day {
     Day::of(day.start() - 2 * DAY).unwrap_or(day)
 }

@@ -38,8 +38,8 @@ impl Failure {
     }
 }
 
-/// The failures of all hosts. That of one alone is the cause itself, those of several are told in one
-/// text, of the kind of the last.
+/// The failures of all hosts. That of one alone is the cause itself, those of several are told in
+/// one text, of the kind of the last.
 pub(super) fn error_of(mut failures: Vec<(String, Failure)>, what: &str) -> Error {
     let texts: Vec<String> =
         failures.iter().map(|(place, failure)| format!("{place}: {}", failure.text())).collect();

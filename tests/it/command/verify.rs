@@ -129,7 +129,8 @@ async fn nodes_that_are_killed_and_suspended_at_random_cost_nothing() {
     });
     let patience = Duration::from_secs(seconds + 120);
     let ended = finish_within(patience, child);
-    // All are well at the end of the workload, or the last reading would fail. The last one broken takes a while.
+    // All are well at the end of the workload, or the last reading would fail. The last one broken
+    // takes a while.
     let breaking = break_at_random(&servers, seconds.saturating_sub(5).max(1));
     let (broken, finished) = tokio::join!(breaking, ended);
     let said = rest.await.unwrap();

@@ -85,7 +85,8 @@ async fn what_is_given_up_while_another_takes_the_partition_is_no_dead_letter() 
     let error = next_error(&mut messages).await;
     assert_eq!(error.kind(), ErrorKind::LeaseLost, "{error:?}");
     assert_eq!((count(&sql, "dead_letter").await, count(&sql, "retry").await), (0, 1));
-    // The first answer may not have been committed when the partition was taken: that is told here then.
+    // The first answer may not have been committed when the partition was taken: that is told here
+    // then.
     if let Err(error) = messages.shutdown(SECOND).await {
         assert_eq!(error.kind(), ErrorKind::LeaseLost);
     }
@@ -125,7 +126,8 @@ async fn its_day_may_be_dropped_meanwhile() {
     assert_eq!(count(&sql, "retry").await, 0);
 }
 
-/// All of many fail once: none is lost, none twice, and what is kept in memory is bounded by the node.
+/// All of many fail once: none is lost, none twice, and what is kept in memory is bounded by the
+/// node.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn when_everything_fails_everything_is_parked_and_comes_again() {
     let (test, partition, sql) = ready().await;
@@ -234,7 +236,8 @@ async fn what_is_parked_may_be_done_in_the_users_transaction() {
     messages.shutdown(SECOND).await.unwrap();
 }
 
-/// The statement is committed, and its answer never comes: it is repeated, and nothing is there twice.
+/// The statement is committed, and its answer never comes: it is repeated, and nothing is there
+/// twice.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_copy_whose_answer_was_lost_is_not_kept_twice() {
     let (test, partition, sql) = ready().await;
@@ -286,7 +289,8 @@ async fn a_transaction_that_holds_the_cursor_delays_the_copy_and_nothing_else() 
     messages.shutdown(SECOND).await.unwrap();
 }
 
-/// A failover may lose what was written last: the copy, and that the message was acknowledged with it.
+/// A failover may lose what was written last: the copy, and that the message was acknowledged with
+/// it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_copy_that_a_failover_has_lost_is_made_again_from_the_log() {
     let server = own_server().await;

@@ -1,4 +1,5 @@
-//! A partition that is lost: who had it is told once, what was in hand is void, and it is taken again.
+//! A partition that is lost: who had it is told once, what was in hand is void, and it is taken
+//! again.
 
 use std::time::Duration;
 

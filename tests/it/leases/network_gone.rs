@@ -83,9 +83,9 @@ impl Setting {
         eventually("the other has all", deadline, all).await;
     }
 
-    /// Waits until nothing is on its way to the server any more, and the server has ended all sessions
-    /// of connections that were given up: it has come to the end of what they sent. What it answers is
-    /// to be held: a link ends where nobody is there to take it.
+    /// Waits until nothing is on its way to the server any more, and the server has ended all
+    /// sessions of connections that were given up: it has come to the end of what they sent. What
+    /// it answers is to be held: a link ends where nobody is there to take it.
     async fn all_arrived(&self) {
         let links = self.way.links();
         let done = async || {

@@ -1,4 +1,5 @@
-//! Migrations of a database that is in use: nobody waits for long, and nothing is missing in between.
+//! Migrations of a database that is in use: nobody waits for long, and nothing is missing in
+//! between.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};

@@ -1,5 +1,5 @@
-//! `LISTEN/NOTIFY` in every kind of trouble. The server that notifies is the node itself: where it is away,
-//! messages are stored later, and come at once then.
+//! `LISTEN/NOTIFY` in every kind of trouble. The server that notifies is the node itself: where it
+//! is away, messages are stored later, and come at once then.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -151,8 +151,9 @@ impl Hanging {
         sql.batch_execute("create table public.written (n int)").await.unwrap();
         let pid = holder.query_one("select pg_backend_pid()", &[]).await.unwrap();
         let pid = u32::try_from(pid.get::<_, i32>(0)).unwrap();
-        // It waits for a standby that there is not, and is suspended there, so that nobody else need wait. What is
-        // committed before the checkpointer has read the setting waits for nobody.
+        // It waits for a standby that there is not, and is suspended there, so that nobody else
+        // need wait. What is committed before the checkpointer has read the setting waits for
+        // nobody.
         standby(sql, "nobody").await;
         let waits = Arc::new(AtomicBool::new(false));
         let waited = Arc::clone(&waits);
@@ -234,8 +235,8 @@ async fn no_producer_waits_for_a_notification_that_hangs() {
     assert!(down.is_none(), "{down:?}");
 }
 
-/// From 17 on the queue of notifications has a size that can be set; it is full where somebody listens in a
-/// transaction that does not end.
+/// From 17 on the queue of notifications has a size that can be set; it is full where somebody
+/// listens in a transaction that does not end.
 async fn fill_the_queue(sql: &Client, holder: &Client) {
     // In one go it would listen from the end of the transaction on.
     holder.batch_execute("listen noise").await.unwrap();
@@ -249,7 +250,8 @@ async fn empty_the_queue(holder: &Client) {
     holder.batch_execute("commit; unlisten noise").await.unwrap();
 }
 
-/// Before that no notification can be sent: what they are sent with has another name, and no session has it prepared.
+/// Before that no notification can be sent: what they are sent with has another name, and no
+/// session has it prepared.
 async fn forbid(sql: &Client) {
     let rename = "alter function pg_notify(text, text) rename to pg_notify_away";
     sql.batch_execute(rename).await.unwrap();

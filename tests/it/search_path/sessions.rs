@@ -1,5 +1,5 @@
-//! Databases in which others may create functions and operators, and whose search_path finds those first:
-//! no statement of ours calls one. And every statement of ours is bounded in time.
+//! Databases in which others may create functions and operators, and whose search_path finds those
+//! first: no statement of ours calls one. And every statement of ours is bounded in time.
 
 use std::time::Duration;
 
@@ -28,8 +28,8 @@ fn trap(signature: &str, returns: &str) -> String {
     )
 }
 
-/// Traps for what statements call, with the types that they call it with: each is a better match than the
-/// one of Postgres, or as good and found before.
+/// Traps for what statements call, with the types that they call it with: each is a better match
+/// than the one of Postgres, or as good and found before.
 fn traps() -> String {
     let functions = [
         ("unnest(int[])", "setof int"),
@@ -99,7 +99,8 @@ fn traps() -> String {
     all
 }
 
-/// A database whose `search_path` finds the traps first, and a superuser's session that does not use it.
+/// A database whose `search_path` finds the traps first, and a superuser's session that does not
+/// use it.
 async fn hostile(server: &Server, name: &str) -> (String, Client) {
     let name = format!("{name}_{}", std::process::id());
     server.create_database(&name).await.unwrap();
@@ -179,7 +180,8 @@ async fn everything(cluster: &Cluster, node: &str, effects: &str) {
     cluster.delete_group("orders", "g").await.unwrap();
 }
 
-/// The node's days are closed, and upkeep has frozen the last of their tables: the last that it does.
+/// The node's days are closed, and upkeep has frozen the last of their tables: the last that it
+/// does.
 async fn upkeep(sql: &Client, url: &str) {
     let day_later = "update public.ahead set by = '24 hours';
         set search_path = pg_catalog;
@@ -199,7 +201,8 @@ async fn assert_clean(sql: &Client, name: &str) {
     let caught = "select case when is_called then last_value else 0 end from public.caught";
     let caught: i64 = sql.query_one(caught, &[]).await.unwrap().get(0);
     assert_eq!(caught, 0, "{name}: calls were taken over");
-    // Publishing is done in the user's own transaction, with the user's own bounds; so is this test.
+    // Publishing is done in the user's own transaction, with the user's own bounds; so is this
+    // test.
     let unbounded = "select statement from public.unbounded
          where statement !~ 'shardmq.publish[(]|^update public.ahead'";
     let unbounded = sql.query(unbounded, &[]).await.unwrap();

@@ -21,7 +21,8 @@ pub struct Senders {
 }
 
 impl Senders {
-    /// Starts them. Each text begins with a name, and the phase in which its send began: 0 at first.
+    /// Starts them. Each text begins with a name, and the phase in which its send began: 0 at
+    /// first.
     pub fn start(producer: &Producer, name: &str) -> Self {
         let mut this = Self {
             acknowledged: Arc::default(),

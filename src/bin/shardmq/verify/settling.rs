@@ -13,8 +13,8 @@ use crate::output::note;
 
 const LOOK_EVERY: Duration = Duration::from_millis(250);
 
-/// Waits until every partition is owned, and evenly. After a while it is left at that: to say what is
-/// wrong is for the check.
+/// Waits until every partition is owned, and evenly. After a while it is left at that: to say what
+/// is wrong is for the check.
 pub(super) async fn share_out(
     cluster: &Cluster,
     topic: &str,
@@ -56,8 +56,8 @@ fn is_even(shares: &[usize], members: usize, partitions: usize) -> bool {
         && least.zip(most).is_some_and(|(least, most)| most - least <= 1)
 }
 
-/// Takes the topic back from its nodes where the control database has lost it, as one that was restored from a
-/// backup has.
+/// Takes the topic back from its nodes where the control database has lost it, as one that was
+/// restored from a backup has.
 pub(super) async fn topic_is_known(
     cluster: &Cluster,
     topic: &str,
@@ -110,8 +110,8 @@ pub(super) async fn nodes_answer(
     }
 }
 
-/// Waits until the group has acknowledged everything, or makes no progress: that it lacks something is
-/// for the check to say.
+/// Waits until the group has acknowledged everything, or makes no progress: that it lacks something
+/// is for the check to say.
 pub(super) async fn drain(
     cluster: &Cluster,
     topic: &str,

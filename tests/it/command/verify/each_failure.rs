@@ -1,5 +1,5 @@
-//! Each failure of a node by itself, under load: what has no key goes on through the other nodes, nothing
-//! is lost or out of order, and the node is used again when it is back.
+//! Each failure of a node by itself, under load: what has no key goes on through the other nodes,
+//! nothing is lost or out of order, and the node is used again when it is back.
 //!
 //! ```text
 //! all nodes take messages ─ break one ─ the others do ─ mend it ─ all do again ─ read all, and check
@@ -21,8 +21,8 @@ use crate::support::signals::{signal, signal_all};
 use crate::support::small_disk::SmallDisk;
 use crate::support::{client, database, eventually, own_server, shared_server};
 
-/// Each by itself: under way on a node that hangs, it is given up after the append timeout, asked for,
-/// and sent again.
+/// Each by itself: under way on a node that hangs, it is given up after the append timeout, asked
+/// for, and sent again.
 const LONGEST_SEND_MS: u64 = 8_000;
 /// New ones go on as soon as the node is known to be slow or down.
 const LONGEST_STALL_MS: u64 = 5_000;
@@ -116,8 +116,8 @@ impl Fleet {
     }
 }
 
-/// Waits until every producer has stored messages without a key in every partition of a node, from now
-/// on. What was under way before is at most one batch of each of them.
+/// Waits until every producer has stored messages without a key in every partition of a node, from
+/// now on. What was under way before is at most one batch of each of them.
 async fn takes_messages(url: &str) {
     let sql = client(url).await;
     let mut before = HashMap::new();
@@ -190,8 +190,8 @@ async fn a_node_that_is_killed() {
     fleet.survives(3 * SECOND, kill, start).await;
 }
 
-/// Longer than the append timeout and the time for which it is asked what it has stored, and longer than any
-/// send may take.
+/// Longer than the append timeout and the time for which it is asked what it has stored, and longer
+/// than any send may take.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_node_that_is_paused() {
     let fleet = Fleet::start(Through::Nothing).await;

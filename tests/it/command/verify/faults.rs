@@ -1,4 +1,5 @@
-//! `--faults` breaks servers and processes of its own by a plan, counts what it did, and nothing is lost.
+//! `--faults` breaks servers and processes of its own by a plan, counts what it did, and nothing is
+//! lost.
 
 use std::time::Duration;
 

@@ -1,5 +1,6 @@
-//! What happens to members of a group under load: one leaves, is killed or suspended, all are restarted
-//! one by one, the server under them is. Nothing is lost, skipped or repeated, and the others go on.
+//! What happens to members of a group under load: one leaves, is killed or suspended, all are
+//! restarted one by one, the server under them is. Nothing is lost, skipped or repeated, and the
+//! others go on.
 //!
 //! ```text
 //! every partition is read ─ something happens ─ every partition is read again ─ read all, and check
@@ -102,8 +103,8 @@ impl Workload {
         eventually("every partition is read", PATIENCE, all).await;
     }
 
-    /// Waits until so many members own all partitions, each as many, and one of these, if there are any,
-    /// owns nothing any more. Returns who owns them.
+    /// Waits until so many members own all partitions, each as many, and one of these, if there are
+    /// any, owns nothing any more. Returns who owns them.
     async fn is_shared_by(&self, members: usize, before: &BTreeSet<Uuid>) -> BTreeSet<Uuid> {
         let share = i64::try_from(PARTITIONS / members).unwrap();
         let shared = || async {
@@ -144,8 +145,8 @@ impl Workload {
     }
 }
 
-/// The longest time in which a partition with messages was not read. Below the lease of 10 s where nobody has
-/// to wait for its end.
+/// The longest time in which a partition with messages was not read. Below the lease of 10 s where
+/// nobody has to wait for its end.
 fn assert_stall(report: &Value, below_ms: u64) {
     let stall = report["longest_delivery_stall_ms"].as_u64().unwrap();
     assert!(stall < below_ms, "{stall} ms: {report}");
@@ -171,7 +172,8 @@ async fn a_member_that_is_killed() {
     assert_stall(&workload.end().await, 8_000);
 }
 
-/// Longer than its lease of 10 s. What it commits when it wakes is refused, or had been done before.
+/// Longer than its lease of 10 s. What it commits when it wakes is refused, or had been done
+/// before.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_member_that_is_suspended_and_wakes() {
     let test = TestCluster::new(1).await;

@@ -1,5 +1,5 @@
-//! A server loses the end of its log under the checked workload, or its control database a topic: that is
-//! said by its name, and what was measured with it.
+//! A server loses the end of its log under the checked workload, or its control database a topic:
+//! that is said by its name, and what was measured with it.
 
 use serde_json::Value;
 use shardmq::embedded::Server;
@@ -19,8 +19,8 @@ async fn acknowledged(sql: &Client) -> i64 {
     sql.query_one(sum, &[]).await.map_or(0, |row| row.get(0))
 }
 
-/// Waits until the group has acknowledged so many messages more on a node. Connects anew each time: the
-/// server is restarted meanwhile.
+/// Waits until the group has acknowledged so many messages more on a node. Connects anew each time:
+/// the server is restarted meanwhile.
 async fn goes_on(url: &str, more: i64) {
     let before = acknowledged(&client(url).await).await;
     let further = || async { acknowledged(&client(url).await).await >= before + more };
